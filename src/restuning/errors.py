@@ -1,0 +1,28 @@
+"""What a person can put right: every such error is one line that says what was wrong, where, and what was expected."""
+
+
+class RestuningError(Exception):
+    """Bad input. Its text is one line; the command line prints it and exits with code 2."""
+
+
+class DataError(RestuningError):
+    """A data set, a split or an image that cannot be used."""
+
+
+class SiteError(RestuningError):
+    """A backbone, an operation or a block that was not found."""
+
+
+class MethodError(RestuningError):
+    """A method or a tuner that is unknown or does not fit."""
+
+
+class CheckpointError(RestuningError):
+    """A file that is damaged, foreign, or made for another backbone."""
+
+
+class MissingExtra(RestuningError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"this needs the package '{package}': pip install 'restuning[{extra}]'")
