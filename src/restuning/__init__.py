@@ -1,1 +1,43 @@
+"""Res-Tuning (NeurIPS 2023, arXiv 2310.19859): tuners unbound from a frozen backbone."""
+
+from typing import TYPE_CHECKING, Any
+
+from restuning._types import Features as Features
+from restuning._types import Port as Port
+from restuning.adapt import Tuned as Tuned
+from restuning.adapt import adapt as adapt
+from restuning.errors import RestuningError as RestuningError
+from restuning.measure import count as count
+from restuning.methods import Bypass as Bypass
+from restuning.methods import Full as Full
+from restuning.methods import Residual as Residual
+from restuning.methods import methods as methods
+from restuning.methods import on_blocks as on_blocks
+from restuning.methods import resize as resize
+from restuning.tuners import Adapter as Adapter
+from restuning.tuners import Prefix as Prefix
+from restuning.tuners import Prompt as Prompt
+from restuning.wiring.sites import Anatomy as Anatomy
+from restuning.wiring.sites import Op as Op
+from restuning.wiring.sites import find_sites as find_sites
+from restuning.wiring.sites import into as into
+from restuning.wiring.sites import out_of as out_of
+
+if TYPE_CHECKING:
+    from restuning.backbones import load_backbone as load_backbone
+    from restuning.data import load_task as load_task
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """What needs more than torch is loaded when used."""
+    if name == "load_backbone":
+        from restuning.backbones import load_backbone
+
+        return load_backbone
+    if name == "load_task":
+        from restuning.data import load_task
+
+        return load_task
+    raise AttributeError(f"module 'restuning' has no attribute {name!r}")

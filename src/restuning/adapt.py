@@ -1,0 +1,411 @@
+"""adapt(backbone, method) → Tuned: a frozen backbone with named adapters, each with its tuners and its head."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restuning._types import Features, Recipe
+from restuning.errors import CheckpointError, MethodError
+from restuning.methods import Bypass, Full, Method, Residual, find_method, from_dict, to_dict
+from restuning.saved import Card, fetch, fingerprint, push, read, same_weights, write
+from restuning.side import BypassNet, mixes_tokens
+from restuning.wiring.attach import attach, tap
+from restuning.wiring.sites import Anatomy, Site, Sites, find_sites
+from restuning.wiring.tail import Tail, head_width, tail_of
+
+
+class Adaptation(nn.Module):
+    """One adapter: `tuners` added inside the backbone, a `side` path beside it, a `head` after it. Its state_dict is
+    the checkpoint."""
+
+    def __init__(self, sites: Sites, method: Method, pool: str, num_classes: int | None, card: Card) -> None:
+        super().__init__()
+        self.card, self.method = card, method
+        self.depth, self.full = len(sites.blocks), isinstance(method, Full)
+        self.sites: dict[str, Site] = {}
+        self.tuners = nn.ModuleDict()
+        self.side: BypassNet | None = None
+        if isinstance(method, Residual):
+            for op, recipe in method.tuners.items():
+                for site in sites.at(op, method.blocks):
+                    name = f"{site.block}_{op}"
+                    self.sites[name], self.tuners[name] = site, _module(recipe, site)
+        elif isinstance(method, Bypass):
+            ends = sites.at("block", method.blocks)
+
+            def side(recipe: Recipe | None) -> dict[int, nn.Module]:
+                return {} if recipe is None else {site.block: _module(recipe, site) for site in ends}
+
+            self.side = BypassNet(self.depth, side(method.horizontal), side(method.vertical))
+        width = head_width(sites.port.writes, pool)
+        self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
+        if isinstance(self.head, nn.Linear):
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the backbone's own features are all that it needs: nothing is tuned inside the backbone."""
+        return not self.full and not self.tuners
+
+    @property
+    def layers(self) -> range:
+        """The features that it reads: all of them for a side path, else only what the last block says."""
+        return range(0 if self.side is not None else self.depth, self.depth + 1)
+
+
+def _module(recipe: Recipe, site: Site) -> nn.Module:
+    module = recipe(site.port)
+    if not isinstance(module, nn.Module):
+        raise MethodError(f"the tuner of {site.op} made a {type(module).__name__}: expected an nn.Module")
+    return module
+
+
+class Tuned(nn.Module):
+    """A frozen backbone and its named adapters. Made by `adapt` or `Tuned.from_pretrained`.
+
+    `tuned(x)` gives the active adapter's logits (b, classes), or {name: logits} when several are active: those read
+    one pass of the backbone, in which the tuners of all of them act together. With `labels=` it gives a dict of
+    `loss` (cross-entropy) and `logits`, as `transformers.Trainer` expects. Arguments go to the backbone as they are.
+    The backbone is a guest: its code, attributes and state_dict stay as they came, and hooks live during `forward`
+    only. It stays in eval mode (dropout and batch statistics frozen) unless `train_mode=True` or the method is `full`.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        anatomy: Anatomy | None = None,
+        train_mode: bool = False,
+        backbone_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._sites = find_sites(backbone, anatomy)
+        self._came = {name: p.requires_grad for name, p in backbone.named_parameters()}, backbone.training
+        self._train_mode, self._disabled = train_mode, False
+        self._name = backbone_name or name_of(backbone)
+        self._fingerprint = fingerprint(backbone)
+        self.active_adapters: tuple[str, ...] = ()
+        self.backbone = backbone.requires_grad_(False)
+        self.adapters = nn.ModuleDict()
+        self._tails: dict[str, Tail] = {}
+        self.train(False)
+
+    # ---- adapters: add, choose, disable, delete
+
+    def add_adaptation(
+        self,
+        name: str,
+        method: str | Method,
+        num_classes: int | None = None,
+        *,
+        pool: str | None = None,
+        classes: Sequence[str] | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
+
+        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools. Raises MethodError for a
+        name in use or unfit, an unknown method, a class count below 1; SiteError for an operation that is not there.
+        """
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
+            raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
+        if name in self.adapters:
+            raise MethodError(f"there is an adapter named {name!r} already: delete it first, or choose another name")
+        if num_classes is None and classes is not None:
+            num_classes = len(classes)
+        if num_classes is not None and num_classes < 1:
+            raise MethodError(f"num_classes={num_classes}: expected at least 1")
+        if classes is not None and len(classes) != num_classes:
+            raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
+        spec = find_method(method)
+        if isinstance(spec, Full) and len(self.adapters) or any(_adaptation(a).full for a in self.adapters.values()):
+            raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
+        tail = tail_of(self.backbone, self._sites, pool)
+        card = Card(
+            method=method if isinstance(method, str) else None,
+            spec=to_dict(spec),
+            backbone={
+                "name": self._name,
+                "class": type(self.backbone).__name__,
+                "anatomy": self._sites.anatomy.name,
+                "width": self._sites.port.writes,
+                "depth": len(self._sites.blocks),
+                "fingerprint": self._fingerprint,
+            },
+            pool=tail.pool,
+            num_classes=num_classes,
+            classes=None if classes is None else tuple(classes),
+            preprocessing=None if preprocessing is None else dict(preprocessing),
+        )
+        like = next(self.backbone.parameters())
+        with torch.device(like.device):
+            adapter = Adaptation(self._sites, spec, tail.pool, num_classes, card)
+        self.adapters[name] = adapter.to(like.dtype).train(self.training)
+        self._tails[name] = tail
+        self.active_adapters = (name,)
+        if adapter.full:
+            self.backbone.requires_grad_(True)
+        self.train(self.training)
+
+    def set_adaptation(self, names: str | Sequence[str]) -> None:
+        """Make one adapter active, or several. Nothing else changes, `requires_grad` neither."""
+        names = (names,) if isinstance(names, str) else tuple(names)
+        for name in names:
+            self._find(name)
+        if not names:
+            raise MethodError("set_adapter needs a name at least; use disable_adaptation() for the bare backbone")
+        self.active_adapters = names
+
+    @contextmanager
+    def disable_adaptation(self) -> Iterator[None]:
+        """While it lasts, `tuned(x)` is the bare backbone; the active adapters stay those they were."""
+        before, self._disabled = self._disabled, True
+        try:
+            yield
+        finally:
+            self._disabled = before
+
+    def delete_adaptation(self, name: str) -> None:
+        """Remove an adapter; the others stay as they are."""
+        if self._find(name).full:
+            self.backbone.requires_grad_(False)
+        del self.adapters[name], self._tails[name]
+        self.active_adapters = tuple(n for n in self.active_adapters if n != name)
+
+    def unload(self) -> nn.Module:
+        """The backbone as it came: same code, flags, mode and (unless fully tuned) weights. The adapters are gone."""
+        for name in list(self.adapters):
+            self.delete_adaptation(name)
+        flags, training = self._came
+        for name, p in self.backbone.named_parameters():
+            p.requires_grad_(flags[name])
+        return self.backbone.train(training)
+
+    # ---- what it computes
+
+    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if self._disabled:
+            return self.backbone(*args, **kwargs)
+        logits = self.from_features(self.features(*args, **kwargs))
+        if labels is None:
+            return logits
+        if not isinstance(logits, Tensor):
+            raise MethodError("labels= needs one active adapter")
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+    def features(self, *args: Any, **kwargs: Any) -> Features:
+        """The features x_l (b, n, d) that the active adapters read, the tokens that no output can see left out.
+
+        They carry a gradient only if tuners act inside the backbone: a side path's backbone runs without autograd.
+        """
+        active = [self._find(name) for name in self._active()]
+        inside: dict[Site, list[nn.Module]] = {}
+        for adapter in active:
+            for name, tuner in adapter.tuners.items():
+                inside.setdefault(adapter.sites[name], []).append(tuner)
+        frozen = all(adapter.reads_features for adapter in active)
+        with (
+            torch.no_grad() if frozen else nullcontext(),
+            attach(self.backbone, inside),
+            tap(self.backbone, self._sites, self._layers(), self._live()) as taps,
+        ):
+            self.backbone(*args, **kwargs)
+        return taps.features
+
+    def from_features(self, features: Features) -> Any:
+        """From `features` to logits: side path, the backbone's frozen tail, head. Needs no other part of the backbone."""
+        at = dict(zip(self._layers(), features, strict=True))
+
+        def logits(name: str) -> Tensor:
+            adapter = self._find(name)
+            if adapter.side is None:
+                tokens = at[adapter.depth]
+            else:
+                tokens = adapter.side(tuple(at[layer].detach() for layer in adapter.layers))
+            return adapter.head(self._tails[name](tokens))  # type: ignore[no-any-return]
+
+        names = self._active()
+        return logits(names[0]) if len(names) == 1 else {name: logits(name) for name in names}
+
+    @property
+    def reads_features(self) -> bool:
+        """Whether the active adapters leave the backbone's features alone, so that these can be kept and read again."""
+        return all(self._find(name).reads_features for name in self._active())
+
+    def train(self, mode: bool = True) -> "Tuned":
+        """Train or evaluate the adapters; a frozen backbone stays in eval mode."""
+        super().train(mode)
+        full = any(_adaptation(a).full for a in self.adapters.values())
+        self.backbone.train(mode and (self._train_mode or full))
+        return self
+
+    def _active(self) -> tuple[str, ...]:
+        if not self.active_adapters:
+            raise MethodError("no adapter is active: add one, set one, or use disable_adaptation()")
+        return self.active_adapters
+
+    def _layers(self) -> list[int]:
+        return sorted({layer for name in self._active() for layer in self._find(name).layers})
+
+    def _live(self) -> slice:
+        """The tokens that any active output can see (a side path that mixes tokens sees all)."""
+        for name in self._active():
+            side = self._find(name).side
+            if self._tails[name].live == slice(None) or (side is not None and mixes_tokens(side)):
+                return slice(None)
+        return self._tails[self._active()[0]].live
+
+    def _find(self, name: str) -> Adaptation:
+        if name not in self.adapters:
+            raise MethodError(f"no adapter named {name!r}: there is {', '.join(self.adapters) or 'none'}")
+        return _adaptation(self.adapters[name])
+
+    # ---- save, load, publish
+
+    def save_pretrained(self, path: str | Path, name: str | None = None) -> None:
+        """Write the active (or the named) adapter with its head: adapter_config.json, adapter_model.safetensors."""
+        name = name if name is not None else self._active()[0]
+        adapter = self._find(name)
+        state = adapter.state_dict()
+        if adapter.full:
+            state |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+        write(Path(path), adapter.card, state)
+
+    def load_adaptation(
+        self,
+        path: str | Path,
+        name: str = "default",
+        *,
+        method: Method | None = None,
+        revision: str | None = None,
+    ) -> None:
+        """Add a saved adapter, from a folder or a hub id, and make it active. method: needed if it has own tuners.
+
+        Raises CheckpointError for files that are damaged, foreign, or of another backbone; nothing is changed then.
+        """
+        folder = fetch(path, revision)
+        card, state = read(folder)
+        made, here = card.backbone, self._sites
+        if (made.get("width"), made.get("depth")) != (here.port.writes, len(here.blocks)):
+            raise CheckpointError(
+                f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); this is "
+                f"{self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
+            )
+        if not same_weights(made.get("fingerprint"), self._fingerprint):
+            raise CheckpointError(f"{folder}: made for {made.get('name')} with other weights than this {self._name}")
+        try:
+            spec = method if method is not None else from_dict(card.spec)
+            self.add_adaptation(
+                name,
+                spec,
+                card.num_classes,
+                pool=card.pool,
+                classes=card.classes,
+                preprocessing=card.preprocessing,
+            )
+        except MethodError as error:
+            raise CheckpointError(f"{folder}: {error}") from error
+        adapter = self._find(name)
+        adapter.card = card
+        own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+        wrong = _mismatch(adapter.state_dict(), own)
+        if wrong:
+            self.delete_adaptation(name)
+            raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
+        adapter.load_state_dict(own)
+        if adapter.full:
+            self.backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k not in own})
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        backbone: nn.Module,
+        path: str | Path,
+        name: str = "default",
+        *,
+        anatomy: Anatomy | None = None,
+        method: Method | None = None,
+        revision: str | None = None,
+    ) -> "Tuned":
+        """A saved adapter on its backbone; see `load_adapter`."""
+        tuned = cls(backbone, anatomy=anatomy)
+        try:
+            tuned.load_adaptation(path, name, method=method, revision=revision)
+        except Exception:
+            tuned.unload()
+            raise
+        return tuned
+
+    def push_to_hub(self, repo_id: str, name: str | None = None, *, private: bool = False) -> str:
+        """Publish the active (or the named) adapter on the Hugging Face hub; returns the address of the commit."""
+        return push(repo_id, lambda folder: self.save_pretrained(folder, name), private=private)
+
+    def print_trainable_parameters(self) -> None:
+        """As PEFT prints it: trainable, all, percent."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in self.parameters())
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def card(self, name: str | None = None) -> Card:
+        """What is saved beside an adapter: method, backbone, classes, pooling, preprocessing."""
+        return self._find(name if name is not None else self._active()[0]).card
+
+
+def adapt(
+    backbone: nn.Module,
+    method: str | Method,
+    num_classes: int | None = None,
+    name: str = "default",
+    *,
+    pool: str | None = None,
+    classes: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    anatomy: Anatomy | None = None,
+    train_mode: bool = False,
+    backbone_name: str | None = None,
+) -> Tuned:
+    """Freeze `backbone` and adapt it by `method`, a name of `restuning.methods` or a method of your own.
+
+    anatomy: how a backbone that no row of the table fits is built. train_mode: let the backbone's dropout and batch
+    statistics follow `train()`. See `Tuned` and `Tuned.add_adapter` for the rest, and for the errors raised.
+    """
+    tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
+    try:
+        tuned.add_adaptation(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing)
+    except Exception:
+        tuned.unload()
+        raise
+    return tuned
+
+
+def name_of(backbone: nn.Module) -> str:
+    """What a backbone calls itself: timm's architecture, transformers' path, else its class."""
+    timm = getattr(backbone, "pretrained_cfg", None)
+    config = getattr(backbone, "config", None)
+    if isinstance(timm, Mapping) and timm.get("architecture"):
+        return str(timm["architecture"])
+    return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
+
+
+def _adaptation(module: nn.Module) -> Adaptation:
+    assert isinstance(module, Adaptation)
+    return module
+
+
+def _mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The first difference in names or shapes, in words; empty if there is none."""
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in found:
+            return f"{key} is missing"
+        if key not in expected:
+            return f"{key} is not expected"
+        if expected[key].shape != found[key].shape:
+            return f"{key} is {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+    return ""

@@ -1,0 +1,191 @@
+"""Frozen backbones by name: the bundled one, timm's, transformers'; their weights from a file, a hub, or none."""
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.data import Preprocess
+from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError
+
+MICRO = "restuning-micro"
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
+    """A backbone without its classifier, in eval mode.
+
+    name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224`, or `hf:` and a transformers folder
+    or hub id. weights: a safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub).
+    image_size: pixels a side, if other than the model's own (position embeddings are interpolated).
+    Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
+    """
+    if image_size is not None and image_size < 1:
+        raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
+    if name.startswith("hf:"):
+        backbone = _transformers(name.removeprefix("hf:"), weights)
+    elif name == MICRO:
+        backbone = _micro()
+        _load(backbone, _ASSETS / f"{MICRO}.safetensors" if weights is None else weights)
+    else:
+        backbone = _timm(name, pretrained=weights is None)
+        _load(backbone, "random" if weights is None else weights)
+    if image_size is not None:
+        _resize(backbone, image_size)
+    return backbone.eval()
+
+
+def describe_backbone(name: str) -> nn.Module:
+    """The same backbone on the meta device: names, shapes and counts, no weights loaded and no memory used."""
+    with torch.device("meta"):
+        if name == MICRO:
+            return _micro()
+        return _transformers(name.removeprefix("hf:"), "random") if name.startswith("hf:") else _timm(name, False)
+
+
+def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: bool = False) -> Preprocess:
+    """How the backbone's own configuration wants its images: size, mean, standard deviation, interpolation.
+
+    The whole image is resized to the size, as in VTAB-1k's protocol, unless `crop` asks for the configured centre crop.
+    """
+    timm, config = getattr(backbone, "pretrained_cfg", None), getattr(backbone, "config", None)
+    if isinstance(timm, Mapping):
+        side = image_size or int(timm["input_size"][-1])
+        return Preprocess(
+            size=(side, side),
+            mean=tuple(timm["mean"]),
+            std=tuple(timm["std"]),
+            interpolation=str(timm["interpolation"]),
+            crop=float(timm.get("crop_pct") or 1.0) if crop else None,
+        )
+    side = image_size or int(getattr(config, "image_size", 224))
+    mean, std = _processor_statistics(str(getattr(config, "_name_or_path", "")))
+    return Preprocess(size=(side, side), mean=mean, std=std, crop=1.0 if crop else None)
+
+
+def _processor_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of transformers' image processor beside the weights; 0.5 where there is none."""
+    try:
+        data = json.loads((Path(path) / "preprocessor_config.json").read_text(encoding="utf-8"))
+        return tuple(data["image_mean"]), tuple(data["image_std"])
+    except OSError:
+        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+
+
+def _micro() -> nn.Module:
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise MissingExtra("timm", "timm") from error
+    card = json.loads((_ASSETS / f"{MICRO}.json").read_text(encoding="utf-8"))
+    model: nn.Module = VisionTransformer(**card["architecture"])
+    side = card["architecture"]["img_size"]
+    model.pretrained_cfg = {  # type: ignore[assignment]  # as timm's own builders leave it
+        "architecture": MICRO,
+        "input_size": (3, side, side),
+        "mean": card["mean"],
+        "std": card["std"],
+        "interpolation": card["interpolation"],
+    }
+    return model
+
+
+def _timm(name: str, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra("timm", "timm") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [MICRO, *timm.list_models()], 3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise SiteError(f"unknown backbone {name!r}: expected {MICRO}, a timm model or hf:FOLDER{hint}")
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"the pretrained weights of {name} could not be had from the hub ({_line(error)}): "
+            "give a file with weights=, or weights='random'"
+        ) from error
+    return model
+
+
+def _transformers(path: str, weights: str | Path | None) -> nn.Module:
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers") from error
+    try:
+        if weights is None:
+            model = AutoModel.from_pretrained(path)
+        else:
+            model = AutoModel.from_config(AutoConfig.from_pretrained(path))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {path!r}: {_line(error)}") from error
+    vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
+    backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
+    if weights is not None:
+        _load(backbone, weights)
+    return backbone
+
+
+def _load(backbone: nn.Module, weights: str | Path) -> None:
+    """Weights from a file, strictly, but for the classifier's. Raises CheckpointError that names the keys."""
+    if weights == "random":
+        return
+    state = _state(Path(weights))
+    expected = backbone.state_dict()
+    state = {key: value for key, value in state.items() if key in expected or not _classifier(key)}
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    other = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
+    if missing or extra or other:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("unexpected", extra), ("of another shape", other))
+            if keys
+        ]
+        raise CheckpointError(f"{weights} does not fit {type(backbone).__name__}: keys {'; '.join(parts)}")
+    backbone.load_state_dict(state)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a state dict saved by torch (read without unpickling code)."""
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}: expected a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {_line(error)}") from error
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict: expected names of tensors")
+    return dict(state)
+
+
+def _classifier(key: str) -> bool:
+    return key.split(".")[0] in {"head", "head_dist", "fc", "classifier"}
+
+
+def _resize(backbone: nn.Module, image_size: int) -> None:
+    resize: Any = getattr(backbone, "set_input_size", None)
+    if resize is None:
+        raise RestuningError(f"{type(backbone).__name__} has a fixed input size: leave out the image size")
+    try:
+        resize(img_size=(image_size, image_size))
+    except (AssertionError, ValueError) as error:
+        raise RestuningError(f"image size {image_size} does not fit the backbone: {_line(error)}") from error
+
+
+def _line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,148 @@
+"""What an adapter is on disk: adapter_config.json beside adapter_model.safetensors, and its way to and from a hub."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.errors import CheckpointError, MissingExtra
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+FORMAT = "restuning/1"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is written beside the tensors. `spec` is the method as data, `method` its name if it had one."""
+
+    method: str | None
+    spec: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    pool: str
+    num_classes: int | None
+    classes: Sequence[str] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+
+
+def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
+    """Both files, each whole or not at all. Raises CheckpointError if the folder cannot be written."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    from restuning import __version__
+
+    config = {"format": FORMAT, "restuning_version": __version__, **asdict(card)}
+    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / MODEL, save(tensors))
+        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees the old one or the new one, never a part."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
+    """The card and the tensors. Raises CheckpointError that says which file is missing, damaged or foreign."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    config, model = folder / CONFIG, folder / MODEL
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+        state = load(model.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no saved adapter: it has no {Path(error.filename).name}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{config} is damaged: {error}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{model} is damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format", data.get("peft_type", "none")) if isinstance(data, dict) else "none"
+        raise CheckpointError(f"{config} is not of this library: its format is {found!r}, expected {FORMAT!r}")
+    names = [f.name for f in fields(Card)]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
+    return Card(**{name: data[name] for name in names}), state
+
+
+def fetch(path: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is, or the local copy of a hub repository. Raises CheckpointError if neither is there."""
+    if Path(path).exists() or not _hub_id(str(path)):
+        if not Path(path).is_dir():
+            raise CheckpointError(f"no saved adapter at {path}: expected a folder with {CONFIG} and {MODEL}")
+        return Path(path)
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise MissingExtra("huggingface_hub", "hub") from error
+    try:
+        for file in (MODEL, CONFIG):
+            local = hf_hub_download(str(path), file, revision=revision)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {reason}") from error
+    return Path(local).parent
+
+
+def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
+    """Save into a temporary folder and upload it. Raises CheckpointError if the hub refuses."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise MissingExtra("huggingface_hub", "hub") from error
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        api = HfApi()
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(f"the hub did not take {repo_id}: {reason}") from error
+
+
+def fingerprint(backbone: nn.Module) -> list[float] | None:
+    """32 of the backbone's weights, evenly spread, by which other weights are told apart; None without weights."""
+    tensors = [p.detach() for p in backbone.parameters() if p.numel() > 1]
+    if not tensors or any(p.is_meta for p in tensors):
+        return None
+    picks = [tensors[i * (len(tensors) - 1) // 31].flatten() for i in range(32)]
+    return [round(float(p[(len(p) - 1) * i // 31]), 8) for i, p in enumerate(picks)]
+
+
+def same_weights(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+    """Equal up to a cast to half precision; unknown weights are not told apart."""
+    if a is None or b is None:
+        return True
+    return len(a) == len(b) and torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-4)
+
+
+def _hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")

@@ -1,0 +1,45 @@
+"""Res-Tuning-Bypass."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Features, Tokens
+
+
+class BypassNet(nn.Module):
+    """Res-Tuning-Bypass (Res-Tuning, Eq. 8): a side path along a frozen backbone's features.
+
+    x_0^byp = x_0;  x_l^byp = λ_l T_h(x_l) + (1 − λ_l) T_v(x_{l−1}^byp),  λ_l = sigmoid(a_l), a_l = 0 at birth.
+    T(x) = x + tuner(x) holds its own skip; a layer without a tuner has T(x) = x. Features x_0 … x_L (b, n, d), which
+    carry no gradient, become the tokens (b, n, d) that take the place of the final norm's input.
+    """
+
+    def __init__(self, depth: int, horizontal: Mapping[int, nn.Module], vertical: Mapping[int, nn.Module]) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(depth))
+        self.horizontal = nn.ModuleDict({str(layer): tuner for layer, tuner in horizontal.items()})
+        self.vertical = nn.ModuleDict({str(layer): tuner for layer, tuner in vertical.items()})
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether any of the tuners does; the path itself does not."""
+        return any(mixes_tokens(tuner) for tuner in (*self.horizontal.values(), *self.vertical.values()))
+
+    def forward(self, features: Features) -> Tokens:
+        x = features[0]
+        for layer, (h, weight) in enumerate(zip(features[1:], self.gate.sigmoid(), strict=True)):
+            x = torch.lerp(_with(self.vertical, layer, x), _with(self.horizontal, layer, h), weight)
+        return x
+
+
+def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:
+    """T(x): the tuner's own skip is here, so that a tuner never adds one."""
+    name = str(layer)
+    return x + tuners[name](x, x) if name in tuners else x
+
+
+def mixes_tokens(module: nn.Module) -> bool:
+    """Whether an output token may depend on other input tokens: what a tuner declares, and yes where it is silent."""
+    return bool(getattr(module, "mixes_tokens", True))

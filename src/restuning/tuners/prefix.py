@@ -1,0 +1,69 @@
+"""Res-Prefix."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Port, Tokens
+from restuning.errors import MethodError
+from restuning.tuners.scale import Scale, branch_scale, check_init, check_size
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Res-Prefix on any operation (Res-Tuning, section 3.1): Attn(x, K_pre, V_pre), beside the operation.
+
+    Multi-head attention (Eq. 1) of what the operation read over `tokens` learned keys and as many learned values;
+    2 · tokens · d parameters at width d.
+    scale: a learned weight of the branch, none, scalar or channel, one at birth.
+    init: `zero` (V_pre zero, so the operation is unchanged at birth) or `xavier` (keys and values).
+    Raises MethodError for sizes below 1, an unknown choice, or heads that do not divide the width.
+    """
+
+    tokens: int = 10
+    scale: Scale = "none"
+    init: Literal["zero", "xavier"] = "zero"
+
+    def __post_init__(self) -> None:
+        check_size("Prefix", "tokens", self.tokens)
+        check_init("Prefix", self.init, ("zero", "xavier"))
+
+    def __call__(self, port: Port) -> nn.Module:
+        return PrefixTuner(port.reads, port.writes, port.heads, self.tokens, self.scale, self.init)
+
+
+class PrefixTuner(nn.Module):
+    """(b, n, reads) → (b, n, writes); see `Prefix`."""
+
+    mixes_tokens = False
+
+    def __init__(self, reads: int, writes: int, heads: int, tokens: int, scale: Scale, init: str) -> None:
+        super().__init__()
+        check_heads(heads, reads, writes)
+        self.heads = heads
+        self.keys = nn.Parameter(torch.empty(tokens, reads))
+        self.values = nn.Parameter(torch.zeros(tokens, writes))
+        self.scale = branch_scale(scale, writes)
+        nn.init.xavier_uniform_(self.keys)
+        if init == "xavier":
+            nn.init.xavier_uniform_(self.values)
+
+    def forward(self, x: Tokens, y: Tokens) -> Tokens:
+        values = self.values if self.scale is None else self.values * self.scale
+        return attend(x, self.keys, values, self.heads)
+
+
+def check_heads(heads: int, reads: int, writes: int) -> None:
+    """Every head has the same width."""
+    if reads % heads or writes % heads:
+        raise MethodError(f"{heads} heads do not divide the widths {reads} (read) and {writes} (written)")
+
+
+def attend(x: Tokens, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+    """Eq. 1 for queries x (b, n, d) over learned keys (p, d) and values (p, d'), head by head: (b, n, d')."""
+    b, n, d = x.shape
+    q = x.view(b, n, heads, d // heads)
+    scores = torch.einsum("bnhd,phd->bnhp", q, keys.view(len(keys), heads, -1)) * (d // heads) ** -0.5
+    return torch.einsum("bnhp,phd->bnhd", scores.softmax(-1), values.view(len(values), heads, -1)).reshape(b, n, -1)

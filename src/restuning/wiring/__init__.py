@@ -1,0 +1,1 @@
+"""Where it goes: sites of a backbone, hooks that add at them, taps that read it."""
