@@ -99,7 +99,7 @@ class Tuned(nn.Module):
 
     # ---- adapters: add, choose, disable, delete
 
-    def add_adaptation(
+    def add_adapter(
         self,
         name: str,
         method: str | Method,
@@ -125,7 +125,7 @@ class Tuned(nn.Module):
         if classes is not None and len(classes) != num_classes:
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
         spec = find_method(method)
-        if isinstance(spec, Full) and len(self.adapters) or any(_adaptation(a).full for a in self.adapters.values()):
+        if (isinstance(spec, Full) and len(self.adapters)) or any(_adaptation(a).full for a in self.adapters.values()):
             raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
         tail = tail_of(self.backbone, self._sites, pool)
         card = Card(
@@ -154,17 +154,17 @@ class Tuned(nn.Module):
             self.backbone.requires_grad_(True)
         self.train(self.training)
 
-    def set_adaptation(self, names: str | Sequence[str]) -> None:
+    def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make one adapter active, or several. Nothing else changes, `requires_grad` neither."""
         names = (names,) if isinstance(names, str) else tuple(names)
         for name in names:
             self._find(name)
         if not names:
-            raise MethodError("set_adapter needs a name at least; use disable_adaptation() for the bare backbone")
+            raise MethodError("set_adapter needs a name at least; use disable_adapter() for the bare backbone")
         self.active_adapters = names
 
     @contextmanager
-    def disable_adaptation(self) -> Iterator[None]:
+    def disable_adapter(self) -> Iterator[None]:
         """While it lasts, `tuned(x)` is the bare backbone; the active adapters stay those they were."""
         before, self._disabled = self._disabled, True
         try:
@@ -172,7 +172,7 @@ class Tuned(nn.Module):
         finally:
             self._disabled = before
 
-    def delete_adaptation(self, name: str) -> None:
+    def delete_adapter(self, name: str) -> None:
         """Remove an adapter; the others stay as they are."""
         if self._find(name).full:
             self.backbone.requires_grad_(False)
@@ -182,7 +182,7 @@ class Tuned(nn.Module):
     def unload(self) -> nn.Module:
         """The backbone as it came: same code, flags, mode and (unless fully tuned) weights. The adapters are gone."""
         for name in list(self.adapters):
-            self.delete_adaptation(name)
+            self.delete_adapter(name)
         flags, training = self._came
         for name, p in self.backbone.named_parameters():
             p.requires_grad_(flags[name])
@@ -220,7 +220,7 @@ class Tuned(nn.Module):
         return taps.features
 
     def from_features(self, features: Features) -> Any:
-        """From `features` to logits: side path, the backbone's frozen tail, head. Needs no other part of the backbone."""
+        """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone."""
         at = dict(zip(self._layers(), features, strict=True))
 
         def logits(name: str) -> Tensor:
@@ -248,7 +248,7 @@ class Tuned(nn.Module):
 
     def _active(self) -> tuple[str, ...]:
         if not self.active_adapters:
-            raise MethodError("no adapter is active: add one, set one, or use disable_adaptation()")
+            raise MethodError("no adapter is active: add one, set one, or use disable_adapter()")
         return self.active_adapters
 
     def _layers(self) -> list[int]:
@@ -278,7 +278,7 @@ class Tuned(nn.Module):
             state |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
         write(Path(path), adapter.card, state)
 
-    def load_adaptation(
+    def load_adapter(
         self,
         path: str | Path,
         name: str = "default",
@@ -295,14 +295,14 @@ class Tuned(nn.Module):
         made, here = card.backbone, self._sites
         if (made.get("width"), made.get("depth")) != (here.port.writes, len(here.blocks)):
             raise CheckpointError(
-                f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); this is "
-                f"{self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
+                f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); "
+                f"this is {self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
             )
         if not same_weights(made.get("fingerprint"), self._fingerprint):
             raise CheckpointError(f"{folder}: made for {made.get('name')} with other weights than this {self._name}")
         try:
             spec = method if method is not None else from_dict(card.spec)
-            self.add_adaptation(
+            self.add_adapter(
                 name,
                 spec,
                 card.num_classes,
@@ -317,7 +317,7 @@ class Tuned(nn.Module):
         own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
         wrong = _mismatch(adapter.state_dict(), own)
         if wrong:
-            self.delete_adaptation(name)
+            self.delete_adapter(name)
             raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
         adapter.load_state_dict(own)
         if adapter.full:
@@ -337,7 +337,7 @@ class Tuned(nn.Module):
         """A saved adapter on its backbone; see `load_adapter`."""
         tuned = cls(backbone, anatomy=anatomy)
         try:
-            tuned.load_adaptation(path, name, method=method, revision=revision)
+            tuned.load_adapter(path, name, method=method, revision=revision)
         except Exception:
             tuned.unload()
             raise
@@ -378,7 +378,7 @@ def adapt(
     """
     tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
     try:
-        tuned.add_adaptation(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing)
+        tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing)
     except Exception:
         tuned.unload()
         raise

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -89,7 +89,6 @@ ABOUT: dict[str, str] = {
 }
 
 TUNERS: dict[str, type] = {cls.__name__.lower(): cls for cls in (Adapter, Prefix, Prompt)}
-SIZES = {Adapter: "width", Prefix: "tokens", Prompt: "tokens"}
 
 
 def find_method(method: str | Method) -> Method:
@@ -106,14 +105,16 @@ def find_method(method: str | Method) -> Method:
 def resize(method: Method, size: int) -> Method:
     """The same method with every tuner of this width or of this many tokens (Table 13)."""
 
-    def sized(recipe: Recipe | None) -> Recipe | None:
-        name = SIZES.get(type(recipe))  # type: ignore[arg-type]
-        return replace(recipe, **{name: size}) if name and is_dataclass(recipe) else recipe  # type: ignore[type-var]
+    def sized(recipe: Recipe) -> Recipe:
+        if isinstance(recipe, Adapter):
+            return replace(recipe, width=size)
+        return replace(recipe, tokens=size) if isinstance(recipe, Prefix | Prompt) else recipe
 
     if isinstance(method, Residual):
         return replace(method, tuners={op: sized(recipe) for op, recipe in method.tuners.items()})
     if isinstance(method, Bypass):
-        return replace(method, horizontal=sized(method.horizontal), vertical=sized(method.vertical))
+        h, v = method.horizontal, method.vertical
+        return replace(method, horizontal=h and sized(h), vertical=v and sized(v))
     return method
 
 

@@ -63,7 +63,8 @@ class AdapterTuner(nn.Module):
             nn.init.zeros_(self.up.bias)
 
     def forward(self, x: Tokens, y: Tokens) -> Tokens:
-        weight, bias = self.up.weight, self.up.bias
+        weight: Tensor = self.up.weight
+        bias: Tensor = self.up.bias
         if self.scale is not None:  # folded into W_up: nothing of the size of the tokens is kept for backward
             weight, bias = weight * self.scale[:, None], bias * self.scale
         return F.linear(self.act(self.down(x)), weight, bias)

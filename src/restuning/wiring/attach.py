@@ -27,7 +27,7 @@ class Joint:
         x, self.x = self.x, None
         if x is None:
             raise SiteError("an operation spoke before it read: the anatomy's points are in the wrong order")
-        added = self.tuners[0](x, y)
+        added: Tensor = self.tuners[0](x, y)
         for tuner in self.tuners[1:]:
             added = added + tuner(x, y)
         return y + added

@@ -1,0 +1,28 @@
+PY := .venv/bin/python
+.PHONY: setup demo test check bench clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	python3 -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup  ## linear probing, res-tuning and bypass on digits and two sprite tasks: a table and a picture
+	$(PY) scripts/demo.py
+
+test: setup
+	$(PY) -m pytest
+
+check: setup  ## format, lint, types, import layers
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports --no-logo
+
+bench: setup  ## the recorded tables of docs/results; hours
+	$(PY) scripts/bench_speed.py
+	$(PY) scripts/bench_vit_tiny.py
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,56 @@
+"""Features kept: what a frozen backbone said of each image, read again in every epoch instead of computed again."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from restuning._types import Features
+from restuning.adapt import Tuned
+from restuning.evaluate import Examples
+
+LIMIT = 2 * 2**30
+
+
+class Kept:
+    """Features of a data set, in memory: item i is (x_0 … x_L of image i, label)."""
+
+    def __init__(self, features: Features, labels: Tensor) -> None:
+        self.features, self.labels = features, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[Features, int]:
+        return tuple(x[i] for x in self.features), int(self.labels[i])
+
+
+class FromFeatures(nn.Module):
+    """A tuned model that reads kept features where it would have read images: the same logits, no backbone pass."""
+
+    def __init__(self, tuned: Tuned) -> None:
+        super().__init__()
+        self.tuned = tuned
+
+    def forward(self, features: Any) -> Tensor:
+        return self.tuned.from_features(tuple(features))  # type: ignore[no-any-return]
+
+
+def size_of(tuned: Tuned, images: Examples) -> int:
+    """Bytes that the features of `images` take, from one image's."""
+    one = tuned.features(images[0][0][None].to(next(tuned.parameters()).device))
+    return len(images) * sum(x.nbytes for x in one)
+
+
+def keep(tuned: Tuned, images: Examples, batch_size: int = 32, seen: Callable[[int], None] = lambda done: None) -> Kept:
+    """One pass of the backbone over `images`. Only for adapters that read features and change none."""
+    assert tuned.reads_features
+    device = next(tuned.parameters()).device
+    batches, labels = [], []
+    for pixels, label in DataLoader(cast(Dataset[Any], images), batch_size):
+        batches.append([x.cpu() for x in tuned.features(pixels.to(device))])
+        labels.append(label)
+        seen(sum(map(len, labels)))
+    return Kept(tuple(torch.cat(layer) for layer in zip(*batches, strict=True)), torch.cat(labels))

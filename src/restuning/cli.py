@@ -1,0 +1,348 @@
+"""The command line: parse, call, print. Bad input is one line on standard error and exit code 2; Ctrl-C is 130."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import NoReturn
+
+from restuning.errors import MissingExtra, RestuningError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RestuningError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        args = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], int | None] = args.run_command
+        return run(args) or 0
+    except RestuningError as error:
+        print(f"restuning: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("restuning: interrupted; a training run goes on with --resume", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="restuning", description="Tune frozen foundation models by Res-Tuning and its bypass.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], int | None], about: str, example: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=about,
+            description=about,
+            epilog=f"example: {example}",
+            formatter_class=argparse.RawTextHelpFormatter,
+        )
+        command.set_defaults(run_command=run)
+        command.add_argument("--json", action="store_true", help="print JSON, for machines")
+        return command
+
+    train = add(
+        "train",
+        _train,
+        "Tune a frozen backbone on a data set, test it, save it.",
+        "restuning train --data folder:photos --method res-tuning --lr 0.005 0.001 --out runs/photos",
+    )
+    train.add_argument("--out", type=Path, required=True, help="folder for run.json, the adapter and result.json")
+    train.add_argument("--run", type=Path, metavar="RUN.JSON", help="repeat a recorded run; other settings override it")
+    train.add_argument("--resume", action="store_true", help="continue the run in --out, to the same bits")
+    train.add_argument("--data", help=_DATA)
+    train.add_argument("--method", help="see `restuning methods` (default res-tuning)")
+    _backbone_flags(train)
+    train.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
+    train.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
+    train.add_argument(
+        "--pool", choices=["cls", "mean", "cls+mean"], help="what the head reads (default: the backbone's)"
+    )
+    for name in ("train", "val", "test"):
+        train.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    train.add_argument("--augment", action="store_true", default=None, help="RandomResizedCrop and flip")
+    train.add_argument(
+        "--crop", action="store_true", default=None, help="the backbone's centre crop, not the whole image"
+    )
+    train.add_argument(
+        "--no-keep-features",
+        dest="keep_features",
+        action="store_false",
+        default=None,
+        help="run the backbone in every epoch even where its features could be kept in memory",
+    )
+    train.add_argument("--lr", type=float, nargs="+", dest="lrs", help="learning rate; several: chosen on validation")
+    train.add_argument("--epochs", type=int, help="(default 50)")
+    train.add_argument("--batch-size", type=int, help="(default 32)")
+    train.add_argument("--weight-decay", type=float, help="never on scales, gates, biases, norms (default 0.05)")
+    train.add_argument("--warmup-epochs", type=float, help="(default 10, at most a fifth of all)")
+    train.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default no)")
+    train.add_argument("--accumulate", type=int, help="batches per step (default 1)")
+    train.add_argument("--clip", type=float, help="largest gradient norm (default none)")
+    train.add_argument("--patience", type=int, help="stop after so many epochs without a better validation accuracy")
+    train.add_argument("--workers", type=int, help="processes that load images (default 0)")
+    train.add_argument("--seed", type=int, help="(default 0)")
+    train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    evaluate = add(
+        "evaluate",
+        _evaluate,
+        "Measure a saved adapter on a data set's test split.",
+        "restuning evaluate runs/photos --data folder:photos",
+    )
+    evaluate.add_argument("adapter", type=Path, help="folder of a saved adapter")
+    evaluate.add_argument("--data", help=f"{_DATA} (default: the data it was trained on)")
+    evaluate.add_argument("--test-size", type=int, metavar="N", help=_SIZES["test"])
+    evaluate.add_argument("--weights", help="the backbone's weights, if not those of its run.json")
+    evaluate.add_argument("--batch-size", type=int, default=32)
+
+    predict = add(
+        "predict",
+        _predict,
+        "Classify an image or a folder of images with one or several saved adapters of one backbone.",
+        "restuning predict runs/photos runs/sprites picture.jpg --top 3",
+    )
+    predict.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of saved adapters")
+    predict.add_argument("image", type=Path, metavar="IMAGE", help="an image, or a folder of images")
+    predict.add_argument("--top", type=int, default=1, metavar="K", help="how many classes to print (default 1)")
+    predict.add_argument("--weights", help="the backbone's weights, if not those of a run.json")
+
+    add("methods", _methods, "List the named methods.", "restuning methods --json")
+
+    sites = add(
+        "sites",
+        _sites,
+        "List where a backbone's operations read and write.",
+        "restuning sites --backbone vit_base_patch16_224",
+    )
+    _backbone_flags(sites, weights=False)
+
+    params = add(
+        "params",
+        _params,
+        "Count parameters: tuners and head apart; no weights are loaded.",
+        "restuning params --backbone vit_base_patch16_224 --method res-tuning --classes 100 --json",
+    )
+    _backbone_flags(params, weights=False)
+    params.add_argument("--method", help="one method (default: all)")
+    params.add_argument("--classes", type=int, default=100)
+    params.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
+    params.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
+
+    data = add(
+        "data",
+        _data,
+        "Describe a data set: splits, classes, images; check every image.",
+        "restuning data tar:photos.tar",
+    )
+    data.add_argument("data", metavar="SPEC", help=_DATA)
+    data.add_argument("--check", action="store_true", help="decode every image")
+    for name in ("train", "val", "test"):
+        data.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    data.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+_DATA = "folder:PATH, tar:PATH, digits, sprites:location, sprites:orientation or hf:NAME"
+_SIZES = {
+    "train": "images to train on, those held out for validation among them (default all)",
+    "val": "images held out of them for validation (default 0; a fifth if a rate is to be chosen)",
+    "test": "images to test on (default all, or a fifth where there is no test split)",
+}
+
+
+def _backbone_flags(parser: argparse.ArgumentParser, weights: bool = True) -> None:
+    parser.add_argument("--backbone", help="restuning-micro (default, bundled), a timm model, or hf:FOLDER")
+    if weights:
+        parser.add_argument(
+            "--weights", help="file of pretrained weights, or 'random' (default: bundled, or from the hub)"
+        )
+        parser.add_argument("--image-size", type=int, help="pixels a side (default: the backbone's own)")
+
+
+def _blocks(text: str) -> tuple[int, ...]:
+    try:
+        found: list[int] = []
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            found += range(int(first), int(last or first) + 1)
+        return tuple(found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected blocks such as 0-5 or 0,3,7") from error
+
+
+def _train(args: argparse.Namespace) -> None:
+    from restuning.recipe import TrainConfig
+    from restuning.run import RUN, Run, execute, read_run
+
+    recorded = args.run or (args.out / RUN if args.resume else None)
+    run = read_run(recorded) if recorded else None
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    training = {k: given[k] for k in asdict(TrainConfig()) if k in given}
+    settings = {k: given[k] for k in Run.__dataclass_fields__ if k in given and k != "run"}
+    settings |= {"lrs": tuple(settings["lrs"])} if "lrs" in settings else {}
+    if run is not None:
+        run = replace(run, **settings, training=replace(run.training, **training))
+    elif "data" not in settings:
+        raise RestuningError(f"--data is missing: expected {_DATA}")
+    else:
+        run = Run(**settings, training=TrainConfig(**training))
+    result = execute(
+        run, args.out, resume=args.resume, progress=not (args.quiet or args.json), tensorboard=args.tensorboard
+    )
+    if args.json:
+        print(json.dumps(result))
+    else:
+        print(
+            f"test accuracy {result['test_accuracy']:.2f} % on {result['images']['test']} images; saved in {args.out}"
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from restuning.data import Prepared, check, load_task
+    from restuning.evaluate import evaluate
+    from restuning.run import RUN, card_preprocess, load_tuned, read_run
+
+    tuned = load_tuned(args.adapter, args.weights)
+    card = tuned.card()
+    run = read_run(args.adapter / RUN) if (args.adapter / RUN).exists() else None
+    if args.data is None and run is None:
+        raise RestuningError(f"--data is missing, and {args.adapter} has no {RUN} that names it")
+    spec = args.data or (run.data if run else "")
+    test_size = args.test_size or (run.test_size if run and spec == run.data else None)
+    test = (task := load_task(spec, test_size=test_size)).test
+    if tuple(task.classes) != tuple(card.classes or ()):
+        raise RestuningError(
+            f"{spec} has {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "
+            f"{len(card.classes or ())} ({', '.join((card.classes or ())[:3])}, …): expected the same"
+        )
+    check(test)
+    pixels = Prepared(test, card_preprocess(args.adapter, card.preprocessing))
+    metrics = {name: round(value, 4) for name, value in evaluate(tuned, pixels, args.batch_size)}
+    if args.json:
+        print(json.dumps({"data": spec, "images": len(test), **metrics}))
+    else:
+        print(f"{len(test)} images: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from restuning.predict import predict
+
+    rows = predict(args.adapters, args.image, args.top, args.weights)
+    if args.json:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        top = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
+        print(f"{row['image']}  {row['adapter']}  {top}")
+
+
+def _methods(args: argparse.Namespace) -> None:
+    from restuning.methods import ABOUT, methods, to_dict
+
+    if args.json:
+        print(json.dumps({name: {"about": ABOUT[name], **to_dict(method)} for name, method in methods.items()}))
+    else:
+        _table(["method", "what is trained"], [[name, ABOUT[name]] for name in methods])
+
+
+def _sites(args: argparse.Namespace) -> None:
+    from restuning.backbones import MICRO, describe_backbone
+    from restuning.wiring.sites import find_sites
+
+    found = find_sites(describe_backbone(args.backbone or MICRO))
+    rows = [
+        {
+            "op": s.op,
+            "block": s.block,
+            "reads": f"{s.reads.path} ({s.reads.side})",
+            "writes": f"{s.writes.path} ({s.writes.side})",
+            "width": s.port.reads,
+        }
+        for s in found
+    ]
+    if args.json:
+        print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.port.heads, "sites": rows}))
+    else:
+        print(f"{found.anatomy.name}: {len(found.blocks)} blocks, pooling {found.pool}")
+        _table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
+
+
+def _params(args: argparse.Namespace) -> None:
+    from restuning.adapt import adapt
+    from restuning.backbones import MICRO, describe_backbone
+    from restuning.measure import count
+    from restuning.methods import find_method, methods, on_blocks, resize
+
+    if args.classes < 1:
+        raise RestuningError(f"--classes {args.classes}: expected at least 1")
+    backbone = describe_backbone(args.backbone or MICRO)
+    counts = {}
+    for name in [args.method] if args.method else methods:
+        method = find_method(name)
+        method = method if args.size is None else resize(method, args.size)
+        method = method if args.blocks is None else on_blocks(method, args.blocks)
+        tuned = adapt(backbone, method, args.classes)
+        counts[name] = count(tuned)
+        tuned.unload()
+    if args.json:
+        print(json.dumps(counts[args.method] if args.method else counts))
+    else:
+        columns = ["trainable", "tuners", "head", "total"]
+        _table(["method", *columns], [[name, *(f"{c[k]:,}" for k in columns)] for name, c in counts.items()])
+
+
+def _data(args: argparse.Namespace) -> None:
+    from restuning.data import check, load_task
+
+    task = load_task(
+        args.data, train_size=args.train_size, val_size=args.val_size or 0, test_size=args.test_size, seed=args.seed
+    )
+    splits = {
+        name: images for name, images in (("train", task.train), ("val", task.val), ("test", task.test)) if images
+    }
+    if args.check:
+        for images in splits.values():
+            check(images)
+    counts = {
+        name: [sum(1 for label in images.labels if int(label) == i) for i in range(len(task.classes))]
+        for name, images in splits.items()
+    }
+    if args.json:
+        print(json.dumps({"data": args.data, "classes": list(task.classes), "images": counts, "checked": args.check}))
+        return
+    total = [f"{name} {sum(n)}" for name, n in counts.items()]
+    print(
+        f"{args.data}: {len(task.classes)} classes; images: {', '.join(total)}{'; all readable' if args.check else ''}"
+    )
+    _table(["class", *counts], [[c, *(str(n[i]) for n in counts.values())] for i, c in enumerate(task.classes)])
+
+
+def _table(columns: list[str], rows: list[list[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise MissingExtra("rich", "train") from error
+    table = Table(box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        numbers = all(row[i].replace(",", "").isdigit() for row in rows)
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""How training is done, as data and pure functions: the settings, the learning rate, the order of the data."""
+
+import math
+import random
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from restuning.errors import RestuningError
+
+_MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "seed", "workers")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe: AdamW, linear warm-up (at most a fifth of the epochs), then a cosine to 0.
+
+    `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
+    With `patience`, training stops after so many epochs without a better validation accuracy, and the best state
+    stands.
+    """
+
+    epochs: int = 50
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 32
+    warmup_epochs: float = 10
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulate: int = 1
+    clip: float | None = None
+    seed: int = 0
+    patience: int | None = None
+    workers: int = 0
+    save_seconds: float = 60
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise RestuningError(f"precision is {self.precision!r}: expected no, bf16 or fp16")
+        for f in fields(self):
+            value, whole = getattr(self, f.name), f.type in (int, int | None)
+            if f.name == "precision" or (value is None and f.default is None):
+                continue
+            kind = "a whole number" if whole else "a number"
+            bound = "of 0 or more" if f.name in _MAY_BE_ZERO else "above 0"
+            good = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
+            if not good or value < 0 or (value == 0 and f.name not in _MAY_BE_ZERO):
+                raise RestuningError(f"{f.name} is {value!r}: expected {kind} {bound}")
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
+    """The lr of a step: linear to the peak over `warmup` steps, then half a cosine that would reach 0 at `steps`."""
+    if step < warmup:
+        return peak * min(1.0, (step + 1) / warmup)
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained: matrices with weight decay; α, λ, scales, biases and norms without."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RestuningError("nothing to train: no parameter of the model has requires_grad")
+    groups = [([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def seed_of(*place: int) -> int:
+    # a string is hashed in full (SHA-512), so neighbouring places share nothing
+    return random.Random(repr(place)).getrandbits(63)
+
+
+def data_order(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of an epoch, over all processes."""
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    order: list[int] = torch.randperm(examples, generator=generator).tolist()
+    return [order[i : i + batch_size] for i in range(0, examples, batch_size)]

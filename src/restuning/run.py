@@ -1,0 +1,297 @@
+"""A recorded run: its settings as data, and the one procedure that turns them into a saved adapter and a result."""
+
+import contextlib
+import fcntl
+import json
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from restuning.adapt import Tuned, adapt
+from restuning.backbones import MICRO, load_backbone, preprocessing_of
+from restuning.bank import LIMIT, FromFeatures, keep, size_of
+from restuning.data import Images, Prepared, Preprocess, Task, check, load_task
+from restuning.errors import CheckpointError, RestuningError
+from restuning.evaluate import Examples, evaluate
+from restuning.measure import count
+from restuning.methods import Method, find_method, on_blocks, resize
+from restuning.recipe import TrainConfig
+from restuning.saved import write_whole
+from restuning.train import fit
+
+RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a run's outcome. Several rates in `lrs`: chosen on validation, then trained again on
+    training and validation images together (VTAB-1k's protocol), tested once, at the last epoch."""
+
+    data: str
+    method: str = "res-tuning"
+    backbone: str = MICRO
+    weights: str | None = None
+    image_size: int | None = None
+    size: int | None = None
+    blocks: tuple[int, ...] | None = None
+    pool: str | None = None
+    train_size: int | None = None
+    val_size: int = 0
+    test_size: int | None = None
+    augment: bool = False
+    crop: bool = False
+    keep_features: bool = True
+    lrs: tuple[float, ...] = (1e-3,)
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if not self.lrs:
+            raise RestuningError("no learning rate: expected at least one")
+        for lr in self.lrs:
+            replace(self.training, lr=lr)
+        find_method(self.method)
+
+    @property
+    def spec(self) -> Method:
+        method = find_method(self.method)
+        method = method if self.size is None else resize(method, self.size)
+        return method if self.blocks is None else on_blocks(method, self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Run":
+        """The inverse of `to_dict`. Raises RestuningError for settings that are unknown or missing."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown or "data" not in data:
+            raise RestuningError(f"a run with unknown settings {unknown}" if unknown else "a run without 'data'")
+        blocks = data.get("blocks")
+        try:
+            training = TrainConfig(**data.get("training", {}))
+        except TypeError as error:
+            raise RestuningError(f"a run with unknown training settings: {error}") from error
+        return cls(
+            **{
+                **data,
+                "blocks": None if blocks is None else tuple(blocks),
+                "lrs": tuple(data.get("lrs", (1e-3,))),
+                "training": training,
+            }
+        )
+
+
+def read_run(path: Path) -> Run:
+    """A run.json. Raises RestuningError if it is not there or cannot be read."""
+    try:
+        return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise RestuningError(f"no recorded run at {path}: expected a {RUN}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise RestuningError(f"{path} is damaged: {error}") from error
+
+
+def execute(
+    run: Run, out: Path, *, resume: bool = False, progress: bool = True, tensorboard: bool = False
+) -> dict[str, Any]:
+    """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds.
+
+    Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
+    """
+    with _claimed(out, run, resume):
+        start = time.perf_counter()
+        backbone = load_backbone(run.backbone, run.weights, run.image_size)
+        preprocess = preprocessing_of(backbone, run.image_size, run.crop)
+        sizes = {"train_size": run.train_size, "test_size": run.test_size, "seed": run.training.seed}
+        whole = load_task(run.data, **sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)  # type: ignore[arg-type]
+        for images in filter(None, (whole.train, whole.val, whole.test)):
+            check(images)
+        task = _Prepared(run, backbone, preprocess, whole.classes)
+        lr, trials = run.lrs[0], {}
+        if len(run.lrs) > 1:
+            held = load_task(run.data, **sizes, val_size=run.val_size or max(1, len(whole.train) // 5))  # type: ignore[arg-type]
+            trials = _choose(run, task, held, out, resume, progress)
+            lr = max(run.lrs, key=lambda rate: trials[str(rate)])
+        write_whole(out / RUN, _json(run.to_dict()))
+        model, tuned = task.model()
+        history = fit(
+            model,
+            task.read(tuned, whole.train, run.augment),
+            None if whole.val is None else task.read(tuned, whole.val),
+            replace(run.training, lr=lr),
+            state=out / "state.pt",
+            resume=resume,
+            progress=progress,
+            tracker=out / "tensorboard" if tensorboard else None,
+        )
+        metrics = dict(evaluate(model, task.read(tuned, whole.test), run.training.batch_size))
+        result = {
+            "test_accuracy": metrics.pop("accuracy"),
+            **{f"test_{name}": value for name, value in metrics.items()},
+            "lr": lr,
+            "validation_accuracy": trials,
+            "epochs": [asdict(epoch) for epoch in history.epochs],
+            "stopped": history.stopped,
+            "images": {"train": len(whole.train), "val": len(whole.val or ()), "test": len(whole.test)},
+            "classes": len(whole.classes),
+            "parameters": count(tuned),
+            "kept_features": isinstance(model, FromFeatures),
+            "seconds": round(time.perf_counter() - start, 1),
+            "versions": versions(),
+            "settings": run.to_dict(),
+        }
+        tuned.save_pretrained(out)
+        write_whole(out / RESULT, _json(result))
+        (out / "state.pt").unlink(missing_ok=True)
+        return result
+
+
+def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool) -> dict[str, float]:
+    """Validation accuracy of every rate, at the last epoch; those already measured are not measured again."""
+    file = out / TRIALS
+    trials: dict[str, float] = json.loads(file.read_text()) if resume and file.exists() else {}
+    assert held.val is not None
+    for lr in run.lrs:
+        if str(lr) in trials:
+            continue
+        model, tuned = task.model()
+        state = out / f"trial-{lr}.pt"
+        fit(
+            model,
+            task.read(tuned, held.train, run.augment),
+            task.read(tuned, held.val),
+            replace(run.training, lr=lr),
+            state=state,
+            resume=resume,
+            progress=progress,
+        )
+        trials[str(lr)] = dict(evaluate(model, task.read(tuned, held.val), run.training.batch_size))["accuracy"]
+        write_whole(file, _json(trials))
+        state.unlink(missing_ok=True)
+    return trials
+
+
+class _Prepared:
+    """Images as a model of this run reads them: pixels, or (where nothing is tuned inside a frozen backbone, and
+    pixels never change) the features that the backbone made of them, computed once."""
+
+    def __init__(self, run: Run, backbone: nn.Module, preprocess: Preprocess, classes: Sequence[str]) -> None:
+        self.run, self.backbone, self.preprocess, self.classes = run, backbone, preprocess, classes
+        self.kept: dict[tuple[str, ...], Examples] = {}
+        self.came = {k: v.clone() for k, v in backbone.state_dict().items()} if run.method == "full" else None
+
+    def model(self) -> tuple[nn.Module, Tuned]:
+        """A newly born tuned model, the same at each call."""
+        torch.manual_seed(self.run.training.seed)
+        if self.came is not None:
+            self.backbone.load_state_dict(self.came)
+        tuned = adapt(
+            self.backbone,
+            self.run.spec,
+            len(self.classes),
+            pool=self.run.pool,
+            classes=self.classes,
+            preprocessing=self.preprocess.to_dict(),
+            backbone_name=self.run.backbone,
+        )
+        if torch.cuda.is_available():
+            tuned.cuda()
+        return (FromFeatures(tuned) if self._keeps(tuned) else tuned), tuned
+
+    def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples:
+        pixels = Prepared(images, self.preprocess, augment, self.run.training.seed)
+        if not self._keeps(tuned):
+            return pixels
+        key = tuple(images.names)
+        if key not in self.kept:
+            if size_of(tuned, pixels) > LIMIT:
+                raise RestuningError("the features of these images do not fit in memory: add --no-keep-features")
+            self.kept[key] = keep(tuned, pixels, self.run.training.batch_size)
+        return self.kept[key]
+
+    def _keeps(self, tuned: Tuned) -> bool:
+        return self.run.keep_features and not self.run.augment and tuned.reads_features
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
+    """The output folder for this run alone. Nothing of an earlier one is overwritten."""
+    try:
+        new = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RestuningError(f"cannot write to {out}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RestuningError(f"{out} is in use by another run: choose another folder, or wait for it") from error
+        record = out / RUN
+        held = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+        if record.exists() and not resume:
+            state = "a finished run" if (out / RESULT).exists() else "an unfinished run: continue it with --resume"
+            raise RestuningError(f"{out} holds {state}; choose another folder for a new one")
+        if held and not record.exists():
+            raise RestuningError(f"{out} is not empty and holds no run ({', '.join(held[:3])}): choose another folder")
+        if record.exists() and read_run(record) != run:
+            before, now = read_run(record).to_dict(), run.to_dict()
+            other = [f"{k} was {before[k]}, is {now[k]}" for k in now if _json(before[k]) != _json(now[k])]
+            raise RestuningError(f"{out} holds a run of other settings: {'; '.join(other)}")
+        if record.exists() and (out / RESULT).exists():
+            raise RestuningError(f"{out} holds a finished run: there is nothing to resume")
+        try:
+            write_whole(record, _json(run.to_dict()))
+            yield
+        except OSError as error:
+            raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
+        except RestuningError:
+            if new and not any(p.suffix in {".pt", ".safetensors"} for p in out.iterdir()):
+                for name in (RUN, TRIALS, ".lock"):  # a run that never started leaves nothing behind
+                    (out / name).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    out.rmdir()
+            raise
+
+
+def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None = None) -> Tuned:
+    """A saved adapter on the backbone that its files name (or on the one given).
+
+    Weights come from `weights`, else from the run.json beside the adapter, else by the backbone's name.
+    """
+    from restuning.saved import read
+
+    card, _ = read(folder)
+    if weights is None and (folder / RUN).exists():
+        weights = read_run(folder / RUN).weights
+    preprocess = card_preprocess(folder, card.preprocessing)
+    if onto is None:
+        onto = load_backbone(str(card.backbone["name"]), weights)
+        if preprocessing_of(onto).size != preprocess.size:
+            onto = load_backbone(str(card.backbone["name"]), weights, preprocess.size[0])
+    return Tuned.from_pretrained(onto, folder)
+
+
+def card_preprocess(folder: Path, data: Mapping[str, Any] | None) -> Preprocess:
+    """The preprocessing that an adapter was trained with."""
+    if data is None:
+        raise CheckpointError(f"{folder} names no preprocessing: it was not trained by the command line")
+    return Preprocess.from_dict(dict(data))
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the numbers."""
+    from restuning import __version__
+
+    return {"restuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()

@@ -1,0 +1,293 @@
+"""Train a module on a data set with a loss; stopped at any moment, a run goes on to the same bits.
+
+All that is random is a function of where the run is: the order of the data of (seed, epoch), dropout of (seed, step,
+process), augmentation of whatever the data set makes of `set_epoch`. So a state holds no generator, and no batch is
+read twice to catch up.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from restuning.checkpoint import (
+    changing_tensors,
+    described,
+    read_state,
+    refuse_other,
+    restore,
+    uninterrupted,
+    write_state,
+)
+from restuning.errors import MissingExtra, RestuningError
+from restuning.evaluate import Examples, predict_logits, to_device
+from restuning.progress import Epoch as Epoch
+from restuning.progress import History as History
+from restuning.progress import Place, bar, board
+from restuning.recipe import TrainConfig as TrainConfig
+from restuning.recipe import data_order, learning_rate, parameter_groups, seed_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_DO_NOT_CHANGE_THE_RESULT = ("workers", "save_seconds")
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits [b, c], labels [b]) → the mean over the batch."""
+
+
+@runtime_checkable
+class HasEpoch(Protocol):
+    """A data set whose augmentation is a function of the epoch."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+@dataclass
+class _Run:
+    model: nn.Module
+    shell: nn.Module  # the model as Accelerate wraps it; the model itself stays unwrapped and unpatched
+    optimizer: Any
+    accelerator: "Accelerator"
+    train: Examples
+    val: Examples | None
+    config: TrainConfig
+    loss: Loss
+    state: Path | None
+    place: Place = field(default_factory=Place)
+    torn: bool = False  # inside a step: what is in memory is not a state to keep
+    saved: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.steps = math.ceil(math.ceil(len(self.train) / self.config.batch_size) / self.config.accumulate)
+
+    def lr(self, step: int) -> float:
+        warmup = min(self.config.warmup_epochs, 0.2 * self.config.epochs)
+        return learning_rate(step, self.config.epochs * self.steps, warmup * self.steps, self.config.lr)
+
+    def stale(self) -> bool:
+        """Whether the last `patience` epochs brought nothing better."""
+        seen = [e.val_accuracy or 0.0 for e in self.place.history]
+        return bool(self.config.patience and seen and len(seen) - 1 - seen.index(max(seen)) >= self.config.patience)
+
+    def epoch(self, show: Callable[[int, str], None]) -> Epoch:
+        """What is left of the epoch; its row."""
+        place, config, tick = self.place, self.config, time.perf_counter()
+        if isinstance(self.train, HasEpoch):
+            self.train.set_epoch(place.epoch)
+        self.model.train()
+        order = data_order(len(self.train), config.batch_size, config.seed, place.epoch)
+        order = order[place.step * config.accumulate :]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        loader = iter(
+            DataLoader(
+                cast(Dataset[Any], self.train),
+                # a process left without an example reads one for nothing: all must take part in the step
+                batch_sampler=[batch[rank::world] or batch[:1] for batch in order],
+                num_workers=config.workers,
+                generator=torch.Generator().manual_seed(seed_of(config.seed, place.epoch)),
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
+        for start in range(0, len(order), config.accumulate):
+            sizes = [len(batch) for batch in order[start : start + config.accumulate]]
+            step = place.epoch * self.steps + place.step
+            torch.manual_seed(seed_of(config.seed, step, rank))
+            batches = [next(loader) for _ in sizes]
+            with uninterrupted():
+                self.torn = True
+                loss, correct = self.step(batches, sizes, self.lr(step))
+                place.step, place.seen = place.step + 1, place.seen + sum(sizes)
+                place.loss, place.correct = place.loss + loss, place.correct + correct
+                tick, before = time.perf_counter(), tick
+                place.seconds += tick - before
+                self.torn = False
+            if time.monotonic() - self.saved >= config.save_seconds:
+                self.save()
+            show(step + 1, place.text(config.epochs))
+        val_accuracy = None if self.val is None else self.accuracy(self.val)
+        with uninterrupted():
+            place.seconds += time.perf_counter() - tick
+            row = Epoch(
+                place.epoch,
+                place.loss / place.seen,
+                100 * place.correct / place.seen,
+                val_accuracy,
+                self.lr((place.epoch + 1) * self.steps - 1),
+                place.seconds,
+            )
+            better = all((val_accuracy or 0.0) > (e.val_accuracy or 0.0) for e in place.history)
+            best = changing_tensors(self.model) if config.patience and better else place.best
+            self.place = Place(place.epoch + 1, history=[*place.history, row], best=best)
+            self.save()
+        return row
+
+    def step(self, batches: list[Any], sizes: list[int], lr: float) -> tuple[float, float]:
+        """One optimizer step: the gradient of the mean loss over all examples of all batches and processes.
+
+        Returns the summed loss and the number that were right. Batches weigh what they hold, so a short last batch,
+        accumulation or more processes change nothing but the rounding.
+        """
+        accelerator, world = self.accelerator, self.accelerator.num_processes
+        total_loss = total_correct = 0.0
+        self.optimizer.zero_grad()
+        for i, ((inputs, labels), size) in enumerate(zip(batches, sizes, strict=True)):
+            own = len(range(accelerator.process_index, size, world))
+            labels = labels.to(accelerator.device, non_blocking=True)
+            with accelerator.no_sync(self.shell) if i + 1 < len(batches) else nullcontext():
+                logits = self.shell(to_device(inputs, accelerator.device))
+                loss = self.loss(logits, labels)
+                correct = (logits[:own].argmax(-1) == labels[:own]).sum()
+                # summed over the processes before the backward pass, so that all of them stop at a bad loss together
+                sums = accelerator.reduce(torch.stack([loss.detach().float() * own, correct.float()]), "sum")
+                batch_loss, batch_correct = sums.tolist()
+                if not math.isfinite(batch_loss):
+                    where = f"epoch {self.place.epoch}, step {self.place.step}"
+                    raise RestuningError(
+                        f"{where}: the loss is {batch_loss / size} at lr {lr:g}; lower lr, or set clip"
+                    )
+                accelerator.backward(loss * (own * world / sum(sizes)))
+            total_loss, total_correct = total_loss + batch_loss, total_correct + batch_correct
+        if self.config.clip is not None:
+            accelerator.unscale_gradients(self.optimizer)
+            nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return total_loss, total_correct
+
+    def accuracy(self, dataset: Examples) -> float:
+        """Percent, each process on its share."""
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        share = Subset(cast(Dataset[Any], dataset), range(rank, len(dataset), world))
+        with self.accelerator.autocast():
+            logits, labels = predict_logits(self.model, share, self.config.batch_size, self.config.workers)
+        correct = (logits.argmax(-1) == labels).sum().to(self.accelerator.device)
+        return 100 * int(self.accelerator.reduce(correct, "sum").item()) / len(dataset)
+
+    def facts(self) -> dict[str, Any]:
+        """What must be the same for a run to go on."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in _DO_NOT_CHANGE_THE_RESULT}
+        return {**config, "training examples": len(self.train), "processes": self.accelerator.num_processes}
+
+    def save(self) -> None:
+        self.saved = time.monotonic()
+        if self.state is None or not self.accelerator.is_main_process:
+            return
+        for name, p in self.model.named_parameters():
+            if p.requires_grad and not p.isfinite().all():
+                raise RestuningError(f"epoch {self.place.epoch}, step {self.place.step}: {name} is no longer finite")
+        scaler = self.accelerator.scaler
+        state = {
+            "facts": self.facts(),
+            "tensors": changing_tensors(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "place": {**vars(self.place), "history": [asdict(e) for e in self.place.history]},
+        }
+        write_state(self.state, state)
+
+    def load(self, path: Path) -> None:
+        state = read_state(path)
+        refuse_other(path, state["facts"], self.facts())
+        refuse_other(path, described(state["tensors"]), described(changing_tensors(self.model)))
+        restore(self.model, state["tensors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        history = [Epoch(**row) for row in state["place"].pop("history")]
+        self.place = Place(**state["place"], history=history)
+
+
+@contextmanager
+def _accelerated(precision: str, given: "Accelerator | None") -> Iterator["Accelerator"]:
+    """The caller's accelerator, or one of our own that leaves no setting behind for the next run."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise MissingExtra("accelerate", "train") from error
+    taken = bool(AcceleratorState._shared_state)
+    try:
+        accelerator = given or Accelerator(mixed_precision=precision)
+    except ValueError as error:  # no GPU for fp16, or an accelerator of another precision lives in this process
+        raise RestuningError(f"precision {precision} cannot be had here: {error}") from error
+    try:
+        kind = accelerator.distributed_type.value
+        if accelerator.mixed_precision != precision:
+            raise RestuningError(f"precision is {precision}, and the accelerator's is {accelerator.mixed_precision}")
+        if accelerator.gradient_accumulation_steps != 1:
+            raise RestuningError("the accelerator accumulates gradients: set TrainConfig.accumulate instead")
+        if kind != "NO" and not kind.startswith("MULTI_"):
+            raise RestuningError(f"the accelerator runs {kind}: expected one process, or data parallelism (MULTI_...)")
+        yield accelerator
+    finally:
+        if not taken and given is None:
+            AcceleratorState._reset_state()
+
+
+def fit(
+    model: nn.Module,
+    train: Examples,
+    val: Examples | None,
+    config: TrainConfig,
+    *,
+    state: Path | None = None,
+    resume: bool = False,
+    loss: Loss = F.cross_entropy,
+    tracker: Path | None = None,
+    progress: bool = True,
+    accelerator: "Accelerator | None" = None,
+) -> History:
+    """Train what has requires_grad, in place; `model.train()` each epoch (frozen parts must keep themselves in eval).
+
+    `state` is the file that a run can go on from: written at the start, every `save_seconds`, after each epoch and on
+    Ctrl-C. With `resume`, the run goes on from it, or starts if it is not there yet; without, it is overwritten. On a
+    GPU, "the same bits" holds as far as its kernels are deterministic. The global generators are left as they were.
+    """
+    if resume and state is None:
+        raise RestuningError("resume needs a state file: state is None")
+    if config.patience is not None and val is None:
+        raise RestuningError(f"patience is {config.patience}, and there is no validation set to be patient about")
+    groups = parameter_groups(model, config.weight_decay)
+    with _accelerated(config.precision, accelerator) as accelerator:
+        for name, dataset in (("train", train), ("val", val)):
+            if dataset is not None and len(dataset) < accelerator.num_processes:
+                raise RestuningError(f"{name} has {len(dataset)} examples for {accelerator.num_processes} processes")
+        shell, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(groups, lr=config.lr))
+        run = _Run(model, shell, optimizer, accelerator, train, val, config, loss, state)
+        if resume and state is not None and state.exists():
+            run.load(state)
+            accelerator.wait_for_everyone()  # nobody writes what another still reads
+        else:
+            accelerator.wait_for_everyone()
+            run.save()
+        main, total = accelerator.is_main_process, config.epochs * run.steps
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with (
+            torch.random.fork_rng(devices),
+            bar(total, progress and main) as show,
+            board(tracker if main else None, run.place.epoch) as draw,
+        ):
+            try:
+                while run.place.epoch < config.epochs and not run.stale():
+                    row = run.epoch(show)
+                    draw(row.epoch, row.curves())
+            except KeyboardInterrupt:
+                if not run.torn:
+                    run.save()
+                raise
+            finally:
+                optimizer.zero_grad()
+        if run.place.best:
+            restore(model, run.place.best)
+        accelerator.wait_for_everyone()
+    return History(run.place.history, "finished" if run.place.epoch == config.epochs else "early")
