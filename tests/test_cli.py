@@ -1,0 +1,215 @@
+"""The command line as its user meets it: a whole run on a folder of pictures, and every bad input as one line, code 2."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from restuning.cli import main
+
+FAST = ["--epochs", "2", "--batch-size", "8", "--quiet"]
+
+
+def pictures(root: Path, classes: dict[str, tuple[int, int, int]], n: int = 8) -> Path:
+    for name, colour in classes.items():
+        (root / name).mkdir(parents=True)
+        for i in range(n):
+            shade = tuple(max(0, c - 9 * i) for c in colour)
+            Image.new("RGB", (40, 30 + i), shade).save(root / name / f"{i}.png")
+    return root
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "my photos", {"blue": (30, 40, 230), "green": (20, 220, 40), "red": (240, 30, 20)})
+
+
+def call(*argv: str | Path) -> int:
+    return main([str(a) for a in argv])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """The one line of a refusal."""
+    assert call(*argv) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("restuning: ") and "\n" not in err, err
+    return err
+
+
+def test_train_evaluate_predict(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for method in ("res-tuning", "bypass", "linear"):
+        out = tmp_path / method
+        settings = ["--method", method, "--epochs", "8", "--batch-size", "8", "--lr", ".01", "--json"]
+        assert call("train", "--data", f"folder:{photos}", "--out", out, *settings) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result == json.loads((out / "result.json").read_text())
+        assert result["test_accuracy"] == 100.0 and result["settings"]["method"] == method
+        assert not list(out.glob("*.pt")), "the state is not kept once the run is done"
+        assert (out / "adapter_model.safetensors").stat().st_size < 400_000
+        assert call("evaluate", out, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["accuracy"] == result["test_accuracy"]
+    assert call("predict", tmp_path / "bypass", tmp_path / "res-tuning", photos / "red" / "0.png", "--top", "2", "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["top"][0]["class"] for row in rows] == ["red", "red"]
+    assert all(len(row["top"]) == 2 for row in rows)
+    assert call("predict", tmp_path / "linear", photos / "green", "--json") == 0
+    assert [r["top"][0]["class"] for r in json.loads(capsys.readouterr().out)] == ["green"] * 8
+
+
+def test_run_json_repeats_the_run(photos: Path, tmp_path: Path) -> None:
+    assert call("train", "--data", f"folder:{photos}", "--out", tmp_path / "a", *FAST) == 0
+    assert call("train", "--run", tmp_path / "a" / "run.json", "--out", tmp_path / "b", "--quiet") == 0
+    a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
+    assert a == b
+
+
+def test_kept_features_change_nothing(photos: Path, tmp_path: Path) -> None:
+    for out, extra in (("kept", []), ("live", ["--no-keep-features"])):
+        argv = ["--data", f"folder:{photos}", "--method", "bypass", *FAST, *extra]
+        assert call("train", *argv, "--out", tmp_path / out) == 0
+    from safetensors.torch import load_file
+
+    kept, live = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("kept", "live"))
+    for key in kept:
+        torch.testing.assert_close(kept[key], live[key], rtol=1e-4, atol=1e-5)
+
+
+def test_rate_is_chosen_on_validation(photos: Path, tmp_path: Path) -> None:
+    argv = ["--data", f"folder:{photos}", "--method", "linear", "--lr", ".01", "1e-7", "--epochs", "20", "--quiet"]
+    assert call("train", *argv, "--out", tmp_path / "out") == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["lr"] == 0.01 and set(result["validation_accuracy"]) == {"0.01", "1e-07"}
+    assert result["images"]["val"] == 0, "the last training is on training and validation images together"
+
+
+def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{photos}", "--epochs", "40"]
+    argv += ["--batch-size", "2", "--quiet"]
+
+    def start(*extra: str) -> subprocess.Popen[str]:
+        return subprocess.Popen([*argv, *extra], stderr=subprocess.PIPE, text=True)
+
+    whole, cut = str(tmp_path / "whole"), tmp_path / "cut"
+    assert start("--out", whole).wait() == 0
+    for stop, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
+        run = start("--out", str(cut), "--resume") if cut.exists() else start("--out", str(cut))
+        deadline = time.time() + 120
+        while not (cut / "state.pt").exists() and time.time() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.4)
+        os.kill(run.pid, stop)
+        assert run.wait() == code
+        assert (cut / "state.pt").exists() and not (cut / "result.json").exists()
+    assert start("--out", str(cut), "--resume").wait() == 0
+    a, b = (Path(p, "adapter_model.safetensors").read_bytes() for p in (whole, cut))
+    assert a == b
+
+
+def test_refused_data(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+
+    def bad(spec: str) -> str:
+        line = refused(capsys, "train", "--data", spec, "--out", out, *FAST)
+        assert not out.exists(), "nothing half-written"
+        return line
+
+    assert "no such folder" in bad(f"folder:{tmp_path / 'nowhere'}").lower()
+    assert "unknown" in bad("foldr:x").lower()
+    (photos / "empty").mkdir()
+    assert "empty" in bad(f"folder:{photos}")
+    (photos / "empty").rmdir()
+    good = photos / "red" / "3.png"
+    data = good.read_bytes()
+    good.write_bytes(data[: len(data) // 2])
+    assert "3.png" in bad(f"folder:{photos}")
+    good.write_bytes(data)
+    Image.new("1", (30_000, 30_000)).save(photos / "red" / "huge.png")
+    assert "huge.png" in bad(f"folder:{photos}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--method", "res-tunning"], "did you mean 'res-tuning'"),
+        (["--backbone", "vit_tinny"], "unknown backbone"),
+        (["--epochs", "0"], "epochs"),
+        (["--lr", "-1"], "lr"),
+        (["--batch-size", "-3"], "batch_size"),
+        (["--size", "0"], "at least 1"),
+        (["--blocks", "99"], "blocks 0 to"),
+        (["--image-size", "-8"], "image size"),
+        (["--train-size", "0"], "0"),
+        (["--weights", "nowhere.safetensors"], "no weights at"),
+        (["--precision", "int3"], "precision"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_refused_settings(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    line = refused(capsys, "train", "--data", f"folder:{photos}", "--out", tmp_path / "out", "--quiet", *argv)
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_output_folders(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    out, argv = tmp_path / "out", ["train", "--data", f"folder:{photos}", *FAST]
+    assert call(*argv, "--out", out) == 0
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert "holds a finished run" in refused(capsys, *argv, "--out", out)
+    assert "other settings" in refused(capsys, *argv, "--out", out, "--resume", "--epochs", "3")
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "in use" in refused(capsys, *argv, "--out", out)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert "not empty" in refused(capsys, *argv, "--out", photos)
+
+
+def test_full_disk(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = refused(capsys, "train", "--data", f"folder:{photos}", "--out", tmp_path / "out", *FAST)
+    assert "No space left" in line
+    assert not (tmp_path / "out" / "adapter_config.json").exists()
+
+
+def test_refused_adapters(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert call("train", "--data", f"folder:{photos}", "--out", out, *FAST) == 0
+    image = photos / "red" / "0.png"
+    assert "no saved adapter" in refused(capsys, "predict", tmp_path / "nothing", image)
+    other = pictures(tmp_path / "other", {"a": (1, 2, 3), "b": (200, 100, 0)})
+    assert "classes" in refused(capsys, "evaluate", out, "--data", f"folder:{other}")
+    assert "other weights" in refused(capsys, "predict", out, image, "--weights", "random")
+    model = out / "adapter_model.safetensors"
+    model.write_bytes(model.read_bytes()[:-40])
+    assert "damaged" in refused(capsys, "predict", out, image)
+
+
+def test_params_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["params", "--backbone", "vit_base_patch16_224", "--method", "res-tuning", "--classes", "100", "--json"]
+    assert call(*argv) == 0
+    expected = {"trainable": 482_644, "tuners": 405_744, "head": 76_900, "total": 86_281_300}
+    assert json.loads(capsys.readouterr().out) == expected
+    assert call("methods", "--json") == 0
+    assert "bypass" in json.loads(capsys.readouterr().out)
+    assert call("sites", "--json") == 0
+    assert {s["op"] for s in json.loads(capsys.readouterr().out)["sites"]} == {"mha", "ffn", "block"}
+    assert call("data", "digits", "--check", "--json") == 0
+    images = json.loads(capsys.readouterr().out)["images"]
+    assert sum(map(sum, images.values())) == 1797
+    for command in ("train", "evaluate", "predict", "methods", "sites", "params", "data"):
+        with pytest.raises(SystemExit) as stop:
+            call(command, "--help")
+        assert stop.value.code == 0 and "example: restuning" in capsys.readouterr().out
