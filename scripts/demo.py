@@ -44,7 +44,9 @@ def main() -> None:
                 training=TrainConfig(epochs=epochs, lr=lr),
             )
             found[task, method] = execute(run, out / f"{task.replace(':', '-')}-{method}", progress=True)
-    table = Table(title=f"restuning-micro, 1,000 training images, 500 test images ({time.perf_counter() - start:.0f} s)")
+    table = Table(
+        title=f"restuning-micro, 1,000 training images, 500 test images ({time.perf_counter() - start:.0f} s)"
+    )
     for column in ("task", *METHODS):
         table.add_column(column, justify="left" if column == "task" else "right")
     for task, name in TASKS.items():

@@ -1,4 +1,4 @@
-"""The command line as its user meets it: a whole run on a folder of pictures, and every bad input as one line, code 2."""
+"""The command line as its user meets it: whole runs on a folder of pictures; bad input as one line and code 2."""
 
 import json
 import os
@@ -55,7 +55,10 @@ def test_train_evaluate_predict(photos: Path, tmp_path: Path, capsys: pytest.Cap
         assert (out / "adapter_model.safetensors").stat().st_size < 400_000
         assert call("evaluate", out, "--json") == 0
         assert json.loads(capsys.readouterr().out)["accuracy"] == result["test_accuracy"]
-    assert call("predict", tmp_path / "bypass", tmp_path / "res-tuning", photos / "red" / "0.png", "--top", "2", "--json") == 0
+    assert (
+        call("predict", tmp_path / "bypass", tmp_path / "res-tuning", photos / "red" / "0.png", "--top", "2", "--json")
+        == 0
+    )
     rows = json.loads(capsys.readouterr().out)
     assert [row["top"][0]["class"] for row in rows] == ["red", "red"]
     assert all(len(row["top"]) == 2 for row in rows)

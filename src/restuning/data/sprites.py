@@ -1,0 +1,103 @@
+"""`sprites:location` and `sprites:orientation`: generated after dSprites, labelled as in VTAB.
+
+dSprites (Matthey et al. 2017): white shapes on black, 64 x 64; 3 shapes (square, ellipse, heart) x 6 scales in [.5, 1] x
+40 orientations in [0, 2π) x 32 x 32 positions in [0, 1]: 737,280 pictures. VTAB's `dsprites_loc` asks for the horizontal
+position and `dsprites_ori` for the orientation, each in 16 equal bins of its index: bin = index · 16 // values. As in
+dSprites, a square looks the same at four orientations and an ellipse at two, so orientation has a ceiling below 100 %.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
+
+import torch
+from torch import Tensor
+
+from restuning.data.task import Images, Source
+from restuning.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SIDE, FINE, BINS = 64, 4, 16
+SIZES = (3, 6, 40, 32, 32)  # shape, scale, orientation, x, y
+FACTOR = {"location": 3, "orientation": 2}
+POOL = 60_000  # pictures that training and test images are drawn from, spread over all
+
+
+class _Names(Sequence[str]):
+    def __init__(self, indices: Tensor) -> None:
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[str]: ...
+    def __getitem__(self, i: int | slice) -> str | Sequence[str]:
+        return _Names(self.indices[i]) if isinstance(i, slice) else f"sprite {int(self.indices[i])}"
+
+
+class Sprites(Images):
+    """The sprites with these indices, drawn when read."""
+
+    def __init__(self, indices: Tensor, factor: int) -> None:
+        self.indices = indices
+        self.factors = torch.stack(torch.unravel_index(indices, SIZES), -1)
+        self.labels = (self.factors[:, factor] * BINS // SIZES[factor]).tolist()
+        self.names = _Names(indices)
+
+    def image(self, i: int) -> "Image":
+        shape, scale, turn, x, y = self.factors[i].tolist()
+        return draw(shape, 0.5 + 0.5 * scale / 5, 2 * math.pi * turn / 40, x / 31, y / 31)
+
+
+def draw(shape: int, scale: float, angle: float, x: float, y: float) -> "Image":
+    """One sprite; x and y in [0, 1] move its centre over the part of the frame in which it is wholly inside."""
+    from PIL import Image, ImageDraw
+
+    fine = SIDE * FINE
+    radius = 0.16 * fine * scale  # of the circle around the shape
+    margin = 0.17 * fine
+    cx, cy = (margin + p * (fine - 2 * margin) for p in (x, y))
+    cos, sin = math.cos(angle), math.sin(angle)
+    outline = [(cx + radius * (cos * u - sin * v), cy + radius * (sin * u + cos * v)) for u, v in OUTLINES[shape]]
+    image = Image.new("L", (fine, fine))
+    ImageDraw.Draw(image).polygon(outline, fill=255)
+    return image.reduce(FINE).convert("RGB")
+
+
+def _outlines() -> tuple[list[tuple[float, float]], ...]:
+    """Square, ellipse (2 : 1) and heart, each in the unit circle, centred on their mass."""
+    turns = [2 * math.pi * k / 64 for k in range(64)]
+    square = [(a * math.sqrt(0.5), b * math.sqrt(0.5)) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))]
+    ellipse = [(math.cos(t), 0.5 * math.sin(t)) for t in turns]
+    curve = [
+        (
+            16 * math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
+        )
+        for t in turns
+    ]
+    areas = [a[0] * b[1] - b[0] * a[1] for a, b in zip(curve, curve[1:] + curve[:1], strict=True)]
+    middle = (
+        sum((a[1] + b[1]) * w for a, b, w in zip(curve, curve[1:] + curve[:1], areas, strict=True)) / sum(areas) / 3
+    )
+    size = max(math.hypot(u, v - middle) for u, v in curve)
+    return square, ellipse, [(u / size, (v - middle) / size) for u, v in curve]
+
+
+OUTLINES = _outlines()
+
+
+def load_sprites(kind: str) -> Source:
+    """Training and test images are drawn from disjoint parts of a fixed permutation of all pictures."""
+    if kind not in FACTOR:
+        raise DataError(f"unknown sprites {kind!r}: expected {' or '.join(f'sprites:{k}' for k in FACTOR)}")
+    order = torch.randperm(math.prod(SIZES), generator=torch.Generator().manual_seed(0))
+    factor = FACTOR[kind]
+    step = SIZES[factor] / BINS
+    classes = tuple(f"{math.ceil(b * step)}-{math.ceil((b + 1) * step) - 1} of {SIZES[factor]}" for b in range(BINS))
+    return Source(classes, Sprites(order[: POOL // 2], factor), test=Sprites(order[POOL // 2 : POOL], factor))

@@ -1,0 +1,80 @@
+"""`tar:PATH`: the layout of a folder inside a tar; nothing is extracted to disk."""
+
+import io
+import os
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from restuning.data.decode import SUFFIXES, decode
+from restuning.data.folder import SPLITS, source_of
+from restuning.data.task import Images, Source
+from restuning.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Member = tuple[str, str, int, int]
+"""tar, name, offset, size; for a compressed tar the offset is that of the unpacked stream."""
+
+
+class Members(Images):
+    """Images in a tar, read at their offsets; each process opens the file for itself."""
+
+    def __init__(self, members: Sequence[Member], labels: Sequence[int]) -> None:
+        self.members, self.labels = members, labels
+        self.names = [f"{tar}:{name}" for tar, name, _, _ in members]
+
+    def image(self, i: int) -> "Image":
+        tar, _, offset, size = self.members[i]
+        return decode(io.BytesIO(_read(tar, offset, size)), self.names[i])
+
+
+def _read(tar: str, offset: int, size: int) -> bytes:
+    with _open(tar) as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def _open(tar: str) -> io.BufferedIOBase:
+    """The tar's plain stream, whatever packs it."""
+    import bz2
+    import gzip
+    import lzma
+
+    with open(tar, "rb") as file:
+        magic = file.read(6)
+    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
+    return openers.get(magic[:2], open)(tar, "rb")  # type: ignore[operator,no-any-return]
+
+
+def load_tar(path: str) -> Source:
+    """Raises DataError for what is no tar, is cut short, or holds no classes."""
+    where = str(Path(path).absolute())
+    if not os.path.isfile(path):
+        raise DataError(f"no such tar: {where}")
+    try:
+        with tarfile.open(path) as tar:
+            files = [m for m in tar.getmembers() if m.isfile()]
+            size = os.path.getsize(path)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{where} cannot be read as a tar: {error}") from error
+    plain = not any(path.endswith(end) for end in (".gz", ".tgz", ".bz2", ".xz"))
+    if plain and any(m.offset_data + m.size > size for m in files):
+        raise DataError(
+            f"{where} is cut short: expected {max(m.offset_data + m.size for m in files)} bytes, has {size}"
+        )
+    parts = [(PurePosixPath(m.name).parts, m) for m in files if PurePosixPath(m.name).suffix.lower() in SUFFIXES]
+    kept = [(p, m) for p, m in parts if not any(part.startswith(".") and part != "." for part in p)]
+    tops = {p[0] for p, _ in kept}
+    if len(tops) == 1 and all(len(p) > 2 for p, _ in kept) and tops != {SPLITS[0]}:
+        kept = [(p[1:], m) for p, m in kept]  # one folder around it all
+    by_split = all(len(p) > 2 and p[0] in SPLITS for p, _ in kept) and any(p[0] == SPLITS[0] for p, _ in kept)
+    splits: dict[str, dict[str, list[Member]]] = {}
+    for p, m in sorted(kept, key=lambda pair: pair[1].name):
+        if len(p) < 2:
+            raise DataError(f"{where}: {m.name} is in no class folder")
+        split, name = (p[0], p[1]) if by_split else (SPLITS[0], p[0])
+        splits.setdefault(split, {}).setdefault(name, []).append((path, m.name, m.offset_data, m.size))
+    return source_of(where, splits or {SPLITS[0]: {}}, Members)

@@ -1,0 +1,110 @@
+"""An image → the tensor that a backbone reads."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from restuning.data.task import Images
+from restuning.errors import DataError, MissingExtra
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LIMIT = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """size: (height, width). crop None: the whole image resized to the size, as in VTAB-1k's protocol; crop c: the
+    short side resized to size / c, then the centre cropped, as at timm's evaluation. mean, std: of pixels in [0, 1]."""
+
+    size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+    crop: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Preprocess":
+        """The inverse of `to_dict`, from JSON. Raises DataError if it is incomplete."""
+        try:
+            values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"a preprocessing that cannot be read: {error}") from error
+
+    def pixels(self, image: "Image") -> Tensor:
+        """uint8 (3, h, w), before normalisation."""
+        v2 = _v2()
+        mode = v2.InterpolationMode(self.interpolation)
+        if self.crop is None:
+            image = v2.functional.resize(image, list(self.size), mode, antialias=True)
+        else:
+            side = int(min(self.size) / self.crop)
+            image = v2.functional.center_crop(
+                v2.functional.resize(image, [side], mode, antialias=True), list(self.size)
+            )
+        return v2.functional.pil_to_tensor(image)  # type: ignore[no-any-return]
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 → float32, (v / 255 − mean) / std."""
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+    def __call__(self, image: "Image") -> Tensor:
+        return self.normalise(self.pixels(image))
+
+    def augmented(self, image: "Image") -> Tensor:
+        """A random resized crop, perhaps flipped (Table 10); by torch's global generator."""
+        v2 = _v2()
+        crop = v2.RandomResizedCrop(self.size, interpolation=v2.InterpolationMode(self.interpolation), antialias=True)
+        return self.normalise(v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(crop(image))))
+
+
+def _v2() -> Any:
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise MissingExtra("torchvision", "data") from error
+    return v2
+
+
+class Prepared(Dataset[tuple[Tensor, int]]):
+    """Images as (float32 (3, h, w), label). Augmentation is a function of (seed, epoch, index) alone; without it,
+    pixels are kept in memory (uint8, at most 2 GiB) once they are decoded and resized."""
+
+    def __init__(
+        self, images: Images, preprocess: Preprocess, augment: bool = False, seed: int = 0, cache: bool = True
+    ) -> None:
+        self.images, self.preprocess, self.augment, self.seed = images, preprocess, augment, seed
+        height, width = preprocess.size
+        self.cached: dict[int, Tensor] = {}
+        self.cache = cache and not augment and 3 * height * width * len(images) <= LIMIT
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        label = int(self.images.labels[i])
+        if self.augment:
+            with torch.random.fork_rng(devices=[]):
+                # a large odd multiplier each, so that neighbouring epochs and images share no seed
+                torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + i)
+                return self.preprocess.augmented(self.images.image(i)), label
+        pixels = self.cached.get(i)
+        if pixels is None:
+            pixels = self.preprocess.pixels(self.images.image(i))
+            if self.cache:
+                self.cached[i] = pixels
+        return self.preprocess.normalise(pixels), label
