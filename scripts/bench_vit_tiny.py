@@ -73,9 +73,9 @@ def record(rows: list[dict], tasks: list[str], args: argparse.Namespace) -> None
     first = rows[0]
     text = f"""# A real ViT-Ti/16, 1,000 training images
 
-Test accuracy in percent on 1,500 images, at the last epoch; seed {first["settings"]["training"]["seed"]}; images resized
-to {args.image_size} x {args.image_size} (position embeddings interpolated), no augmentation, batch 32, CLS head for all.
-Each rate was chosen on 200 of the 1,000 training images, then the method was trained again on all of them.
+Test accuracy in percent on 1,500 images, at the last epoch; seed {first["settings"]["training"]["seed"]}; images
+resized to {args.image_size} x {args.image_size} (position embeddings interpolated), no augmentation, batch 32, CLS head
+for all. Each rate was chosen on 200 of the 1,000 training images, then the method was trained again on all of them.
 
 {chr(10).join(table)}
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from restuning._types import Features as Features
 from restuning._types import Port as Port
+from restuning._version import __version__ as __version__
 from restuning.adapt import Tuned as Tuned
 from restuning.adapt import adapt as adapt
 from restuning.errors import RestuningError as RestuningError
@@ -26,8 +27,6 @@ from restuning.wiring.sites import out_of as out_of
 if TYPE_CHECKING:
     from restuning.backbones import load_backbone as load_backbone
     from restuning.data import load_task as load_task
-
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.data import Preprocess
-from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError
+from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
 
 MICRO = "restuning-micro"
 _ASSETS = Path(__file__).parent / "assets"
@@ -109,7 +109,7 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         if not pretrained:
             raise
         raise CheckpointError(
-            f"the pretrained weights of {name} could not be had from the hub ({_line(error)}): "
+            f"the pretrained weights of {name} could not be had from the hub ({line(error)}): "
             "give a file with weights=, or weights='random'"
         ) from error
     return model
@@ -126,7 +126,7 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
         else:
             model = AutoModel.from_config(AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"transformers cannot load {path!r}: {_line(error)}") from error
+        raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
     vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
     backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
     if weights is not None:
@@ -165,7 +165,7 @@ def _state(path: Path) -> dict[str, Tensor]:
             return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be read as weights: {_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read as weights: {line(error)}") from error
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} holds no state dict: expected names of tensors")
@@ -183,9 +183,4 @@ def _resize(backbone: nn.Module, image_size: int) -> None:
     try:
         resize(img_size=(image_size, image_size))
     except (AssertionError, ValueError) as error:
-        raise RestuningError(f"image size {image_size} does not fit the backbone: {_line(error)}") from error
-
-
-def _line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise RestuningError(f"image size {image_size} does not fit the backbone: {line(error)}") from error

@@ -5,6 +5,12 @@ class RestuningError(Exception):
     """Bad input. Its text is one line; the command line prints it and exits with code 2."""
 
 
+def line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 class DataError(RestuningError):
     """A data set, a split or an image that cannot be used."""
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import MICRO, load_backbone, preprocessing_of
 from restuning.bank import LIMIT, FromFeatures, keep, size_of
@@ -288,8 +289,6 @@ def card_preprocess(folder: Path, data: Mapping[str, Any] | None) -> Preprocess:
 
 def versions() -> dict[str, str]:
     """Of what computed the numbers."""
-    from restuning import __version__
-
     return {"restuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 

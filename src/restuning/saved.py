@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.errors import CheckpointError, MissingExtra
+from restuning._version import __version__
+from restuning.errors import CheckpointError, MissingExtra, line
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "restuning/1"
@@ -36,8 +37,6 @@ def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    from restuning import __version__
-
     config = {"format": FORMAT, "restuning_version": __version__, **asdict(card)}
     tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     try:
@@ -106,8 +105,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
         for file in (MODEL, CONFIG):
             local = hf_hub_download(str(path), file, revision=revision)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {reason}") from error
+        raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {line(error)}") from error
     return Path(local).parent
 
 
@@ -124,8 +122,7 @@ def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
         except Exception as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(f"the hub did not take {repo_id}: {reason}") from error
+            raise CheckpointError(f"the hub did not take {repo_id}: {line(error)}") from error
 
 
 def fingerprint(backbone: nn.Module) -> list[float] | None:

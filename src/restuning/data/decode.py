@@ -3,7 +3,7 @@
 import warnings
 from typing import IO, TYPE_CHECKING
 
-from restuning.errors import DataError, MissingExtra
+from restuning.errors import DataError, MissingExtra, line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ def decode(file: IO[bytes], name: str) -> "Image":
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large: expected at most {MEGAPIXELS} megapixels") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(f"{name} cannot be read as an image: {error}") from error
+        raise DataError(f"{name} cannot be read as an image: {line(error)}") from error
 
 
 def _rgb(image: "Image") -> "Image":

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from restuning.data.decode import decode
 from restuning.data.task import Images, Source
-from restuning.errors import DataError, MissingExtra
+from restuning.errors import DataError, MissingExtra, line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +32,7 @@ class Rows(Images):
 
 
 def load_hub(rest: str) -> Source:
-    """Raises DataError for a data set that cannot be had, has no image or label column, or labels outside its classes."""
+    """Raises DataError for a data set that cannot be had, lacks an image or a label column, or has other labels."""
     try:
         import datasets
     except ImportError as error:
@@ -44,8 +44,7 @@ def load_hub(rest: str) -> Source:
         else:
             found = datasets.load_dataset(name, config or None)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"the data set {rest!r} cannot be had: {lines[0]}") from error
+        raise DataError(f"the data set {rest!r} cannot be had: {line(error)}") from error
     if not isinstance(found, dict):
         found = {"train": found}
     splits = {ours: found[s] for ours, theirs in SPLITS.items() for s in theirs if s in found}

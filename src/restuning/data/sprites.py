@@ -1,9 +1,10 @@
 """`sprites:location` and `sprites:orientation`: generated after dSprites, labelled as in VTAB.
 
-dSprites (Matthey et al. 2017): white shapes on black, 64 x 64; 3 shapes (square, ellipse, heart) x 6 scales in [.5, 1] x
-40 orientations in [0, 2π) x 32 x 32 positions in [0, 1]: 737,280 pictures. VTAB's `dsprites_loc` asks for the horizontal
-position and `dsprites_ori` for the orientation, each in 16 equal bins of its index: bin = index · 16 // values. As in
-dSprites, a square looks the same at four orientations and an ellipse at two, so orientation has a ceiling below 100 %.
+dSprites (Matthey et al. 2017): white shapes on black, 64 x 64; 3 shapes (square, ellipse, heart) x 6 scales in
+[.5, 1] x 40 orientations in [0, 2π] x 32 x 32 positions in [0, 1]: 737,280 pictures. VTAB's `dsprites_loc` asks for the
+horizontal position and `dsprites_ori` for the orientation, each in 16 equal bins of its index: bin = index · 16 //
+values. As in dSprites, a square looks the same at four orientations and an ellipse at two (and the first and the last
+orientation are one), so orientation has a ceiling below 100 %.
 """
 
 import math
@@ -51,7 +52,7 @@ class Sprites(Images):
 
     def image(self, i: int) -> "Image":
         shape, scale, turn, x, y = self.factors[i].tolist()
-        return draw(shape, 0.5 + 0.5 * scale / 5, 2 * math.pi * turn / 40, x / 31, y / 31)
+        return draw(shape, 0.5 + 0.5 * scale / 5, 2 * math.pi * turn / 39, x / 31, y / 31)
 
 
 def draw(shape: int, scale: float, angle: float, x: float, y: float) -> "Image":

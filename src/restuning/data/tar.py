@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from restuning.data.decode import SUFFIXES, decode
 from restuning.data.folder import SPLITS, source_of
 from restuning.data.task import Images, Source
-from restuning.errors import DataError
+from restuning.errors import DataError, line
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -59,7 +59,7 @@ def load_tar(path: str) -> Source:
             files = [m for m in tar.getmembers() if m.isfile()]
             size = os.path.getsize(path)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{where} cannot be read as a tar: {error}") from error
+        raise DataError(f"{where} cannot be read as a tar: {line(error)}") from error
     plain = not any(path.endswith(end) for end in (".gz", ".tgz", ".bz2", ".xz"))
     if plain and any(m.offset_data + m.size > size for m in files):
         raise DataError(

@@ -98,7 +98,7 @@ def _enough(spec: str, name: str, size: int, there: int) -> None:
 
 
 def _draw(images: Images, among: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
-    """`count` of `among`, each class by its share (largest remainders; one of each where that is possible); the rest."""
+    """`count` of `among`, each class by its share (largest remainders; one of each where possible); and the rest."""
     order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed)).tolist()
     by_class: dict[int, list[int]] = {}
     for i in (among[k] for k in order):

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -35,8 +35,9 @@ class Preprocess:
     def from_dict(cls, data: Mapping[str, Any]) -> "Preprocess":
         """The inverse of `to_dict`, from JSON. Raises DataError if it is incomplete."""
         try:
-            values: dict[str, Any] = {f.name: data[f.name] for f in fields(cls)}
-            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+            values = {f.name: data[f.name] for f in fields(cls)}
+            listed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**cast(dict[str, Any], listed))
         except (KeyError, TypeError) as error:
             raise DataError(f"a preprocessing that cannot be read: {error}") from error
 
