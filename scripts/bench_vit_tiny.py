@@ -1,6 +1,6 @@
 """Linear probing, bypass and res-tuning on a real ImageNet ViT-Ti/16: four tasks, 1,000 training images each.
 
-python scripts/bench_vit_tiny.py [--data ../shared/data] [--image-size 112]
+python scripts/bench_vit_tiny.py [--data ../shared/data] [--image-size 96]
 
 Every method's learning rate is chosen on 200 of the 1,000 training images; then it is trained again on all of them
 and tested once, at the last epoch. Killed, it goes on where it was. Writes docs/results/vit_tiny.jsonl and .md.
@@ -21,7 +21,7 @@ EPOCHS = {"linear": 100, "bypass-none": 100, "bypass": 100, "res-tuning": 12}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
-    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--out", type=Path, default=Path("runs/vit_tiny"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     args = parser.parse_args()

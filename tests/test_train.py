@@ -191,7 +191,10 @@ def test_accumulation_is_a_larger_batch() -> None:
     assert close(large, unclipped) > 1e-6
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", pytest.param("fp16", marks=GPU)])
 def test_precision(tmp_path: Path, precision: str) -> None:
     model, config, state = net(), replace(CONFIG, epochs=6, precision=precision, clip=1.0), tmp_path / "state.pt"
     history = fit(model, Points(60), Points(), config)
@@ -201,6 +204,27 @@ def test_precision(tmp_path: Path, precision: str) -> None:
     resumed = net()
     fit(resumed, Points(60), Points(), config, state=state, resume=True)
     assert same(model, resumed)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(RestuningError, match="precision fp16 needs a GPU"):
+        fit(net(), Points(), None, replace(CONFIG, precision="fp16"))
+
+
+@GPU
+def test_fp16_clips_unscaled_gradients_and_keeps_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    norms, clip, file = [], nn.utils.clip_grad_norm_, tmp_path / "state.pt"
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda *a: norms.append(clip(*a)))
+    config = replace(CONFIG, precision="fp16", clip=1.0)
+    with pytest.raises(KeyboardInterrupt):
+        fit(net(), Stop(30, KeyboardInterrupt()), None, config, state=file)
+    assert max(norms) < 100  # the scale is 65536
+    state = torch.load(file, weights_only=True)
+    state["scaler"]["scale"] = 1024.0
+    torch.save(state, file)
+    fit(net(), Points(), None, config, state=file, resume=True)
+    assert torch.load(file, weights_only=True)["scaler"]["scale"] == 1024
 
 
 def test_an_accelerator_of_the_callers() -> None:

@@ -142,13 +142,15 @@ def to_dict(method: Method) -> dict[str, Any]:
 def from_dict(data: Mapping[str, Any]) -> Method:
     """The inverse of `to_dict`. Raises MethodError for unknown kinds and for own tuners, which no file can hold."""
     kind = data.get("kind")
+    listed = data.get("blocks")
+    blocks = None if listed is None else tuple(listed)
     try:
         if kind == "full":
             return Full()
         if kind == "residual":
-            return Residual({op: _build(r) for op, r in data["tuners"].items()}, data["blocks"])  # type: ignore[misc]
+            return Residual({op: _build(r) for op, r in data["tuners"].items()}, blocks)  # type: ignore[misc]
         if kind == "bypass":
-            return Bypass(_build(data["horizontal"]), _build(data["vertical"]), data["blocks"])
+            return Bypass(_build(data["horizontal"]), _build(data["vertical"]), blocks)
     except (KeyError, TypeError, AttributeError) as error:
         raise MethodError(f"a method of kind {kind!r} that cannot be read: {error}") from error
     raise MethodError(f"unknown kind of method {kind!r}: expected full, residual or bypass")

@@ -59,7 +59,10 @@ class Run:
         find_method(self.method)
 
     @property
-    def spec(self) -> Method:
+    def spec(self) -> str | Method:
+        """The method, by its name where it is the named one."""
+        if self.size is None and self.blocks is None:
+            return self.method
         method = find_method(self.method)
         method = method if self.size is None else resize(method, self.size)
         return method if self.blocks is None else on_blocks(method, self.blocks)

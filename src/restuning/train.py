@@ -218,12 +218,14 @@ def _accelerated(precision: str, given: "Accelerator | None") -> Iterator["Accel
     taken = bool(AcceleratorState._shared_state)
     try:
         accelerator = given or Accelerator(mixed_precision=precision)
-    except ValueError as error:  # no GPU for fp16, or an accelerator of another precision lives in this process
+    except ValueError as error:  # no such GPU, or an accelerator of another precision lives in this process
         raise RestuningError(f"precision {precision} cannot be had here: {error}") from error
     try:
         kind = accelerator.distributed_type.value
         if accelerator.mixed_precision != precision:
             raise RestuningError(f"precision is {precision}, and the accelerator's is {accelerator.mixed_precision}")
+        if precision == "fp16" and accelerator.scaler is None:  # Accelerate would train in float32 and say nothing
+            raise RestuningError(f"precision fp16 needs a GPU, and this runs on {accelerator.device.type}: try bf16")
         if accelerator.gradient_accumulation_steps != 1:
             raise RestuningError("the accelerator accumulates gradients: set TrainConfig.accumulate instead")
         if kind != "NO" and not kind.startswith("MULTI_"):

@@ -53,7 +53,8 @@ class Taps:
         self.kept: dict[int, Tensor] = {}
 
     def keep(self, layer: int, x: Tensor) -> None:
-        self.kept[layer] = x[:, self.tokens]
+        # a copy, or the few tokens would hold the memory of all
+        self.kept[layer] = x if self.tokens == slice(None) else x[:, self.tokens].clone()
 
     @property
     def features(self) -> Features:

@@ -1,0 +1,313 @@
+"""The laws, over every tuner, every operation and every tiny backbone."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TINY, Tiny
+from torch import Tensor, nn
+
+import restuning as rt
+from restuning.measure import saved_bytes
+from restuning.methods import from_dict, to_dict
+from restuning.wiring.attach import tap
+from restuning.wiring.sites import ANATOMIES
+
+
+class Mixer(nn.Module):
+    """An own tuner: it mixes tokens, and reads what the operation said."""
+
+    def __init__(self, port: rt.Port) -> None:
+        super().__init__()
+        self.w = nn.Parameter(0.1 * torch.randn(port.reads, port.writes))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True) @ self.w + 0.1 * y
+
+
+ZERO = {
+    "adapter": rt.Adapter(4),
+    "adapter-scalar": rt.Adapter(4, scale="scalar"),
+    "adapter-channel": rt.Adapter(4, scale="channel", act="relu"),
+    "prefix": rt.Prefix(3),
+    "prefix-channel": rt.Prefix(3, scale="channel"),
+}
+OTHER = {
+    "adapter-xavier": rt.Adapter(4, init="xavier", act="silu"),
+    "prefix-xavier": rt.Prefix(3, init="xavier", scale="scalar"),
+    "prompt": rt.Prompt(3),
+    "prompt-channel": rt.Prompt(3, scale="channel"),
+    "own": Mixer,
+}
+TUNERS: dict[str, Any] = {**ZERO, **OTHER}
+OPS = ("mha", "ffn", "block")
+
+each_backbone = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+each_tuner = pytest.mark.parametrize("recipe", TUNERS.values(), ids=TUNERS)
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+def adapt(
+    tiny: Tiny, method: Any, classes: int | None = 4, dtype: torch.dtype = torch.float32, **more: Any
+) -> rt.Tuned:
+    return rt.adapt(tiny.backbone(dtype), method, classes, anatomy=tiny.anatomy, **more)
+
+
+def shake(tuned: rt.Tuned) -> rt.Tuned:
+    """Away from birth, where zeros would hide mistakes."""
+    with torch.no_grad():
+        for p in tuned.adapters.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return tuned
+
+
+def plain_features(tiny: Tiny, backbone: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """x_0 … x_L of the bare backbone, every token, by hooks of the test's own."""
+    sites = rt.find_sites(backbone, tiny.anatomy)
+    kept: list[Tensor] = []
+
+    def first(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kept.append(args[0] if args else next(iter(kwargs.values())))
+
+    def later(m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        kept.append(out[0] if isinstance(out, tuple) else out)
+
+    modules = [backbone.get_submodule(path) for path in sites.blocks]
+    handles = [modules[0].register_forward_pre_hook(first, with_kwargs=True)]
+    handles += [m.register_forward_hook(later) for m in modules]
+    with torch.no_grad():
+        backbone(**inputs)
+    for handle in handles:
+        handle.remove()
+    return tuple(kept)
+
+
+def hooks(backbone: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
+
+
+@each_backbone
+@each_op
+@pytest.mark.parametrize("recipe", ZERO.values(), ids=ZERO)
+def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
+    tuned, inputs = adapt(tiny, rt.Residual({op: recipe})), tiny.inputs()
+    last = plain_features(tiny, tuned.backbone, inputs)[-1]
+    assert torch.equal(tuned.features(**inputs)[0], last[:, tuned._live()])
+
+
+@each_backbone
+@each_op
+@each_tuner
+def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recipe: Any) -> None:
+    tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
+    before = plain_features(tiny, tuned.backbone, inputs)[-1]
+    assert not torch.allclose(tuned.features(**inputs)[0], before[:, tuned._live()], atol=1e-4), "the tuner acts"
+    tuned(**inputs).square().sum().backward()
+    assert all(p.grad is None for p in tuned.backbone.parameters())
+    for name, p in tuned.adapters.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+def by_hand_timm(block: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
+    """A pre-norm block with LayerScale, written out."""
+    n = block.norm1(x)
+    y = block.ls1(block.attn(n))
+    m = x + y + t["mha"](n, y)
+    n = block.norm2(m)
+    y = block.ls2(block.mlp(n))
+    out = m + y + t["ffn"](n, y)
+    return out + t["block"](x, out)
+
+
+def by_hand_bert(layer: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
+    """A post-norm layer, written out: the residual is inside."""
+    y = layer.attention.output.dense(layer.attention.self(x)[0])
+    m = layer.attention.output.LayerNorm(y + t["mha"](x, y) + x)
+    y = layer.output.dense(layer.intermediate(m))
+    out = layer.output.LayerNorm(y + t["ffn"](m, y) + m)
+    return out + t["block"](x, out)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [("timm-vit-layerscale", by_hand_timm), ("timm-dinov2-registers", by_hand_timm), ("bert", by_hand_bert)],
+)
+@each_tuner
+def test_the_law_written_out(name: str, block: Any, recipe: Any) -> None:
+    tiny = TINY[name]
+    tuned = shake(adapt(tiny, rt.Residual(dict.fromkeys(OPS, recipe)), None, torch.float64, pool="none"))
+    inputs = tiny.inputs(dtype=torch.float64)
+    inputs.pop("attention_mask", None)
+    x = plain_features(tiny, tuned.backbone, inputs)[0]
+    tuners = tuned.adapters["default"].tuners
+    for i, path in enumerate(tuned._sites.blocks):
+        x = block(tuned.backbone.get_submodule(path), x, {op: tuners[f"{i}_{op}"] for op in OPS})
+    torch.testing.assert_close(tuned.features(**inputs)[0], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("h", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3)], ids=["-", "A", "F", "P"])
+@pytest.mark.parametrize("v", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3), Mixer], ids=["-", "A", "F", "P", "own"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "bert", "own"])
+def test_bypass_is_equation_8_and_live_is_unpruned(name: str, h: Any, v: Any) -> None:
+    """Forward against Eq. 8 in numpy on all tokens; gradients against the same path run on all tokens."""
+    tiny = TINY[name]
+    tuned = shake(adapt(tiny, rt.Bypass(h, v), dtype=torch.float64))
+    inputs = tiny.inputs(dtype=torch.float64)
+    features = plain_features(tiny, tuned.backbone, inputs)
+    side, tail = tuned.adapters["default"].side, tuned._tails["default"]
+
+    def through(tuners: nn.ModuleDict, layer: int, x: np.ndarray) -> np.ndarray:
+        if str(layer) not in tuners:
+            return x
+        with torch.no_grad():
+            return x + tuners[str(layer)](*[torch.from_numpy(x)] * 2).numpy()
+
+    x = features[0].numpy()
+    for layer, a in enumerate(side.gate.tolist()):
+        weight = 1 / (1 + np.exp(-a))
+        x = weight * through(side.horizontal, layer, features[layer + 1].numpy()) + (1 - weight) * through(
+            side.vertical, layer, x
+        )
+    torch.testing.assert_close(side(features), torch.from_numpy(x))
+    live = tuned.features(**inputs)
+    narrow = name != "timm-vit-mean" and v is not Mixer
+    assert all(f.shape[1] == 1 for f in live) == narrow, "one token is live, unless the head or a tuner reads more"
+    unpruned = tuned.adapters["default"].head(tail(side(features)))
+    torch.testing.assert_close(tuned(**inputs), unpruned)
+    parameters = [p for p in tuned.parameters() if p.requires_grad]
+    a, b = (torch.autograd.grad(out.square().sum(), parameters) for out in (tuned(**inputs), unpruned))
+    torch.testing.assert_close(a, b)
+
+
+@each_backbone
+def test_bypass_keeps_nothing_of_the_backbone_for_backward(tiny: Tiny) -> None:
+    inputs = tiny.inputs(batch=8)
+    size = {}
+    for method in ("linear", "bypass-none", "bypass", "full"):
+        tuned = adapt(tiny, method).train()
+        size[method] = saved_bytes(lambda t=tuned: t(**inputs).sum(), tuned.parameters())
+        if method != "full":
+            assert not any(f.requires_grad for f in tuned.features(**inputs))
+    tokens = 1 if TINY["timm-vit-mean"] is not tiny and tuned._live() == slice(0, 1) else 7
+    row = 8 * tokens * 32 * 4
+    assert size["linear"] <= 8 * 32 * 4 + 64, "linear probing keeps the pooled features alone"
+    assert size["bypass-none"] <= size["linear"] + 12 * row
+    assert size["bypass"] < size["full"]
+    assert all(p.grad is None for p in tuned.backbone.parameters())
+
+
+@each_backbone
+@pytest.mark.parametrize("method", ["res-tuning-tri", "bypass"])
+def test_hooks_live_during_forward_only_even_when_it_fails(tiny: Tiny, method: str) -> None:
+    tuned, inputs = adapt(tiny, method), tiny.inputs()
+    tuned(**inputs)
+    assert hooks(tuned.backbone) == 0
+
+    def fail(*_: Any) -> None:
+        raise ArithmeticError("in the middle")
+
+    last = tuned.backbone.get_submodule(tuned._sites.blocks[-1])
+    handle = last.register_forward_hook(fail)
+    with pytest.raises(ArithmeticError):
+        tuned(**inputs)
+    handle.remove()
+    assert hooks(tuned.backbone) == 0
+
+
+@each_backbone
+def test_unload_gives_the_backbone_back_as_it_came(tiny: Tiny) -> None:
+    backbone, inputs = tiny.backbone(), tiny.inputs()
+    next(iter(backbone.parameters())).requires_grad_(False)
+    flags = [p.requires_grad for p in backbone.parameters()]
+    with torch.no_grad():
+        before = backbone(**inputs)
+    attributes = {name: set(vars(m)) for name, m in backbone.named_modules()}
+    state = copy.deepcopy(backbone.state_dict())
+    backbone.train()
+    tuned = rt.adapt(backbone, "res-tuning-tri", 4, anatomy=tiny.anatomy)
+    tuned.train()(**inputs).sum().backward()
+    assert {name: set(vars(m)) for name, m in backbone.named_modules()} == attributes
+    assert tuned.unload() is backbone and backbone.training
+    assert [p.requires_grad for p in backbone.parameters()] == flags
+    assert all(torch.equal(a, b) for a, b in zip(state.values(), backbone.state_dict().values(), strict=True))
+    with torch.no_grad():
+        after = backbone.eval()(**inputs)
+    before, after = (out if isinstance(out, Tensor) else out[0] for out in (before, after))
+    assert torch.equal(before, after)
+
+
+@each_backbone
+@pytest.mark.parametrize("method", rt.methods)
+def test_save_then_load_is_the_same_to_the_bit(tiny: Tiny, method: str, tmp_path: Any) -> None:
+    tuned, inputs = shake(adapt(tiny, method, 3)), tiny.inputs()
+    if method == "full":
+        with torch.no_grad():
+            next(tuned.backbone.parameters()).add_(0.1)
+    tuned.eval().save_pretrained(tmp_path)
+    again = rt.Tuned.from_pretrained(tiny.backbone(), tmp_path, anatomy=tiny.anatomy).eval()
+    assert torch.equal(tuned(**inputs), again(**inputs))
+
+
+sizes = st.integers(1, 9)
+scales = st.sampled_from(["none", "scalar", "channel"])
+recipes = st.one_of(
+    st.builds(
+        rt.Adapter, sizes, st.sampled_from(["gelu", "relu", "silu"]), scales, st.sampled_from(["zero", "xavier"])
+    ),
+    st.builds(rt.Prefix, sizes, scales, st.sampled_from(["zero", "xavier"])),
+    st.builds(rt.Prompt, sizes, scales),
+)
+blocks = st.none() | st.lists(st.integers(0, 1), min_size=1, max_size=2, unique=True).map(tuple)
+mixtures = st.one_of(
+    st.builds(rt.Residual, st.dictionaries(st.sampled_from(OPS), recipes), blocks),
+    st.builds(rt.Bypass, st.none() | recipes, st.none() | recipes, blocks),
+)
+
+
+def parameters_of(recipe: Any, d: int = 32) -> int:
+    """By the formulas of the docstrings."""
+    scale = {"none": 0, "scalar": 1, "channel": d}[recipe.scale]
+    if isinstance(recipe, rt.Adapter):
+        return (2 * d + 1) * recipe.width + d + scale
+    return (2 if isinstance(recipe, rt.Prefix) else 1) * recipe.tokens * d + scale
+
+
+@settings(max_examples=40, deadline=None)
+@given(method=mixtures)
+def test_any_mixture_counts_saves_and_loads(method: Any, tmp_path_factory: Any) -> None:
+    tiny = TINY["timm-vit"]
+    assert from_dict(to_dict(method)) == method
+    tuned = shake(adapt(tiny, method))
+    carried = 2 if method.blocks is None else len(method.blocks)
+    if isinstance(method, rt.Residual):
+        expected = carried * sum(map(parameters_of, method.tuners.values()))
+    else:
+        expected = 2 + carried * sum(parameters_of(r) for r in (method.horizontal, method.vertical) if r)
+    assert rt.count(tuned) == {
+        "trainable": expected + 33 * 4,
+        "tuners": expected,
+        "head": 33 * 4,
+        "total": expected + 33 * 4 + sum(p.numel() for p in tuned.backbone.parameters()),
+    }
+    folder, inputs = tmp_path_factory.mktemp("saved"), tiny.inputs()
+    tuned.eval().save_pretrained(folder)
+    assert torch.equal(tuned(**inputs), rt.Tuned.from_pretrained(tiny.backbone(), folder).eval()(**inputs))
+
+
+def test_taps_are_what_the_blocks_say() -> None:
+    for tiny in TINY.values():
+        backbone, inputs = tiny.backbone(), tiny.inputs()
+        sites = rt.find_sites(backbone, tiny.anatomy)
+        with torch.no_grad(), tap(backbone, sites, range(len(sites.blocks) + 1)) as taps:
+            backbone(**inputs)
+        expected = plain_features(tiny, backbone, inputs)
+        assert all(torch.equal(a, b) for a, b in zip(taps.features, expected, strict=True))
+
+
+def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
+    tried = {rt.find_sites(t.backbone(), t.anatomy).anatomy.name for t in TINY.values()}
+    assert {a.name for a in ANATOMIES} - tried == {"transformers 4 ViT"}
