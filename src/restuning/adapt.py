@@ -244,7 +244,7 @@ class Tuned(nn.Module):
 
         Raises CheckpointError for files that are damaged, foreign, or of another backbone; nothing is changed then.
         """
-        folder = fetch(path, revision)
+        folder, active = fetch(path, revision), self.active_adapters
         card, state = read(folder)
         made, here = card.backbone, self._sites
         if (made.get("width"), made.get("depth")) != (here.port.writes, len(here.blocks)):
@@ -272,6 +272,7 @@ class Tuned(nn.Module):
         wrong = _mismatch(adapter.state_dict(), own)
         if wrong:
             self.delete_adapter(name)
+            self.active_adapters = active
             raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
         adapter.load_state_dict(own)
         if adapter.full:

@@ -142,9 +142,8 @@ def to_dict(method: Method) -> dict[str, Any]:
 def from_dict(data: Mapping[str, Any]) -> Method:
     """The inverse of `to_dict`. Raises MethodError for unknown kinds and for own tuners, which no file can hold."""
     kind = data.get("kind")
-    listed = data.get("blocks")
-    blocks = None if listed is None else tuple(listed)
     try:
+        blocks = None if data.get("blocks") is None else tuple(data["blocks"])
         if kind == "full":
             return Full()
         if kind == "residual":

@@ -1,0 +1,78 @@
+"""Golden numbers: the paper's counts on ViT-B/16 with 100 classes, to the parameter, and arithmetic for the rest."""
+
+import pytest
+
+import restuning as rt
+from restuning.backbones import describe_backbone
+
+HEAD, BODY = 76_900, 85_798_656
+
+
+@pytest.fixture(scope="module")
+def vit():
+    return describe_backbone("vit_base_patch16_224")
+
+
+def trained(vit, method) -> int:
+    tuned = rt.adapt(vit, method, 100)
+    counts = rt.count(tuned)
+    tuned.unload()
+    assert counts["trainable"] == counts["tuners"] + counts["head"] and counts["head"] == HEAD
+    whole = BODY + HEAD + (0 if method == "full" else counts["tuners"])
+    assert counts["total"] == whole
+    return counts["trainable"]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("full", 85_875_556),
+        ("linear", 76_900),
+        ("res-tuning-single", 169_060),
+        ("res-tuning", 482_644),
+        ("res-tuning-tri", 676_300),
+        ("bypass-none", 76_912),
+        ("bypass-horizontal", 270_568),
+        ("bypass-vertical", 270_568),
+        ("bypass", 464_224),
+    ],
+)
+def test_table_3(vit, method: str, expected: int) -> None:
+    assert trained(vit, method) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "expected", "printed"),
+    [(5, 298_204, 0.30), (10, 482_644, 0.48), (20, 851_524, 0.85), (50, 1_958_164, 1.96), (100, 3_802_564, 3.80)],
+)
+def test_table_13_dual(vit, width: int, expected: int, printed: float) -> None:
+    found = trained(vit, rt.resize(rt.methods["res-tuning"], width))
+    assert found == expected == 24 * (1537 * width + 768 + 768) + HEAD
+    assert round(found / 1e6, 2) == printed
+
+
+@pytest.mark.parametrize(("width", "printed"), [(5, 0.37), (10, 0.46), (20, 0.64), (50, 1.19), (100, 2.11)])
+def test_table_13_bypass_fits_when_one_side_stays_at_10(vit, width: int, printed: float) -> None:
+    found = trained(vit, rt.Bypass(rt.Adapter(width), rt.Adapter(10)))
+    assert abs(found / 1e6 - printed) < 0.0145
+
+
+@pytest.mark.parametrize(
+    ("k", "dual", "bypass"),
+    [(1, 0.111, 0.109), (3, 0.178, 0.174), (6, 0.280, 0.271), (9, 0.381, 0.367), (12, 0.483, 0.464)],
+)
+def test_table_14(vit, k: int, dual: float, bypass: float) -> None:
+    assert round(trained(vit, rt.on_blocks(rt.methods["res-tuning"], range(k))) / 1e6, 3) == dual
+    assert round(trained(vit, rt.on_blocks(rt.methods["bypass"], range(k))) / 1e6, 3) == bypass
+
+
+@pytest.mark.parametrize("op", ["mha", "ffn", "block"])
+def test_tuners_alone(vit, op: str) -> None:
+    per_block = {
+        rt.Adapter(10): 16_138,
+        rt.Adapter(10, scale="channel"): 16_906,
+        rt.Prefix(10): 15_360,
+        rt.Prompt(10): 7_680,
+    }
+    for recipe, expected in per_block.items():
+        assert trained(vit, rt.Residual({op: recipe})) == 12 * expected + HEAD

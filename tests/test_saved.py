@@ -1,0 +1,124 @@
+"""Files that are damaged, foreign or another's: one line, and nothing changed."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import TINY
+
+import restuning as rt
+from restuning import saved
+from restuning.errors import CheckpointError
+
+VIT = TINY["timm-vit"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rt.adapt(VIT.backbone(), "res-tuning", 3).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def refused(folder, backbone=None) -> str:
+    tuned = rt.adapt(backbone or VIT.backbone(), "linear", 2, name="first")
+    with pytest.raises(CheckpointError) as caught:
+        tuned.load_adapter(folder, "second")
+    assert "\n" not in str(caught.value)
+    assert list(tuned.adapters) == ["first"] and tuned(**VIT.inputs()).shape == (3, 2)
+    return str(caught.value)
+
+
+def test_what_is_written(folder) -> None:
+    assert sorted(p.name for p in folder.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["format"] == "restuning/1" and config["restuning_version"] == rt.__version__
+    assert config["method"] == "res-tuning" and config["num_classes"] == 3
+    assert config["backbone"]["class"] == "VisionTransformer" and config["backbone"]["width"] == 32
+    assert not any("backbone" in key for key in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_damaged_and_missing_files(folder, tmp_path) -> None:
+    model, config = folder / "adapter_model.safetensors", folder / "adapter_config.json"
+    whole, text = model.read_bytes(), config.read_text()
+    for data in (whole[:-30], b"", b"\x00" * 50):
+        model.write_bytes(data)
+        assert "adapter_model.safetensors is damaged" in refused(folder)
+    model.write_bytes(whole)
+    config.write_text(text[:40])
+    assert "adapter_config.json is damaged" in refused(folder)
+    config.write_text(json.dumps({"peft_type": "LORA", "r": 8}))
+    assert "not of this library: its format is 'LORA'" in refused(folder)
+    config.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "pool"}))
+    assert "lacks pool" in refused(folder)
+    config.write_text(json.dumps({**json.loads(text), "spec": {"kind": "magic"}}))
+    assert "unknown kind of method 'magic'" in refused(folder)
+    config.unlink()
+    assert "has no adapter_config.json" in refused(folder)
+    assert "no saved adapter at" in refused(tmp_path / "nowhere")
+
+
+def test_other_tensors(folder) -> None:
+    model = folder / "adapter_model.safetensors"
+    state = load_file(model)
+    save_file({**state, "head.bias": torch.zeros(9)}, model)
+    assert "head.bias is (9,), expected (3,)" in refused(folder)
+    save_file({k: v for k, v in state.items() if k != "head.bias"}, model)
+    assert "head.bias is missing" in refused(folder)
+    save_file({**state, "tuners.9_mha.up.bias": torch.zeros(1)}, model)
+    assert "tuners.9_mha.up.bias is not expected" in refused(folder)
+
+
+def test_another_backbone(folder) -> None:
+    from timm.models.vision_transformer import VisionTransformer
+    from tiny import VIT as SHAPE
+
+    deeper = VisionTransformer(**{**SHAPE, "depth": 3})
+    assert "this is VisionTransformer (width 32, 3 blocks)" in refused(folder, deeper)
+    other = VisionTransformer(**SHAPE)
+    assert "with other weights" in refused(folder, other)
+    half = VIT.backbone().half().float()
+    assert rt.Tuned.from_pretrained(half, folder).active_adapters == ("default",), "a cast is the same backbone"
+
+
+def test_a_failed_write_leaves_the_old_file(folder, monkeypatch) -> None:
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    def full(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(saved.os, "fsync", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        rt.adapt(VIT.backbone(), "bypass", 3).save_pretrained(folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_hub(folder, monkeypatch) -> None:
+    import huggingface_hub
+
+    uploads = {}
+
+    class Api:
+        def create_repo(self, repo_id, private, exist_ok):
+            uploads["made"] = (repo_id, private)
+
+        def upload_folder(self, repo_id, folder_path):
+            from pathlib import Path
+
+            uploads.update({p.name: p.read_bytes() for p in Path(folder_path).iterdir()})
+            return "commit"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    tuned = rt.Tuned.from_pretrained(VIT.backbone(), folder)
+    assert tuned.push_to_hub("me/task", private=True) == "commit"
+    assert uploads.pop("made") == ("me/task", True)
+    assert uploads == {p.name: p.read_bytes() for p in folder.iterdir()}
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(folder / file))
+    assert torch.equal(rt.Tuned.from_pretrained(VIT.backbone(), "me/task")(**VIT.inputs(1)) * 0, torch.zeros(1, 3))
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to host\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    assert "the hub gave no adapter of that name: no route to host" in refused("me/task")
