@@ -15,6 +15,12 @@ from restuning.recipe import TrainConfig
 from restuning.run import RESULT, RUN, Run, execute
 
 RATES = (0.01, 0.005, 0.001)
+TASKS = {
+    "EuroSAT": "tar:{}/eurosat/eurosat_rgb64_every6th.tar",
+    "Caltech-101": "tar:{}/caltech101/caltech101_short128_max40.tar",
+    "sprite location": "sprites:location",
+    "sprite orientation": "sprites:orientation",
+}
 EPOCHS = {"linear": 100, "bypass-none": 100, "bypass": 100, "res-tuning": 12}
 
 
@@ -24,41 +30,45 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=96)
     parser.add_argument("--out", type=Path, default=Path("runs/vit_tiny"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--methods", nargs="+", choices=EPOCHS, default=list(EPOCHS))
     args = parser.parse_args()
-    tasks = {
-        "EuroSAT": f"tar:{args.data}/eurosat/eurosat_rgb64_every6th.tar",
-        "Caltech-101": f"tar:{args.data}/caltech101/caltech101_short128_max40.tar",
-        "sprite location": "sprites:location",
-        "sprite orientation": "sprites:orientation",
-    }
-    weights = str(args.data / "vit_tiny_patch16_224_in1k/model.safetensors")
-    rows = []
-    for method, epochs in EPOCHS.items():
-        for task, data in tasks.items():
-            rates = RATES if method != "res-tuning" else RATES[:2] if task.startswith("sprite") else RATES[1:]
+    for method in args.methods:
+        for task in args.tasks:
+            rates = RATES if method != "res-tuning" else RATES[:2]
             run = Run(
-                data=data,
+                data=TASKS[task].format(args.data),
                 method=method,
                 backbone="vit_tiny_patch16_224",
-                weights=weights,
+                weights=str(args.data / "vit_tiny_patch16_224_in1k/model.safetensors"),
                 image_size=args.image_size,
                 train_size=1000,
                 val_size=200,
                 test_size=1500,
                 lrs=rates,
-                training=TrainConfig(epochs=epochs),
+                training=TrainConfig(epochs=EPOCHS[method]),
             )
-            out = args.out / f"{task.replace(' ', '-')}-{method}"
-            done = out / RESULT
-            result = json.loads(done.read_text()) if done.exists() else execute(run, out, resume=(out / RUN).exists())
-            rows.append({"task": task, "method": method, "commit": commit(), **result})
-            print(f"{task}, {method}: {result['test_accuracy']:.2f} % at lr {result['lr']}", flush=True)
-            record(rows, list(tasks), args)
+            out = folder(args.out, task, method)
+            if not (out / RESULT).exists():
+                result = execute(run, out, resume=(out / RUN).exists())
+                (out / RESULT).write_text(json.dumps({**result, "commit": commit()}, indent=2) + "\n")
+                print(f"{task}, {method}: {result['test_accuracy']:.2f} % at lr {result['lr']}", flush=True)
+    record(args)
 
 
-def record(rows: list[dict], tasks: list[str], args: argparse.Namespace) -> None:
+def folder(out: Path, task: str, method: str) -> Path:
+    return out / f"{task.replace(' ', '-')}-{method}"
+
+
+def record(args: argparse.Namespace) -> None:
     """Both files, from what is done so far."""
     args.results.mkdir(parents=True, exist_ok=True)
+    tasks, rows = list(TASKS), []
+    for method in EPOCHS:
+        for task in tasks:
+            done = folder(args.out, task, method) / RESULT
+            if done.exists():
+                rows.append({"task": task, "method": method, **json.loads(done.read_text())})
     lines = [json.dumps({k: v for k, v in row.items() if k != "epochs"}) for row in rows]
     (args.results / "vit_tiny.jsonl").write_text("\n".join(lines) + "\n")
     found = {(row["task"], row["method"]): row for row in rows}

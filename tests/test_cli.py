@@ -102,9 +102,11 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_pa
     whole, cut = str(tmp_path / "whole"), tmp_path / "cut"
     assert start("--out", whole).wait() == 0
     for stop, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        run = start("--out", str(cut), "--resume") if cut.exists() else start("--out", str(cut))
+        state = cut / "state.pt"
+        before = state.stat().st_mtime_ns if state.exists() else 0
+        run = start("--out", str(cut), "--resume") if before else start("--out", str(cut))
         deadline = time.time() + 120
-        while not (cut / "state.pt").exists() and time.time() < deadline:
+        while not (state.exists() and state.stat().st_mtime_ns > before) and time.time() < deadline:
             time.sleep(0.02)
         time.sleep(0.4)
         os.kill(run.pid, stop)
