@@ -180,6 +180,9 @@ def _resize(backbone: nn.Module, image_size: int) -> None:
     resize: Any = getattr(backbone, "set_input_size", None)
     if resize is None:
         raise RestuningError(f"{type(backbone).__name__} has a fixed input size: leave out the image size")
+    patch = max(getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,)))
+    if image_size % patch:
+        raise RestuningError(f"image size {image_size} does not fit the backbone: expected a multiple of {patch}")
     try:
         resize(img_size=(image_size, image_size))
     except (AssertionError, ValueError) as error:

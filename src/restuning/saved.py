@@ -38,7 +38,7 @@ def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
     config = {"format": FORMAT, "restuning_version": __version__, **asdict(card)}
-    tensors = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / MODEL, save(tensors))
