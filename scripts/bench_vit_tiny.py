@@ -21,7 +21,7 @@ TASKS = {
     "sprite location": "sprites:location",
     "sprite orientation": "sprites:orientation",
 }
-EPOCHS = {"linear": 100, "bypass-none": 100, "bypass": 100, "res-tuning": 12}
+EPOCHS = {"linear": 100, "bypass-none": 100, "bypass": 100, "res-tuning": 10}
 
 
 def main() -> None:
