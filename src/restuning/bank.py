@@ -12,6 +12,7 @@ from restuning.adapt import Tuned
 from restuning.evaluate import Examples
 
 LIMIT = 2 * 2**30
+"""Bytes of features that a run keeps in memory; beyond it the backbone runs in every epoch."""
 
 
 class Kept:
@@ -38,10 +39,9 @@ class FromFeatures(nn.Module):
         return self.tuned.from_features(tuple(features))  # type: ignore[no-any-return]
 
 
-def size_of(tuned: Tuned, images: Examples) -> int:
-    """Bytes that the features of `images` take, from one image's."""
-    one = tuned.features(images[0][0][None].to(next(tuned.parameters()).device))
-    return len(images) * sum(x.nbytes for x in one)
+def bytes_each(tuned: Tuned, pixels: Tensor) -> int:
+    """Bytes that the features of one image (3, h, w) take."""
+    return sum(x.nbytes for x in tuned.features(pixels[None].to(next(tuned.parameters()).device)))
 
 
 def keep(tuned: Tuned, images: Examples, batch_size: int = 32, seen: Callable[[int], None] = lambda done: None) -> Kept:

@@ -5,7 +5,7 @@ import fcntl
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import nn
 from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import MICRO, load_backbone, preprocessing_of
-from restuning.bank import LIMIT, FromFeatures, keep, size_of
+from restuning.bank import LIMIT, FromFeatures, bytes_each, keep
 from restuning.data import Images, Prepared, Preprocess, Task, check, load_task
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
@@ -117,13 +117,12 @@ def execute(
         whole = load_task(run.data, **sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)  # type: ignore[arg-type]
         for images in filter(None, (whole.train, whole.val, whole.test)):
             check(images)
-        task = _Prepared(run, backbone, preprocess, whole.classes)
+        task = _Prepared(run, backbone, preprocess, whole)
         lr, trials = run.lrs[0], {}
         if len(run.lrs) > 1:
             held = load_task(run.data, **sizes, val_size=run.val_size or max(1, len(whole.train) // 5))  # type: ignore[arg-type]
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: trials[str(rate)])
-        write_whole(out / RUN, _json(run.to_dict()))
         model, tuned = task.model()
         history = fit(
             model,
@@ -186,8 +185,9 @@ class _Prepared:
     """Images as a model of this run reads them: pixels, or (where nothing is tuned inside a frozen backbone, and
     pixels never change) the features that the backbone made of them, computed once."""
 
-    def __init__(self, run: Run, backbone: nn.Module, preprocess: Preprocess, classes: Sequence[str]) -> None:
-        self.run, self.backbone, self.preprocess, self.classes = run, backbone, preprocess, classes
+    def __init__(self, run: Run, backbone: nn.Module, preprocess: Preprocess, whole: Task) -> None:
+        self.run, self.backbone, self.preprocess, self.whole = run, backbone, preprocess, whole
+        self.fits: bool | None = None
         self.kept: dict[tuple[str, ...], Examples] = {}
         self.came = {k: v.clone() for k, v in backbone.state_dict().items()} if run.method == "full" else None
 
@@ -199,9 +199,9 @@ class _Prepared:
         tuned = adapt(
             self.backbone,
             self.run.spec,
-            len(self.classes),
+            len(self.whole.classes),
             pool=self.run.pool,
-            classes=self.classes,
+            classes=self.whole.classes,
             preprocessing=self.preprocess.to_dict(),
             backbone_name=self.run.backbone,
         )
@@ -215,13 +215,19 @@ class _Prepared:
             return pixels
         key = tuple(images.names)
         if key not in self.kept:
-            if size_of(tuned, pixels) > LIMIT:
-                raise RestuningError("the features of these images do not fit in memory: add --no-keep-features")
             self.kept[key] = keep(tuned, pixels, self.run.training.batch_size)
         return self.kept[key]
 
     def _keeps(self, tuned: Tuned) -> bool:
-        return self.run.keep_features and not self.run.augment and tuned.reads_features
+        if not self.run.keep_features or self.run.augment or not tuned.reads_features:
+            return False
+        if self.fits is None:
+            images = (
+                2 * len(self.whole.train) + len(self.whole.val or ()) + len(self.whole.test)
+            )  # a part of it, and all
+            each = bytes_each(tuned, self.preprocess(self.whole.train.image(0)))
+            self.fits = each * images <= LIMIT
+        return self.fits
 
 
 @contextlib.contextmanager
