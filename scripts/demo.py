@@ -20,9 +20,9 @@ from restuning.run import Run, execute
 
 TASKS = {"digits": "digits", "sprites:location": "sprite location", "sprites:orientation": "sprite orientation"}
 METHODS = {  # method: epochs and learning rate; the first two train from kept features
-    "linear": (100, 0.01),
-    "bypass": (100, 0.01),
-    "res-tuning": (12, 0.005),
+    "linear": (60, 0.01),
+    "bypass": (60, 0.01),
+    "res-tuning": (9, 0.005),
 }
 
 

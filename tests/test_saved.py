@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 import restuning as rt
-from restuning import saved
+from restuning import files
 from restuning.errors import CheckpointError
 
 VIT = TINY["timm-vit"]
@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_old_file(folder, monkeypatch) -> None:
     def full(fd: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(saved.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         rt.adapt(VIT.backbone(), "bypass", 3).save_pretrained(folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

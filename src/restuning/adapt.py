@@ -164,6 +164,11 @@ class Tuned(nn.Module):
         for adapter in active:
             for name, tuner in adapter.tuners.items():
                 inside.setdefault(adapter.sites[name], []).append(tuner)
+        if inside and torch.is_grad_enabled() and _recomputes(self.backbone):
+            raise MethodError(
+                "the backbone recomputes its blocks in the backward pass (gradient checkpointing), after the tuners "
+                "inside it have gone: switch that off, or use a bypass, which needs none of it"
+            )
         frozen = all(adapter.reads_features for adapter in active)
         with (
             torch.no_grad() if frozen else nullcontext(),
@@ -347,6 +352,11 @@ def name_of(backbone: nn.Module) -> str:
     if isinstance(timm, Mapping) and timm.get("architecture"):
         return str(timm["architecture"])
     return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
+
+
+def _recomputes(backbone: nn.Module) -> bool:
+    """Whether gradient checkpointing is on, by timm's name or by transformers'."""
+    return any(getattr(m, "grad_checkpointing", m.__dict__.get("gradient_checkpointing")) for m in backbone.modules())
 
 
 def _adaptation(module: nn.Module) -> Adaptation:

@@ -1,12 +1,11 @@
 """The state file of a run: plain values and tensors, written whole or not at all."""
 
 import io
-import os
 import signal
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.errors import CheckpointError, RestuningError
+from restuning.files import write_whole
 
 FORMAT = "restuning.train/1"
 
@@ -23,32 +23,11 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     # serialised in memory: the zip writer turns a full disk into errors of its own, and a state is small
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    # one fixed name: what a killed run leaves is overwritten by the next
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
+        write_whole(path, buffer.getbuffer())
     except OSError as error:
         kept = "the previous state is intact" if path.exists() else "no state was written before"
         raise RestuningError(f"cannot write the state {path}: {error.strerror or error}; {kept}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the move itself last; where a folder cannot be opened (Windows), the system does it in its own time."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_state(path: Path) -> dict[str, Any]:

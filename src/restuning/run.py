@@ -20,10 +20,10 @@ from restuning.bank import LIMIT, FromFeatures, bytes_each, keep
 from restuning.data import Images, Prepared, Preprocess, Task, check, load_task
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
+from restuning.files import write_whole
 from restuning.measure import count
 from restuning.methods import Method, find_method, on_blocks, resize
 from restuning.recipe import TrainConfig
-from restuning.saved import write_whole
 from restuning.train import fit
 
 RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"

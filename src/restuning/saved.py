@@ -1,7 +1,6 @@
 """What an adapter is on disk: adapter_config.json beside adapter_model.safetensors, and its way to and from a hub."""
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from restuning._version import __version__
 from restuning.errors import CheckpointError, MissingExtra, line
+from restuning.files import write_whole
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "restuning/1"
@@ -40,26 +40,10 @@ def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
     config = {"format": FORMAT, "restuning_version": __version__, **asdict(card)}
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / MODEL, save(tensors))
         write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
