@@ -81,11 +81,12 @@ def record(args: argparse.Namespace) -> None:
         trained = next(r["parameters"] for r in rows if r["method"] == m)
         table.append(f"| {m} | {EPOCHS[m]} | {trained['tuners']:,} + head | {' | '.join(cells)} |")
     first = rows[0]
+    seed, side = first["settings"]["training"]["seed"], args.image_size
     text = f"""# A real ViT-Ti/16, 1,000 training images
 
-Test accuracy in percent on 1,500 images, at the last epoch; seed {first["settings"]["training"]["seed"]}; images
-resized to {args.image_size} x {args.image_size} (position embeddings interpolated), no augmentation, batch 32, CLS head
-for all. Each rate was chosen on 200 of the 1,000 training images, then the method was trained again on all of them.
+Test accuracy in percent on 1,500 images, at the last epoch; seed {seed}; images resized to {side} x {side} (position
+embeddings interpolated), no augmentation, batch 32, CLS head for all. Each rate was chosen on 200 of the 1,000 training
+images, then the method was trained again on all of them.
 
 {chr(10).join(table)}
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,19 @@ def test_the_real_vit_tiny() -> None:
         )
     assert preprocessing_of(backbone).interpolation == "bicubic"
     assert rt.load_backbone("vit_tiny_patch16_224", file, 96)(torch.zeros(1, 3, 96, 96)).shape == (1, 192)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf:no/model"])
+def test_a_hub_without_an_answer_is_asked_once(name, monkeypatch, capfd, caplog) -> None:
+    from huggingface_hub import constants
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        dead = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", dead)
+    for proxy in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(proxy, raising=False)
+    with pytest.raises(CheckpointError) as caught:
+        rt.load_backbone(name)
+    assert "\n" not in str(caught.value) and not constants.HF_HUB_OFFLINE
+    assert "Retry" not in caplog.text + "".join(capfd.readouterr())

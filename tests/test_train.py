@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from restuning import checkpoint, recipe
+from restuning import recipe
 from restuning.errors import CheckpointError, MissingExtra, RestuningError
 from restuning.evaluate import evaluate, predict_logits
 from restuning.train import HasEpoch, TrainConfig, fit
@@ -490,7 +490,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.os, call, full)
+        patch.setattr(os, call, full)
         with pytest.raises(RestuningError, match="No space left on device; the previous state is intact") as error:
             fit(net(), data, None, CONFIG, state=state, resume=True)
     assert "\n" not in str(error.value)

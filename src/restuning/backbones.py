@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from restuning.data import Preprocess
 from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
+from restuning.hub import hub
 
 MICRO = "restuning-micro"
 _ASSETS = Path(__file__).parent / "assets"
@@ -104,7 +106,8 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise SiteError(f"unknown backbone {name!r}: expected {MICRO}, a timm model or hf:FOLDER{hint}")
     try:
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+        with hub() if pretrained else nullcontext():
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:
         if not pretrained:
             raise
@@ -121,10 +124,11 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     except ImportError as error:
         raise MissingExtra("transformers", "transformers") from error
     try:
-        if weights is None:
-            model = AutoModel.from_pretrained(path)
-        else:
-            model = AutoModel.from_config(AutoConfig.from_pretrained(path))
+        with nullcontext() if Path(path).is_dir() else hub():
+            if weights is None:
+                model = AutoModel.from_pretrained(path)
+            else:
+                model = AutoModel.from_config(AutoConfig.from_pretrained(path))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
     vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from restuning._version import __version__
 from restuning.errors import CheckpointError, MissingExtra, line
 from restuning.files import write_whole
+from restuning.hub import hub
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "restuning/1"
@@ -86,8 +87,9 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     except ImportError as error:
         raise MissingExtra("huggingface_hub", "hub") from error
     try:
-        for file in (MODEL, CONFIG):
-            local = hf_hub_download(str(path), file, revision=revision)
+        with hub():
+            for file in (MODEL, CONFIG):
+                local = hf_hub_download(str(path), file, revision=revision)
     except Exception as error:
         raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {line(error)}") from error
     return Path(local).parent
@@ -103,8 +105,9 @@ def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
         save(Path(folder))
         api = HfApi()
         try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+            with hub():
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
         except Exception as error:
             raise CheckpointError(f"the hub did not take {repo_id}: {line(error)}") from error
 

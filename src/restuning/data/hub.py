@@ -1,12 +1,14 @@
 """`hf:NAME[:CONFIG]`: a Hugging Face data set, by hub name or from a folder."""
 
 import io
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from restuning.data.decode import decode
 from restuning.data.task import Images, Source
 from restuning.errors import DataError, MissingExtra, line
+from restuning.hub import hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,7 +44,8 @@ def load_hub(rest: str) -> Source:
         if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
             found = datasets.load_from_disk(name)
         else:
-            found = datasets.load_dataset(name, config or None)
+            with nullcontext() if Path(name).exists() else hub():
+                found = datasets.load_dataset(name, config or None)
     except Exception as error:
         raise DataError(f"the data set {rest!r} cannot be had: {line(error)}") from error
     if not isinstance(found, dict):
