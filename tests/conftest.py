@@ -1,5 +1,7 @@
 """Shapes are types: the annotations of tuners, wiring and side paths are checked while the tests run."""
 
+import signal
+
 from jaxtyping import install_import_hook
 
 with install_import_hook(["restuning.tuners", "restuning.side", "restuning.wiring"], "beartype.beartype"):
@@ -12,3 +14,7 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+# a shell that starts the tests in the background has Ctrl-C ignored, and every process below it inherits that
+signal.signal(signal.SIGINT, signal.default_int_handler)
