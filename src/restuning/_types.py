@@ -21,6 +21,12 @@ else:
 Tokens: TypeAlias = Float[Tensor, "b n d"]
 """What an operation reads or says: batch, tokens, width."""
 
+Read: TypeAlias = Float[Tensor, "b n r"]
+"""What an operation reads, where it may say another width."""
+
+Said: TypeAlias = Float[Tensor, "b n w"]
+"""What it says."""
+
 Pooled: TypeAlias = Float[Tensor, "b d"]
 Logits: TypeAlias = Float[Tensor, "b c"]
 
@@ -30,16 +36,30 @@ Features: TypeAlias = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Port:
-    """What a tuner may know of the place it is built for: the width that it `reads`, the width that it `writes`
-    and the number of attention `heads` of the block (1 where the block has none)."""
+    """What a tuner may know of the place it is built for: the width that it `reads`, the width that it `writes`, the
+    number of attention `heads` of the block (1 where it has none), which `block` it is of how many (`depth`), and,
+    where the tokens are a square grid of patches, how many come before them (`grid`; None: no grid)."""
 
     reads: int
     writes: int
     heads: int = 1
+    block: int = 0
+    depth: int = 1
+    grid: int | None = None
 
 
 Recipe: TypeAlias = Callable[[Port], nn.Module]
 """How a tuner is made: called once for each site. `rt.Adapter(10)` is one; so is any `nn.Module` class whose
-`__init__` takes a port. The module's `forward(x, y)` gets what the operation read, `x` (b, n, port.reads), and what
-it said, `y` (b, n, port.writes), and returns what to add to `y`. A module may declare `mixes_tokens = False` if each
-of its output tokens depends on the same input token alone."""
+`__init__` takes a port.
+
+The module's `forward(x, y)` gets what the operation read, `x` (b, n, port.reads), and what it said, `y`
+(b, n, port.writes), and returns what to add to `y` (None: nothing). It may declare
+`mixes_tokens = False` if each of its output tokens depends on the same input token alone,
+`source = "stream"` to read the residual stream before the block's norm, or `"out"` to read what the operation said,
+`carries = True` to be called as `forward(x, y, carry)` with a dict that is empty at the start of every pass of the
+backbone and shared by the tuners of its adapter,
+`rewrites = "block"` or `"rest"` to be called as `forward(x)` before a block and return tokens (b, p, d) that are
+appended to the stream, and taken off again after the block, or after the last one,
+`place = "block"` or `"attention"` if it goes there alone (on `attention`, `forward(call)` returns the keys and values
+(h, p, d / h) that are merged into the softmax),
+`merges = True` if it has `merged(weight, bias)`, the affine map's with the tuner in it."""

@@ -100,7 +100,7 @@ class Tuned(nn.Module):
         )
         like = next(self.backbone.parameters())
         with torch.device(like.device):
-            adapter = Adaptation(self._sites, spec, tail.pool, num_classes, card)
+            adapter = Adaptation(self.backbone, self._sites, spec, tail.pool, num_classes, card)
         self.adapters[name] = adapter.to(like.dtype).train(self.training)
         self._tails[name] = tail
         self.active_adapters = (name,)
@@ -160,10 +160,10 @@ class Tuned(nn.Module):
         They carry a gradient only if tuners act inside the backbone: a side path's backbone runs without autograd.
         """
         active = [self._find(name) for name in self._active()]
-        inside: dict[Site, list[nn.Module]] = {}
-        for adapter in active:
-            for name, tuner in adapter.tuners.items():
-                inside.setdefault(adapter.sites[name], []).append(tuner)
+        inside: dict[Site, list[tuple[str, nn.Module]]] = {}
+        for name, adapter in zip(self._active(), active, strict=True):
+            for site, tuner in adapter.inside:
+                inside.setdefault(site, []).append((name, tuner))
         if inside and torch.is_grad_enabled() and _recomputes(self.backbone):
             raise MethodError(
                 "the backbone recomputes its blocks in the backward pass (gradient checkpointing), after the tuners "
@@ -172,7 +172,7 @@ class Tuned(nn.Module):
         frozen = all(adapter.reads_features for adapter in active)
         with (
             torch.no_grad() if frozen else nullcontext(),
-            attach(self.backbone, inside),
+            attach(self.backbone, self._sites, inside),
             tap(self.backbone, self._sites, self._layers(), self._live()) as taps,
         ):
             self.backbone(*args, **kwargs)
@@ -184,11 +184,11 @@ class Tuned(nn.Module):
 
         def logits(name: str) -> Tensor:
             adapter = self._find(name)
-            if adapter.side is None:
-                tokens = at[adapter.depth]
-            else:
-                tokens = adapter.side(tuple(at[layer].detach() for layer in adapter.layers))
-            return adapter.head(self._tails[name](tokens))  # type: ignore[no-any-return]
+            own = tuple(at[layer] for layer in adapter.layers)
+            if adapter.side is not None and adapter.reads_features:
+                own = tuple(x.detach() for x in own)
+            with attach(self.backbone, self._sites, {site: [(name, tuner)] for site, tuner in adapter.in_tail}):
+                return adapter.head(adapter.pooled(own, self._tails[name]))  # type: ignore[no-any-return]
 
         names = self._active()
         return logits(names[0]) if len(names) == 1 else {name: logits(name) for name in names}

@@ -1,58 +1,138 @@
-"""One adapter of a backbone: its tuners, its side path, its head."""
+"""One adapter: its tuners, its side path, its head."""
 
-from torch import nn
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from restuning._types import Recipe
+from torch import Tensor, nn
+
+from restuning._types import Features, Port, Recipe
 from restuning.errors import MethodError
-from restuning.methods import Bypass, Full, Method, Residual
+from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
-from restuning.side import BypassNet
-from restuning.wiring.sites import Site, Sites
-from restuning.wiring.tail import head_width
+from restuning.side import BypassNet, LadderNet, SideNet, prune
+from restuning.wiring.attach import INPUT
+from restuning.wiring.sites import PARTS, Site, Sites
+from restuning.wiring.tail import Tail, head_width
 
 
 class Adaptation(nn.Module):
     """One adapter: `tuners` added inside the backbone, a `side` path beside it, a `head` after it. Its state_dict is
     the checkpoint."""
 
-    def __init__(self, sites: Sites, method: Method, pool: str, num_classes: int | None, card: Card) -> None:
+    def __init__(
+        self, backbone: nn.Module, sites: Sites, method: Method, pool: str, num_classes: int | None, card: Card
+    ) -> None:
         super().__init__()
         self.card, self.method = card, method
         self.depth, self.full = len(sites.blocks), isinstance(method, Full)
         self.sites: dict[str, Site] = {}
         self.tuners = nn.ModuleDict()
-        self.side: BypassNet | None = None
-        if isinstance(method, Residual):
-            for op, recipe in method.tuners.items():
-                for site in sites.at(op, method.blocks):
-                    name = f"{site.block}_{op}"
-                    self.sites[name], self.tuners[name] = site, _module(recipe, site)
-        elif isinstance(method, Bypass):
-            ends = sites.at("block", method.blocks)
-
-            def side(recipe: Recipe | None) -> dict[int, nn.Module]:
-                return {} if recipe is None else {site.block: _module(recipe, site) for site in ends}
-
-            self.side = BypassNet(self.depth, side(method.horizontal), side(method.vertical))
+        self.side: nn.Module | None = None
         width = head_width(sites.port.writes, pool)
+        for part in parts_of(method):
+            if isinstance(part, Residual):
+                for op, recipe in part.tuners.items():
+                    for site in sites.at(op, part.blocks):
+                        self._add(sites, site, recipe)
+            elif isinstance(part, Bypass):
+                self.side = _bypass(sites, part)
+            elif isinstance(part, Ladder):
+                self.side = _ladder(backbone, sites, part)
+            else:
+                if pool == "none":
+                    raise MethodError("side-tuning blends pooled features: pool must not be none")
+                self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
+    def _add(self, sites: Sites, site: Site, recipe: Recipe) -> None:
+        name, copies = site.name, sum(other == site for other in self.sites.values())
+        name = name if not copies else f"{name}_{copies + 1}"
+        tuner = _made(recipe, site.port, site.op)
+        place = getattr(tuner, "place", None)
+        if site.op != place and (place is not None or site.op == "attention"):
+            where = f"operation {place!r}" if place else f"operations other than {site.op!r}"
+            raise MethodError(f"{type(recipe).__name__} goes to {where}, not to {site.op!r}")
+        if getattr(tuner, "unbound", False) and sites.anatomy.attention is None:
+            raise MethodError(f"unbound prompts need the attention of {sites.anatomy.name}, which it does not name")
+        self.sites[name], self.tuners[name] = site, tuner
+
+    @property
+    def inside(self) -> list[tuple[Site, nn.Module]]:
+        """What is added inside the backbone, before its tail."""
+        return [(site, self.tuners[name]) for name, site in self.sites.items() if site.op != "norm"]
+
+    @property
+    def in_tail(self) -> list[tuple[Site, nn.Module]]:
+        """What is added to the final norm, which the tail runs."""
+        return [(site, self.tuners[name]) for name, site in self.sites.items() if site.op == "norm"]
+
     @property
     def reads_features(self) -> bool:
         """Whether the backbone's own features are all that it needs: nothing is tuned inside the backbone."""
-        return not self.full and not self.tuners
+        return not self.full and not self.inside
 
     @property
-    def layers(self) -> range:
-        """The features that it reads: all of them for a side path, else only what the last block says."""
+    def layers(self) -> Sequence[int]:
+        """The features that it reads: all of them for a side path, the pixels and what the last block says for a side
+        network, else only what the last block says."""
+        if isinstance(self.side, SideNet):
+            return (INPUT, self.depth)
         return range(0 if self.side is not None else self.depth, self.depth + 1)
 
+    def pooled(self, features: Features, tail: Tail) -> Tensor:
+        """What the head reads, from the features of `layers`."""
+        if isinstance(self.side, SideNet):
+            return self.side(tail(features[-1]), features[0])  # type: ignore[no-any-return]
+        return tail(features[-1] if self.side is None else self.side(features))
 
-def _module(recipe: Recipe, site: Site) -> nn.Module:
-    module = recipe(site.port)
+
+def parts_of(method: Method) -> Sequence[Part]:
+    """A mix's parts, or the method alone; full fine-tuning has none."""
+    if isinstance(method, Full):
+        return ()
+    return method.parts if isinstance(method, Mix) else (method,)
+
+
+def _bypass(sites: Sites, part: Bypass) -> BypassNet:
+    ends = sites.at("block", part.blocks)
+
+    def side(recipe: Recipe | None) -> dict[int, nn.Module]:
+        if recipe is None:
+            return {}
+        made = {site.port.block: _made(recipe, site.port, "the bypass") for site in ends}
+        if any(getattr(tuner, "place", None) for tuner in made.values()):
+            raise MethodError(f"{type(recipe).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
+        return made
+
+    return BypassNet(len(sites.blocks), side(part.horizontal), side(part.vertical))
+
+
+def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
+    width, heads = sites.port.writes, sites.port.heads
+    side = width // part.reduction
+    if side < heads or width % part.reduction or side % heads:
+        raise MethodError(f"a ladder of width {width} / {part.reduction}: expected a multiple of its {heads} heads")
+    hidden = next((site.port.reads for site in sites.all if site.op == "fc2"), 4 * width)
+    net = LadderNet(len(sites.blocks), width, side, heads, max(hidden // part.reduction, 1))
+    if part.init != "random" and not next(backbone.parameters()).is_meta:
+        prune_ladder(net, backbone, sites, lambda weight: weight.detach().abs())
+    return net
+
+
+def prune_ladder(net: LadderNet, backbone: nn.Module, sites: Sites, score: Callable[[nn.Parameter], Tensor]) -> None:
+    """Give a ladder the best of the backbone's own weights by `score`; see `restuning.side.prune`."""
+    roles: list[dict[str, list[nn.Module]]] = [{} for _ in sites.blocks]
+    for site in sites.all:
+        if site.op in PARTS and site.block is not None:
+            roles[site.block].setdefault(site.op, []).append(backbone.get_submodule(site.writes.path))
+    prune(net, roles, score)
+
+
+def _made(recipe: Recipe, port: Port, where: str) -> nn.Module:
+    module = recipe(port)
     if not isinstance(module, nn.Module):
-        raise MethodError(f"the tuner of {site.op} made a {type(module).__name__}: expected an nn.Module")
+        raise MethodError(f"the tuner of {where} made a {type(module).__name__}: expected an nn.Module")
     return module

@@ -1,15 +1,29 @@
 """Table 7 as data: a method says which tuner goes to which operation, or runs beside the backbone."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from restuning._types import Recipe
-from restuning.errors import MethodError
-from restuning.tuners import Adapter, Prefix, Prompt
+from restuning.errors import MethodError, line
+from restuning.side import AlexNet, SmallCnn
+from restuning.tuners import (
+    Adapter,
+    Bias,
+    Convpass,
+    Dtl,
+    Lora,
+    Prefix,
+    PrefixTuning,
+    Prompt,
+    PromptTuning,
+    Ssf,
+)
 
 
 def _check_recipe(where: str, recipe: Any) -> None:
@@ -24,8 +38,10 @@ def _check_recipe(where: str, recipe: Any) -> None:
 
 @dataclass(frozen=True)
 class Residual:
-    """OP(x) + tuner(x, OP(x)) (Eq. 7): operation (`mha`, `ffn`, `block`) → recipe of a tuner.
+    """OP(x) + tuner(x, OP(x)) (Eq. 7): operation → recipe of a tuner.
 
+    Operations are `mha`, `ffn`, `block`, the affine modules `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `embed`,
+    `norm` (`affine`: all of them), and the `attention` itself, as far as the backbone has them.
     blocks: the blocks that carry tuners, counted from 0; None: all. No tuners at all is linear probing.
     """
 
@@ -55,20 +71,88 @@ class Bypass:
 
 
 @dataclass(frozen=True)
+class Ladder:
+    """LST (Sung et al. 2022): a side transformer of width d / reduction, all of it trained; see `LadderNet`.
+
+    init: where its blocks come from: the backbone's own, structurally pruned by `magnitude` or by `fisher` information
+    on the training data, or `random`.
+    """
+
+    reduction: int = 16
+    init: Literal["magnitude", "fisher", "random"] = "magnitude"
+
+    def __post_init__(self) -> None:
+        if type(self.reduction) is not int or self.reduction < 1:
+            raise MethodError(f"Ladder(reduction={self.reduction!r}): expected a whole number of at least 1")
+        if self.init not in ("magnitude", "fisher", "random"):
+            raise MethodError(f"Ladder(init={self.init!r}): expected magnitude, fisher or random")
+
+
+@dataclass(frozen=True)
+class SideTuning:
+    """Side-Tuning (Zhang et al. 2020): a side network on the pixels, blended with the pooled features; see `SideNet`.
+
+    net: a recipe, port → module from images (b, 3, h, w) to (b, port.writes). distil: epochs in which the side network
+    first learns to give the backbone's own pooled features, on the training images.
+    """
+
+    net: Recipe = field(default_factory=AlexNet)
+    distil: int = 0
+
+    def __post_init__(self) -> None:
+        _check_recipe("SideTuning: the side network", self.net)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Several methods in one adapter: other tuners in other blocks, LoRA beside prefixes, a side path beside tuners."""
+
+    parts: Sequence["Residual | Bypass | Ladder | SideTuning"]
+
+    def __post_init__(self) -> None:
+        wrong = [part for part in self.parts if not isinstance(part, Residual | Bypass | Ladder | SideTuning)]
+        if wrong:
+            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected Residual, Bypass, Ladder or SideTuning")
+        if sum(not isinstance(part, Residual) for part in self.parts) > 1:
+            raise MethodError("Mix: several side paths: expected one at most, beside any number of Residual parts")
+
+
+@dataclass(frozen=True)
 class Full:
     """Full fine-tuning: every parameter of the backbone is trained."""
 
 
-Method: TypeAlias = Residual | Bypass | Full
+Part: TypeAlias = Residual | Bypass | Ladder | SideTuning
+Method: TypeAlias = Part | Mix | Full
+KINDS: dict[str, Any] = {c.__name__.lower(): c for c in (Residual, Bypass, Ladder, SideTuning, Mix, Full)}
+
+_DUAL = {"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel")}
 
 methods: dict[str, Method] = {
     "full": Full(),
     "linear": Residual(),
-    "res-tuning-single": Residual({"ffn": Prompt(10)}),
-    "res-tuning": Residual({"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel")}),
-    "res-tuning-tri": Residual(
-        {"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel"), "block": Adapter(10)}
+    "adapter": Residual({"ffn": Adapter(96, init="zeros", source="out")}),
+    "adapter-houlsby": Residual(dict.fromkeys(("mha", "ffn"), Adapter(64, init="houlsby", source="out"))),
+    "adapter-pfeiffer": Residual({"ffn": Adapter(48, act="relu", init="bert", source="out")}),
+    "prefix": Residual({"attention": PrefixTuning(10)}),
+    "vpt-shallow": Residual({"block": PromptTuning(90, span="rest")}, blocks=(0,)),
+    "vpt-deep": Residual({"block": PromptTuning(61)}),
+    "lora": Residual({"qkv": Lora(8)}),
+    "bitfit": Residual({"affine": Bias()}),
+    "adaptformer": Residual({"ffn": Adapter(64, act="relu", init="kaiming", source="stream", factor=0.1, dropout=0.1)}),
+    "ssf": Residual({"affine": Ssf()}),
+    "convpass": Residual({"mha": Convpass(8), "ffn": Convpass(8)}),
+    "mam-adapter": Residual(
+        {"attention": PrefixTuning(30), "ffn": Adapter(512, act="relu", init="kaiming", factor=4.0)}
     ),
+    "noah": Residual({"ffn": Adapter(5, source="out"), "qkv": Lora(5), "block": PromptTuning(5)}),
+    "side-tuning": SideTuning(),
+    "lst": Ladder(16),
+    "dtl": Residual({"block": Dtl(2)}),
+    "dtl-plus": Residual({"block": Dtl(2, plus=True)}),
+    "res-tuning-single": Residual({"ffn": Prompt(10)}),
+    "res-tuning": Residual(_DUAL),
+    "res-tuning-tri": Residual({**_DUAL, "block": Adapter(10)}),
     "bypass-none": Bypass(),
     "bypass-horizontal": Bypass(horizontal=Adapter(10)),
     "bypass-vertical": Bypass(vertical=Adapter(10)),
@@ -79,6 +163,23 @@ methods: dict[str, Method] = {
 ABOUT: dict[str, str] = {
     "full": "every parameter of the backbone",
     "linear": "the head alone (linear probing)",
+    "adapter": "the tables' Adapter: after the FFN, width 96, both weights zero at birth (Jia et al. 2022)",
+    "adapter-houlsby": "sequential adapters after MHA and FFN (Houlsby et al. 2019)",
+    "adapter-pfeiffer": "a sequential adapter after the FFN (Pfeiffer et al. 2021)",
+    "prefix": "keys and values before every attention, exact (Li and Liang 2021; Eq. 3)",
+    "vpt-shallow": "prompts at the first block's input (Jia et al. 2022)",
+    "vpt-deep": "fresh prompts at every block's input (Jia et al. 2022)",
+    "lora": "low-rank changes of queries, keys and values (Hu et al. 2022)",
+    "bitfit": "every bias (Ben Zaken et al. 2022)",
+    "adaptformer": "a parallel adapter on the un-normed stream beside the FFN (Chen et al. 2022)",
+    "ssf": "scale and shift of every affine map and norm (Lian et al. 2022)",
+    "convpass": "convolutional adapters beside MHA and FFN (Jie and Deng 2022)",
+    "mam-adapter": "prefixes of 30 and a parallel adapter of 512 (He et al. 2022)",
+    "noah": "adapter, LoRA and prompts (Zhang et al. 2022): the uniform subnet; `restuning search` finds others",
+    "side-tuning": "a network on the pixels beside the backbone (Zhang et al. 2020)",
+    "lst": "a pruned side transformer on the features (Sung et al. 2022)",
+    "dtl": "a low-rank path that writes to the last six blocks (Fu et al. 2024)",
+    "dtl-plus": "the same through one shared depthwise convolution (Fu et al. 2024)",
     "res-tuning-single": "Table 3a: Res-Prompt on the FFN",
     "res-tuning": "Table 3a, dual: Res-Adapters on MHA and FFN",
     "res-tuning-tri": "Table 3a: Res-Adapters on MHA, FFN and Block",
@@ -88,92 +189,115 @@ ABOUT: dict[str, str] = {
     "bypass": "Table 3b: Eq. 8, horizontal and vertical Res-Adapters (Res-Tuning-Bypass)",
 }
 
-TUNERS: dict[str, type] = {cls.__name__.lower(): cls for cls in (Adapter, Prefix, Prompt)}
+SIZES: dict[type, str] = {
+    Adapter: "width",
+    Convpass: "width",
+    Dtl: "rank",
+    Lora: "rank",
+    Prefix: "tokens",
+    PrefixTuning: "tokens",
+    Prompt: "tokens",
+    PromptTuning: "tokens",
+    SmallCnn: "width",
+}
+"""Which setting of a recipe is its size."""
+
+RECIPES: dict[str, Any] = {cls.__name__.lower(): cls for cls in (*SIZES, AlexNet, Bias, Ssf)}
 
 
 def find_method(method: str | Method) -> Method:
-    """A method by name, or as it is. Raises MethodError with the nearest names."""
-    if isinstance(method, Residual | Bypass | Full):
+    """A method by name, from a JSON file, or as it is. Raises MethodError with the nearest names."""
+    if not isinstance(method, str):
+        if type(method) not in KINDS.values():
+            raise MethodError(f"{method!r} is no method: expected a name or one of {', '.join(KINDS)}")
         return method
-    if method not in methods:
-        near = difflib.get_close_matches(str(method), methods, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise MethodError(f"unknown method {method!r}{hint}: expected one of {', '.join(methods)}, or a method object")
-    return methods[method]
+    if method in methods:
+        return methods[method]
+    if method.endswith(".json"):
+        try:
+            return from_dict(json.loads(Path(method).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise MethodError(f"{method} cannot be read as a method: {line(error)}") from error
+    near = difflib.get_close_matches(method, methods, 1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    raise MethodError(
+        f"unknown method {method!r}{hint}: expected one of {', '.join(methods)}, a .json file, or a method object"
+    )
 
 
 def resize(method: Method, size: int) -> Method:
-    """The same method with every tuner of this width or of this many tokens (Table 13)."""
+    """The same method with every tuner of this width, of this rank or of this many tokens (Table 13)."""
 
-    def sized(recipe: Recipe) -> Recipe:
-        if isinstance(recipe, Adapter):
-            return replace(recipe, width=size)
-        return replace(recipe, tokens=size) if isinstance(recipe, Prefix | Prompt) else recipe
+    def sized(recipe: Any) -> Any:
+        name = SIZES.get(type(recipe))
+        return recipe if name is None else replace(recipe, **{name: size})
 
     if isinstance(method, Residual):
         return replace(method, tuners={op: sized(recipe) for op, recipe in method.tuners.items()})
     if isinstance(method, Bypass):
-        h, v = method.horizontal, method.vertical
-        return replace(method, horizontal=h and sized(h), vertical=v and sized(v))
-    return method
+        return replace(method, horizontal=sized(method.horizontal), vertical=sized(method.vertical))
+    if isinstance(method, SideTuning):
+        return replace(method, net=sized(method.net))
+    return Mix(tuple(resize(part, size) for part in method.parts)) if isinstance(method, Mix) else method  # type: ignore[misc]
 
 
 def on_blocks(method: Method, blocks: Sequence[int]) -> Method:
     """The same method with tuners in these blocks only (Tables 14 and 15)."""
-    return method if isinstance(method, Full) else replace(method, blocks=tuple(blocks))
+    if isinstance(method, Mix):
+        return Mix(tuple(on_blocks(part, blocks) for part in method.parts))  # type: ignore[misc]
+    return replace(method, blocks=tuple(blocks)) if isinstance(method, Residual | Bypass) else method
 
 
 def to_dict(method: Method) -> dict[str, Any]:
     """A method as plain data, for JSON. An own tuner is recorded by its name alone."""
-    kind = type(method).__name__.lower()
-    if isinstance(method, Full):
-        return {"kind": kind}
-    blocks = None if method.blocks is None else list(method.blocks)
-    if isinstance(method, Residual):
-        return {"kind": kind, "tuners": {op: _recipe(r) for op, r in method.tuners.items()}, "blocks": blocks}
-    return {
-        "kind": kind,
-        "horizontal": _recipe(method.horizontal),
-        "vertical": _recipe(method.vertical),
-        "blocks": blocks,
-    }
+    data: dict[str, Any] = _encode(method)
+    return data
 
 
 def from_dict(data: Mapping[str, Any]) -> Method:
     """The inverse of `to_dict`. Raises MethodError for unknown kinds and for own tuners, which no file can hold."""
-    kind = data.get("kind")
-    try:
-        blocks = None if data.get("blocks") is None else tuple(data["blocks"])
-        if kind == "full":
-            return Full()
-        if kind == "residual":
-            return Residual({op: _build(r) for op, r in data["tuners"].items()}, blocks)  # type: ignore[misc]
-        if kind == "bypass":
-            return Bypass(_build(data["horizontal"]), _build(data["vertical"]), blocks)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise MethodError(f"a method of kind {kind!r} that cannot be read: {error}") from error
-    raise MethodError(f"unknown kind of method {kind!r}: expected full, residual or bypass")
+    if not isinstance(data, Mapping) or data.get("kind") not in KINDS:
+        kind = data.get("kind") if isinstance(data, Mapping) else type(data).__name__
+        raise MethodError(f"unknown kind of method {kind!r}: expected one of {', '.join(KINDS)}")
+    method: Method = _decode(data)
+    return method
 
 
-def _recipe(recipe: Recipe | None) -> dict[str, Any] | None:
-    if recipe is None:
-        return None
-    name = type(recipe).__name__.lower()
-    if TUNERS.get(name) is type(recipe):
-        return {"tuner": name, **asdict(recipe)}  # type: ignore[call-overload]
-    return {"own": f"{getattr(recipe, '__module__', '?')}.{getattr(recipe, '__qualname__', type(recipe).__qualname__)}"}
+def _encode(value: Any) -> Any:
+    for key, table in (("kind", KINDS), ("tuner", RECIPES)):
+        name = type(value).__name__.lower()
+        if table.get(name) is type(value):
+            return {key: name, **{f.name: _encode(getattr(value, f.name)) for f in fields(value)}}
+    if isinstance(value, Mapping):
+        return {name: _encode(item) for name, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_encode(item) for item in value]
+    if callable(value):
+        name = getattr(value, "__qualname__", type(value).__qualname__)
+        return {"own": f"{getattr(value, '__module__', '?')}.{name}"}
+    return value
 
 
-def _build(data: Mapping[str, Any] | None) -> Recipe | None:
-    if data is None:
-        return None
-    if "own" in data:
-        raise MethodError(f"this method has an own tuner, {data['own']}: pass method= with the same tuner")
-    if data["tuner"] not in TUNERS:
-        raise MethodError(f"unknown tuner {data['tuner']!r}: expected one of {', '.join(TUNERS)}")
-    cls = TUNERS[data["tuner"]]
-    known = {f.name for f in fields(cls)}
-    unknown = set(data) - known - {"tuner"}
+def _decode(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_decode(item) for item in value)
+    if not isinstance(value, Mapping):
+        return value
+    if "own" in value:
+        raise MethodError(f"this method has an own tuner, {value['own']}: pass method= with the same tuner")
+    for key, table in (("kind", KINDS), ("tuner", RECIPES)):
+        if isinstance(value.get(key), str):
+            return _build(value[key], table, {k: _decode(v) for k, v in value.items() if k != key})
+    return {name: _decode(item) for name, item in value.items()}
+
+
+def _build(name: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> Any:
+    if name not in table:
+        raise MethodError(f"unknown tuner {name!r}: expected one of {', '.join(table)}")
+    unknown = settings.keys() - {f.name for f in fields(table[name])}
     if unknown:
-        raise MethodError(f"unknown settings of {data['tuner']}: {', '.join(sorted(unknown))}")
-    return cls(**{k: v for k, v in data.items() if k in known})  # type: ignore[no-any-return]
+        raise MethodError(f"unknown settings of {name}: {', '.join(sorted(unknown))}")
+    try:
+        return table[name](**settings)
+    except (TypeError, AttributeError) as error:
+        raise MethodError(f"{name} cannot be read: {line(error)}") from error

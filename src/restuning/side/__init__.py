@@ -2,3 +2,8 @@
 
 from restuning.side.bypass import BypassNet as BypassNet
 from restuning.side.bypass import mixes_tokens as mixes_tokens
+from restuning.side.ladder import LadderNet as LadderNet
+from restuning.side.ladder import prune as prune
+from restuning.side.sidenet import AlexNet as AlexNet
+from restuning.side.sidenet import SideNet as SideNet
+from restuning.side.sidenet import SmallCnn as SmallCnn

@@ -1,44 +1,58 @@
 """Res-Adapter."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Port, Tokens
+from restuning._types import Port, Read, Said
 from restuning.errors import MethodError
-from restuning.tuners.scale import Scale, branch_scale, check_init, check_size
+from restuning.tuners.scale import Scale, branch_scale, check_init, check_rate, check_size
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Res-Adapter (Res-Tuning, Eq. 6): φ(x W_down + b_down) W_up + b_up, beside the operation.
+    """Res-Adapter (Res-Tuning, Eq. 6): s · (φ(z W_down + b_down) W_up + b_up), beside the operation.
 
     width: the bottleneck r; (2d + 1) r + d parameters at width d (16,138 at d = 768, r = 10).
     act: φ, one of gelu, relu, silu.
     scale: a learned weight of the branch, none, scalar or channel (d more parameters), one at birth.
-    init: `zero` (W_up and biases zero, so the operation is unchanged at birth; Houlsby et al. 2019) or `xavier`
-        (the paper's: both weights xavier-uniform, biases N(0, 1e-6)).
+    init: `zero` (W_up and biases zero, so the operation is unchanged at birth), `kaiming` (the same with LoRA's W_down;
+        He et al. 2022), `xavier` (the paper's: both weights xavier-uniform, biases N(0, 1e-6)), `houlsby` (weights
+        N(0, 1e-3) cut at two deviations; Houlsby et al. 2019), `bert` (weights N(0, 0.02); Pfeiffer et al. 2021) or
+        `zeros` (both weights zero, so that b_up alone ever learns: the adapter of Jia et al. 2022).
+    source: z, what the operation read (`normed`), the residual stream before its norm (`stream`), or what it said
+        (`out`: the sequential adapter).
+    factor: s, a constant. dropout: after φ, in training.
     Raises MethodError for a width below 1 or an unknown choice.
     """
 
     width: int = 10
     act: str = "gelu"
     scale: Scale = "none"
-    init: Literal["zero", "xavier"] = "zero"
+    init: Literal["zero", "kaiming", "xavier", "houlsby", "bert", "zeros"] = "zero"
+    source: Literal["normed", "stream", "out"] = "normed"
+    factor: float = 1.0
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         check_size("Adapter", "width", self.width)
-        check_init("Adapter", self.init, ("zero", "xavier"))
+        check_rate("Adapter", self.dropout)
+        check_init("Adapter", self.init, tuple(_INITS))
+        if self.source not in ("normed", "stream", "out"):
+            raise MethodError(f"Adapter(source={self.source!r}): expected one of normed, stream, out")
         if self.act not in ACTIVATIONS:
             raise MethodError(f"Adapter(act={self.act!r}): expected one of {', '.join(ACTIVATIONS)}")
 
     def __call__(self, port: Port) -> nn.Module:
-        return AdapterTuner(port.reads, port.writes, self.width, self.act, self.scale, self.init)
+        reads = port.writes if self.source == "out" else port.reads
+        return AdapterTuner(reads, port.writes, self)
 
 
 class AdapterTuner(nn.Module):
@@ -46,28 +60,42 @@ class AdapterTuner(nn.Module):
 
     mixes_tokens = False
 
-    def __init__(self, reads: int, writes: int, width: int, act: str, scale: Scale, init: str) -> None:
+    def __init__(self, reads: int, writes: int, recipe: Adapter) -> None:
         super().__init__()
-        self.down = nn.Linear(reads, width)
-        self.up = nn.Linear(width, writes)
-        self.scale = branch_scale(scale, writes)
-        self.act = ACTIVATIONS[act]
-        nn.init.xavier_uniform_(self.down.weight)
-        if init == "xavier":
-            nn.init.xavier_uniform_(self.up.weight)
-            nn.init.normal_(self.down.bias, std=1e-6)
-            nn.init.normal_(self.up.bias, std=1e-6)
-        else:
-            nn.init.zeros_(self.up.weight)
-            nn.init.zeros_(self.down.bias)
-            nn.init.zeros_(self.up.bias)
+        self.down = nn.Linear(reads, recipe.width)
+        self.up = nn.Linear(recipe.width, writes)
+        self.scale = branch_scale(recipe.scale, writes)
+        self.act, self.source = ACTIVATIONS[recipe.act], recipe.source
+        self.factor, self.dropout = recipe.factor, recipe.dropout
+        down, up, bias = _INITS[recipe.init]
+        down(self.down.weight)
+        up(self.up.weight)
+        bias(self.down.bias)
+        bias(self.up.bias)
 
-    def forward(self, x: Tokens, y: Tokens) -> Tokens:
+    def forward(self, x: Read, y: Said) -> Said:
         weight: Tensor = self.up.weight
         bias: Tensor = self.up.bias
         if self.scale is not None:  # folded into W_up: nothing of the size of the tokens is kept for backward
             weight, bias = weight * self.scale[:, None], bias * self.scale
-        return F.linear(self.act(self.down(x)), weight, bias)
+        if self.factor != 1:
+            weight, bias = weight * self.factor, bias * self.factor
+        return F.linear(F.dropout(self.act(self.down(x)), self.dropout, self.training), weight, bias)
 
     def extra_repr(self) -> str:
         return f"act={getattr(self.act, '__name__', self.act)}, scale={None if self.scale is None else len(self.scale)}"
+
+
+_lora = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
+_houlsby = partial(nn.init.trunc_normal_, std=1e-3, a=-2e-3, b=2e-3)
+_bert = partial(nn.init.normal_, std=0.02)
+_zero, _xavier = nn.init.zeros_, nn.init.xavier_uniform_
+_INITS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
+    "zero": (_xavier, _zero, _zero),
+    "kaiming": (_lora, _zero, _zero),
+    "xavier": (_xavier, _xavier, partial(nn.init.normal_, std=1e-6)),
+    "houlsby": (_houlsby, _houlsby, _zero),
+    "bert": (_bert, _bert, _zero),
+    "zeros": (_zero, _zero, _zero),
+}
+"""How W_down, W_up and the biases begin."""

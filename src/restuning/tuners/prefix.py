@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port, Tokens
+from restuning._types import Port, Read, Said
 from restuning.errors import MethodError
 from restuning.tuners.scale import Scale, branch_scale, check_init, check_size
 
@@ -50,7 +50,7 @@ class PrefixTuner(nn.Module):
         if init == "xavier":
             nn.init.xavier_uniform_(self.values)
 
-    def forward(self, x: Tokens, y: Tokens) -> Tokens:
+    def forward(self, x: Read, y: Said) -> Said:
         values = self.values if self.scale is None else self.values * self.scale
         return attend(x, self.keys, values, self.heads)
 
@@ -61,7 +61,7 @@ def check_heads(heads: int, reads: int, writes: int) -> None:
         raise MethodError(f"{heads} heads do not divide the widths {reads} (read) and {writes} (written)")
 
 
-def attend(x: Tokens, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def attend(x: Read, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """Eq. 1 for queries x (b, n, d) over learned keys (p, d) and values (p, d'), head by head: (b, n, d')."""
     b, n, d = x.shape
     q = x.view(b, n, heads, d // heads)

@@ -29,3 +29,9 @@ def check_init(tuner: str, init: str, known: tuple[str, ...]) -> None:
     """An initialisation is one of those named."""
     if init not in known:
         raise MethodError(f"{tuner}(init={init!r}): expected one of {', '.join(known)}")
+
+
+def check_rate(tuner: str, dropout: float) -> None:
+    """Dropout is a probability below one."""
+    if not 0 <= dropout < 1:
+        raise MethodError(f"{tuner}(dropout={dropout!r}): expected 0 or more, and less than 1")

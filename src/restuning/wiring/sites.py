@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, Literal, overload
 
@@ -30,11 +30,18 @@ def out_of(path: str) -> Point:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation is a pair: where it reads, and where what it says can be added to."""
+    """An operation is a pair: where it reads, and where what it says can be added to.
+
+    stream: where the residual stream goes in, before the block's norm; None: where the operation reads.
+    """
 
     reads: Point
     writes: Point
+    stream: Point | None = None
 
+
+PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+AFFINE = ("embed", *PARTS, "norm")
 
 BLOCK = Op(into(""), out_of(""))  # the block itself: reads the stream, writes the stream
 
@@ -49,13 +56,17 @@ def _one(_: Any) -> int:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """How a family of backbones is built. Paths in `ops`, `width` and `heads` are relative to a block, `norm` and
-    `post` to the module that holds `blocks`.
+    """How a family of backbones is built. Paths in `ops`, `parts`, `attention`, `width` and `heads` are relative to a
+    block, `embed`, `norm` and `post` to the module that holds `blocks`.
 
-    blocks: the list of blocks. ops: operation → Op (`block` is always there). width: a parameter of a block whose
-    last size is the width d. heads: an attribute of a block, the number of attention heads; none: 1 head.
-    norm: the final norm, before pooling; post: a norm after pooling. pool and prefix: the backbone's own pooling
-    (`cls` or `mean`) and its number of tokens before the patches, read off the module that holds `blocks`.
+    blocks: the list of blocks. ops: operation → Op (`block` is always there). parts: the affine modules inside a
+    block, by role (`norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`); each of the paths that a block has is a site that
+    reads what goes into the module and writes what comes out. attention: the module inside which softmax(QKᵀ)V is
+    called. width: a parameter of a block whose last size is the width d. heads: an attribute of a block, the number
+    of attention heads; none: 1 head. embed: the affine module that makes the first tokens. norm: the final norm,
+    before pooling; post: a norm after pooling. pool and prefix: the backbone's own pooling (`cls` or `mean`) and its
+    number of tokens before the patches, read off the module that holds `blocks`. grid: whether the tokens after the
+    prefix are a grid of patches.
     """
 
     name: str
@@ -63,10 +74,14 @@ class Anatomy:
     ops: Mapping[str, Op]
     width: str
     heads: str | None = None
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    attention: str | None = None
+    embed: str | None = None
     norm: str | None = None
     post: str | None = None
     pool: Callable[[Any], str] = field(default=_cls)
     prefix: Callable[[Any], int] = field(default=_one)
+    grid: bool = False
 
     def paths(self) -> list[str]:
         """The modules that a block must have."""
@@ -77,61 +92,125 @@ def _timm_pool(root: Any) -> str:
     return {"token": "cls", "avg": "mean"}.get(root.global_pool, str(root.global_pool))
 
 
+_HF_PARTS = {
+    "qkv": ("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    "proj": ("attention.o_proj",),
+    "fc1": ("mlp.fc1", "mlp.weights_in"),
+    "fc2": ("mlp.fc2", "mlp.weights_out"),
+}
+_HF_OLD_PARTS = {
+    "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    "proj": ("attention.output.dense",),
+}
+_DINOV2 = Anatomy(
+    "transformers DINOv2",
+    blocks="encoder.layer",
+    ops={
+        "mha": Op(into("attention"), out_of("layer_scale1"), into("norm1")),
+        "ffn": Op(into("mlp"), out_of("layer_scale2"), into("norm2")),
+    },
+    parts={
+        "norm1": ("norm1",),
+        "norm2": ("norm2",),
+        **{role: paths + _HF_OLD_PARTS.get(role, ()) for role, paths in _HF_PARTS.items()},
+    },
+    attention="attention",
+    width="norm1.weight",
+    heads="attention.num_attention_heads",
+    embed="embeddings.patch_embeddings.projection",
+    norm="layernorm",
+    grid=True,
+)
+
 ANATOMIES: tuple[Anatomy, ...] = (
     Anatomy(  # the input of drop_path is the one point after both forms of LayerScale (module, bare parameter)
         "timm ViT, DeiT, DINOv2, EVA",
         blocks="blocks",
-        ops={"mha": Op(into("attn"), into("drop_path1")), "ffn": Op(into("mlp"), into("drop_path2"))},
+        ops={
+            "mha": Op(into("attn"), into("drop_path1"), into("norm1")),
+            "ffn": Op(into("mlp"), into("drop_path2"), into("norm2")),
+        },
+        parts={
+            "norm1": ("norm1",),
+            "qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
+            "proj": ("attn.proj",),
+            "norm2": ("norm2",),
+            "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
+            "fc2": ("mlp.fc2",),
+        },
+        attention="attn",
         width="norm1.weight",
         heads="attn.num_heads",
+        embed="patch_embed.proj",
         norm="norm",
         post="fc_norm",
         pool=_timm_pool,
         prefix=attrgetter("num_prefix_tokens"),
+        grid=True,
     ),
     Anatomy(
         "transformers 5 ViT",
         blocks="layers",
-        ops={"mha": Op(into("attention"), out_of("attention.o_proj")), "ffn": Op(into("mlp"), out_of("mlp"))},
+        ops={
+            "mha": Op(into("attention"), out_of("attention.o_proj"), into("layernorm_before")),
+            "ffn": Op(into("mlp"), out_of("mlp"), into("layernorm_after")),
+        },
+        parts={"norm1": ("layernorm_before",), "norm2": ("layernorm_after",), **_HF_PARTS},
+        attention="attention",
         width="layernorm_before.weight",
         heads="attention.num_attention_heads",
+        embed="embeddings.patch_embeddings.projection",
         norm="layernorm",
+        grid=True,
     ),
     Anatomy(
         "transformers 4 ViT",
         blocks="encoder.layer",
         ops={
-            "mha": Op(into("attention"), out_of("attention.output.dense")),
-            "ffn": Op(into("intermediate"), out_of("output.dense")),
+            "mha": Op(into("attention"), out_of("attention.output.dense"), into("layernorm_before")),
+            "ffn": Op(into("intermediate"), out_of("output.dense"), into("layernorm_after")),
         },
+        parts={
+            "norm1": ("layernorm_before",),
+            "norm2": ("layernorm_after",),
+            **_HF_OLD_PARTS,
+            "fc1": ("intermediate.dense",),
+            "fc2": ("output.dense",),
+        },
+        attention="attention.attention",
         width="layernorm_before.weight",
         heads="attention.attention.num_attention_heads",
+        embed="embeddings.patch_embeddings.projection",
         norm="layernorm",
+        grid=True,
     ),
-    Anatomy(
-        "transformers DINOv2 with registers",
-        blocks="encoder.layer",
-        ops={"mha": Op(into("attention"), out_of("layer_scale1")), "ffn": Op(into("mlp"), out_of("layer_scale2"))},
-        width="norm1.weight",
-        heads="attention.num_attention_heads",
-        norm="layernorm",
+    replace(
+        _DINOV2,
+        name="transformers DINOv2 with registers",
         prefix=lambda root: 1 + int(root.config.num_register_tokens),
     ),
-    Anatomy(
-        "transformers DINOv2",
-        blocks="encoder.layer",
-        ops={"mha": Op(into("attention"), out_of("layer_scale1")), "ffn": Op(into("mlp"), out_of("layer_scale2"))},
-        width="norm1.weight",
-        heads="attention.num_attention_heads",
-        norm="layernorm",
-    ),
+    _DINOV2,
     Anatomy(
         "transformers CLIP vision",
         blocks="encoder.layers",
-        ops={"mha": Op(into("self_attn"), out_of("self_attn.out_proj")), "ffn": Op(into("mlp"), out_of("mlp"))},
+        ops={
+            "mha": Op(into("self_attn"), out_of("self_attn.out_proj"), into("layer_norm1")),
+            "ffn": Op(into("mlp"), out_of("mlp"), into("layer_norm2")),
+        },
+        parts={
+            "norm1": ("layer_norm1",),
+            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            "proj": ("self_attn.out_proj",),
+            "norm2": ("layer_norm2",),
+            "fc1": ("mlp.fc1",),
+            "fc2": ("mlp.fc2",),
+        },
+        attention="self_attn",
         width="layer_norm1.weight",
         heads="self_attn.num_heads",
+        embed="embeddings.patch_embedding",
         norm="post_layernorm",
+        grid=True,
     ),
     Anatomy(  # post-norm: the residual is added inside attention.output and output, and there is no final norm
         "transformers BERT, RoBERTa, MiniLM",
@@ -140,20 +219,33 @@ ANATOMIES: tuple[Anatomy, ...] = (
             "mha": Op(into("attention"), out_of("attention.output.dense")),
             "ffn": Op(into("intermediate"), out_of("output.dense")),
         },
+        parts={
+            "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+            "proj": ("attention.output.dense",),
+            "norm1": ("attention.output.LayerNorm",),
+            "fc1": ("intermediate.dense",),
+            "fc2": ("output.dense",),
+            "norm2": ("output.LayerNorm",),
+        },
+        attention="attention.self",
         width="output.LayerNorm.weight",
         heads="attention.self.num_attention_heads",
+        embed="embeddings.LayerNorm",
     ),
 )
 
 
 @dataclass(frozen=True)
 class Site:
-    """An operation of one block: absolute paths in the backbone, and the port that a tuner there is built for."""
+    """An operation of one block, or of none (`embed`, `norm`): absolute paths in the backbone, and the port that a
+    tuner there is built for. `name` tells it from every other site."""
 
     op: str
-    block: int
+    block: int | None
+    name: str
     reads: Point
     writes: Point
+    stream: Point
     port: Port
 
 
@@ -163,6 +255,7 @@ class Sites(Sequence[Site]):
 
     anatomy: Anatomy
     blocks: tuple[str, ...]
+    all: tuple[Site, ...]
     port: Port
     norm: str | None
     post: str | None
@@ -171,28 +264,21 @@ class Sites(Sequence[Site]):
 
     @property
     def ops(self) -> tuple[str, ...]:
-        return (*self.anatomy.ops, "block")
-
-    @property
-    def all(self) -> tuple[Site, ...]:
-        def at(block: str, point: Point) -> Point:
-            return Point(".".join(filter(None, (block, point.path))), point.side)
-
-        ops = {**self.anatomy.ops, "block": BLOCK}
-        return tuple(
-            Site(name, i, at(block, op.reads), at(block, op.writes), self.port)
-            for i, block in enumerate(self.blocks)
-            for name, op in ops.items()
-        )
+        return tuple(dict.fromkeys(site.op for site in self.all))
 
     def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
-        """The sites of one operation, in all blocks or in those named. Raises SiteError for one that is not there."""
-        if op not in self.ops:
-            raise SiteError(f"unknown operation {op!r}: {self.anatomy.name} has {', '.join(self.ops)}")
+        """The sites of one operation (`affine`: of all affine modules), in all blocks or in those named; sites of no
+        block are always among them.
+
+        Raises SiteError for an operation or a block that is not there.
+        """
+        wanted = set(AFFINE if op == "affine" and self.anatomy.parts else (op,))
+        if not wanted & set(self.ops):
+            raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
         wrong = [i for i in blocks or () if not 0 <= i < len(self.blocks)]
         if wrong or (blocks is not None and not blocks):
             raise SiteError(f"no block {wrong or '(empty list)'}: this backbone has blocks 0 to {len(self.blocks) - 1}")
-        return tuple(s for s in self.all if s.op == op and (blocks is None or s.block in blocks))
+        return tuple(s for s in self.all if s.op in wanted and (blocks is None or s.block is None or s.block in blocks))
 
     def __len__(self) -> int:
         return len(self.all)
@@ -254,19 +340,65 @@ def _fits(backbone: nn.Module, root: str, blocks: nn.Module, row: Anatomy) -> bo
 
 def _describe(backbone: nn.Module, root: str, row: Anatomy) -> Sites:
     def under(path: str | None) -> str | None:
-        return None if path is None else ".".join(filter(None, (root, path)))
+        return None if path is None else _join(root, path)
 
     holder = backbone.get_submodule(root)
-    blocks = [name for name, _ in holder.get_submodule(row.blocks).named_children()]
-    first = holder.get_submodule(f"{row.blocks}.{blocks[0]}")
+    blocks = tuple(_join(root, row.blocks, name) for name, _ in holder.get_submodule(row.blocks).named_children())
+    first = backbone.get_submodule(blocks[0])
     width = int(attrgetter(row.width)(first).shape[-1])
     heads = 1 if row.heads is None else int(attrgetter(row.heads)(first))
+    port = Port(width, width, heads, depth=len(blocks), grid=row.prefix(holder) if row.grid else None)
     return Sites(
         anatomy=row,
-        blocks=tuple(f"{under(row.blocks)}.{name}" for name in blocks),
-        port=Port(width, width, heads),
+        blocks=blocks,
+        all=tuple(_sites(backbone, root, blocks, row, port)),
+        port=port,
         norm=under(row.norm),
         post=under(row.post),
         pool=row.pool(holder),
         prefix=row.prefix(holder),
     )
+
+
+def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, port: Port) -> Iterator[Site]:
+    def module(path: str) -> nn.Module | None:
+        try:
+            return backbone.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def part(op: str, block: int | None, name: str, path: str) -> Site:
+        affine = module(path)
+        here = replace(
+            port,
+            reads=getattr(affine, "in_features", port.reads),
+            writes=getattr(affine, "out_features", port.writes),
+            block=block or 0,
+        )
+        reads = into(path) if block is not None else out_of(path)  # of no block: pixels or words are not tokens
+        return Site(op, block, name, reads, out_of(path), reads, here)
+
+    if row.embed is not None and module(_join(root, row.embed)) is not None:
+        yield part("embed", None, "embed", _join(root, row.embed))
+    for i, block in enumerate(blocks):
+        here = replace(port, block=i)
+
+        def at(point: Point, block: str = block) -> Point:
+            return Point(_join(block, point.path), point.side)
+
+        for op, where in {**row.ops, "block": BLOCK}.items():
+            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), here)
+        if row.attention is not None:
+            call = Point(_join(block, row.attention), "in")
+            yield Site("attention", i, f"{i}_attention", call, call, call, here)
+        for role, candidates in row.parts.items():
+            paths = [path for path in candidates if module(_join(block, path)) is not None]
+            for path in paths:
+                name = f"{i}_{role}" if len(paths) == 1 else f"{i}_{role}_{path.split('.')[-1]}"
+                yield part(role, i, name, _join(block, path))
+    if row.norm is not None:
+        yield part("norm", None, "norm", _join(root, row.norm))
+
+
+def _join(*paths: str) -> str:
+    return ".".join(filter(None, paths))

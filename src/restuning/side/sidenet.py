@@ -1,0 +1,83 @@
+"""Side-Tuning."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Port
+from restuning.errors import MethodError, MissingExtra
+from restuning.tuners.scale import check_size
+
+
+class SideNet(nn.Module):
+    """Side-Tuning (Zhang et al. 2020): σ(α) · base + (1 − σ(α)) · side of the pooled features, α = 0 at birth."""
+
+    mixes_tokens = False  # it reads pixels, and of the backbone what the head reads
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, base: Tensor, pixels: Tensor) -> Tensor:
+        return torch.lerp(self.net(pixels), base, self.alpha.sigmoid())
+
+
+@dataclass(frozen=True)
+class AlexNet:
+    """torchvision's AlexNet features (2,469,696 parameters), 6 × 6 pooled, then Linear(9216, width) without bias."""
+
+    def __call__(self, port: Port) -> nn.Module:
+        try:
+            from torchvision.models import alexnet
+        except ImportError as error:
+            raise MissingExtra("torchvision", "timm") from error
+        _check_images(port)
+        model = alexnet()
+        return nn.Sequential(
+            _AtLeast(63),
+            model.features,
+            nn.AdaptiveAvgPool2d(6),
+            nn.Flatten(),
+            nn.Linear(9216, port.writes, bias=False),
+        )
+
+
+@dataclass(frozen=True)
+class SmallCnn:
+    """Four 3×3 convolutions of stride 2 with batch norm, widths w, 2w, 4w, 8w; pooled, then Linear(8w, width)."""
+
+    width: int = 32
+
+    def __post_init__(self) -> None:
+        check_size("SmallCnn", "width", self.width)
+
+    def __call__(self, port: Port) -> nn.Module:
+        _check_images(port)
+        widths = [3, *(self.width * 2**i for i in range(4))]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(widths):
+            layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], port.writes))
+
+
+class _AtLeast(nn.Module):
+    """Refuses images that the convolutions after it would shrink to nothing."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if min(pixels.shape[-2:]) < self.side:
+            raise MethodError(
+                f"this side network needs images of {self.side} pixels a side: got {tuple(pixels.shape[-2:])}"
+            )
+        return pixels
+
+
+def _check_images(port: Port) -> None:
+    if port.grid is None:
+        raise MethodError("this side network reads images, and the backbone does not")

@@ -1,0 +1,64 @@
+"""Convpass."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restuning._types import Port, Read, Said
+from restuning.errors import MethodError
+from restuning.tuners.grid import patches
+from restuning.tuners.scale import check_rate, check_size
+
+
+@dataclass(frozen=True)
+class Convpass:
+    """Convpass (Jie and Deng 2022): s · up(QuickGELU(conv₃ₓ₃(QuickGELU(down(x))))), the convolution over the grid of
+    patches; CLS and registers pass it as grids of one. (reads + writes) r + 9 r² + 2 r + writes parameters.
+
+    width: r. factor: s. dropout: before up, in training. down is xavier-uniform, the convolution the identity, up and
+    biases zero: the operation is unchanged at birth.
+    Raises MethodError where the tokens are no grid of patches.
+    """
+
+    width: int = 8
+    factor: float = 1.0
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_size("Convpass", "width", self.width)
+        check_rate("Convpass", self.dropout)
+
+    def __call__(self, port: Port) -> nn.Module:
+        if port.grid is None:
+            raise MethodError("Convpass needs a grid of patches, and this backbone's tokens are none")
+        return ConvpassTuner(port.reads, port.writes, port.grid, self.width, self.factor, self.dropout)
+
+
+class ConvpassTuner(nn.Module):
+    """(b, n, reads) → (b, n, writes); see `Convpass`."""
+
+    def __init__(self, reads: int, writes: int, prefix: int, width: int, factor: float, dropout: float) -> None:
+        super().__init__()
+        self.prefix, self.factor, self.dropout = prefix, factor, dropout
+        self.down, self.up = nn.Linear(reads, width), nn.Linear(width, writes)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.xavier_uniform_(self.down.weight)
+        nn.init.dirac_(self.conv.weight)
+        nn.init.zeros_(self.up.weight)
+        for layer in (self.down, self.conv, self.up):
+            assert layer.bias is not None
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Read, y: Said) -> Said:
+        h = _quick_gelu(self.down(x))
+        alone = F.linear(h[:, : self.prefix], self.conv.weight[:, :, 1, 1], self.conv.bias)
+        grid = self.conv(patches(h, self.prefix)).flatten(2).transpose(1, 2)
+        h = _quick_gelu(torch.cat([alone, grid], 1))
+        out: Tensor = self.up(F.dropout(h, self.dropout, self.training))
+        return self.factor * out
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)

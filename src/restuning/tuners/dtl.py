@@ -1,0 +1,73 @@
+"""DTL."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Port, Tokens
+from restuning.errors import MethodError
+from restuning.tuners.grid import patches
+from restuning.tuners.scale import check_size
+
+
+@dataclass(frozen=True)
+class Dtl:
+    """DTL (Fu et al. 2024), on the operation `block`: h_0 = 0; h_l = h_{l−1} + x_l A_l B_l beside every block, and
+    block(x_l) + swish(h_l) after each of the last ones, swish(z) = z · sigmoid(β z). 2 · rank · d parameters a block.
+
+    rank: of A_l B_l. last: how many blocks are written to; those before the first need no gradient. beta: β.
+    plus: DTL+, the patches of swish(h) pass one shared depthwise 3×3 convolution (9 d more), the identity at birth.
+    A is kaiming-uniform, B zero: the backbone is unchanged at birth.
+    Raises MethodError for a rank below 1 or above the width, and with `plus` where the tokens are no grid of patches.
+    """
+
+    rank: int = 2
+    last: int = 6
+    beta: float = 100.0
+    plus: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("Dtl", "rank", self.rank)
+        check_size("Dtl", "last", self.last)
+
+    def __call__(self, port: Port) -> nn.Module:
+        if self.rank > port.reads:
+            raise MethodError(f"Dtl(rank={self.rank}): expected at most the width, {port.reads}")
+        if self.plus and port.grid is None:
+            raise MethodError("Dtl(plus=True) needs a grid of patches, and this backbone's tokens are none")
+        first = max(port.depth - self.last, 0)
+        conv = self.plus and port.block == first
+        return DtlTuner(port.reads, self.rank, port.block >= first, self.beta, conv, port.grid or 0)
+
+
+class DtlTuner(nn.Module):
+    """(b, n, d) → (b, n, d), or nothing to add before the first write-back; see `Dtl`."""
+
+    place = "block"
+    carries = True
+
+    def __init__(self, width: int, rank: int, writes: bool, beta: float, conv: bool, prefix: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.zeros(width, rank))
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        self.writes, self.beta, self.prefix = writes, beta, prefix
+        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) if conv else None
+        if self.conv is not None:
+            nn.init.dirac_(self.conv.weight, groups=width)
+
+    def forward(self, x: Tokens, y: Tokens, carry: dict[str, Any]) -> Tensor | None:
+        more = x @ self.a.T @ self.b.T
+        h: Tensor = carry["h"] + more if "h" in carry else more
+        carry["h"] = h
+        if self.conv is not None:
+            carry["conv"] = self.conv
+        if not self.writes:
+            return None
+        out = h * torch.sigmoid(self.beta * h)
+        if "conv" in carry:
+            grid = carry["conv"](patches(out, self.prefix)).flatten(2).transpose(1, 2)
+            out = torch.cat([out[:, : self.prefix], grid], 1)
+        return out

@@ -1,0 +1,47 @@
+"""Prefix tuning."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Port
+from restuning.tuners.prefix import check_heads
+from restuning.tuners.scale import check_size
+
+
+@dataclass(frozen=True)
+class PrefixTuning:
+    """Prefix tuning (Li and Liang 2021), unbound and exact (Res-Tuning, Eq. 2, 3, 9, 10), on the operation `attention`.
+
+    Attn(Q, [K_pre; K], [V_pre; V]) = (1 − λ) Attn(Q, K, V) + λ Attn(Q, K_pre, V_pre), λ per query and head from the
+    attention's own log-sum-exp. `tokens` keys and as many values, 2 · tokens · d parameters, without
+    reparametrisation, N(0, 0.02) (He et al. 2022). λ > 0 at birth, so the output changes.
+    """
+
+    tokens: int = 10
+
+    def __post_init__(self) -> None:
+        check_size("PrefixTuning", "tokens", self.tokens)
+
+    def __call__(self, port: Port) -> nn.Module:
+        check_heads(port.heads, port.writes, port.writes)
+        return PrefixTuningTuner(port.writes, port.heads, self.tokens)
+
+
+class PrefixTuningTuner(nn.Module):
+    """Keys and values (heads, tokens, d / heads) each, for whatever queries; see `PrefixTuning`."""
+
+    place = "attention"
+
+    def __init__(self, width: int, heads: int, tokens: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.keys, self.values = (nn.Parameter(torch.empty(tokens, width)) for _ in range(2))
+        nn.init.normal_(self.keys, std=0.02)
+        nn.init.normal_(self.values, std=0.02)
+
+    def forward(self, call: Any) -> tuple[Tensor, Tensor]:
+        keys, values = (t.view(len(t), self.heads, -1).transpose(0, 1) for t in (self.keys, self.values))
+        return keys, values

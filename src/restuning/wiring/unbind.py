@@ -1,0 +1,261 @@
+"""The attention's inside: softmax(QKᵀ)V seen while a module calls it, and prefixes merged into it exactly."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from restuning.errors import SiteError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of Attn(Q, K, V) (Res-Tuning, Eq. 1): q (b, h, n, e), k and v (b, h, m, e); `mask` is added to the
+    scores, or boolean (True: attended to), and broadcasts to (b, h, n, m). `said` and `lse` where eager arithmetic has
+    them already: the output (b, h, n, e) and log Z = log Σ exp(scores) (b, h, n)."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    causal: bool
+    scale: float
+    said: Tensor | None = None
+    lse: Tensor | None = None
+
+
+Piece = tuple[Tensor, Tensor]
+"""More keys and values (h, p, e) or (b, h, p, e) for the same queries."""
+
+
+def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
+    """Attn(Q, [K; K_1; …], [V; V_1; …]) without ever putting them together (Res-Tuning, Eq. 3, 9 and 10).
+
+    Equal to the bound form, forward and gradients. The fast path takes output and log-sum-exp from the attention
+    kernel; plain arithmetic is the reference, and what eager attention gets.
+    """
+    if not pieces:
+        return F.scaled_dot_product_attention(
+            call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
+        )
+    if fast and call.said is None and _kernel(call):
+        k, v = (torch.cat([_batched(t, call.q) for t in side], -2) for side in zip(*pieces, strict=True))
+        mask = call.mask if call.mask is None or call.mask.is_floating_point() else _additive(call.mask, call.q)
+        return _Merge.apply(call.q, call.k, call.v, mask, call.causal, call.scale, k, v)  # type: ignore[no-any-return, no-untyped-call]
+    if call.said is None or call.lse is None:
+        y, lse = plain(call.q, call.k, call.v, _full_mask(call), call.scale)
+    else:
+        y, lse = call.said, call.lse
+    for k, v in pieces:
+        h, lse_more = plain(call.q, k, v, None, call.scale)
+        weight = torch.sigmoid(lse_more - lse)  # λ = Z_pre / (Z + Z_pre)
+        y = y + weight.unsqueeze(-1).to(y.dtype) * (h - y)
+        lse = torch.logaddexp(lse, lse_more)
+    return y
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attn(Q, K, V) and its log-sum-exp (b, h, n), written out; log-sum-exp in float32 at least."""
+    scores = q @ k.transpose(-2, -1) * scale
+    if mask is not None:
+        scores = scores + (mask if mask.is_floating_point() else _additive(mask, q))
+    wide = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return wide.softmax(-1).to(q.dtype) @ v, wide.logsumexp(-1)
+
+
+class _Merge(torch.autograd.Function):
+    """The merge over the kernel's own log-sum-exp.
+
+    Backward is the kernel's, given the merged output and the joint log-sum-exp: with them its probabilities
+    exp(score − LSE) and its rowsum(dO ∘ O) are those of the bound form, for the backbone's keys and for the others.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        scale: float,
+        more_k: Tensor,
+        more_v: Tensor,
+    ) -> Tensor:
+        y, lse = _forward_kernel(q, k, v, mask, causal, scale)
+        h, lse_more = plain(q, more_k, more_v, None, scale)
+        y = y.lerp_(h, torch.sigmoid(lse_more - lse).unsqueeze(-1).to(y.dtype))
+        joint = torch.logaddexp(lse, lse_more.to(lse.dtype))
+        ctx.save_for_backward(q, k, v, mask, more_k, more_v, y, joint)
+        ctx.causal, ctx.scale = causal, scale
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (dy,) = grads
+        q, k, v, mask, more_k, more_v, y, joint = ctx.saved_tensors
+        dq = dk = dv = dk_more = dv_more = None
+        p = torch.exp(q @ more_k.transpose(-2, -1) * ctx.scale - joint.unsqueeze(-1)).to(q.dtype)
+        row = (dy * y).sum(-1, keepdim=True)
+        ds = p * (dy @ more_v.transpose(-2, -1) - row) * ctx.scale
+        if ctx.needs_input_grad[6]:
+            dk_more = ds.transpose(-2, -1) @ q
+        if ctx.needs_input_grad[7]:
+            dv_more = p.transpose(-2, -1) @ dy
+        if any(ctx.needs_input_grad[:3]):
+            dq, dk, dv = _backward_kernel(dy, q, k, v, mask, y, joint, ctx.causal, ctx.scale)
+            dq = dq + ds @ more_k
+        return dq, dk, dv, None, None, None, dk_more, dv_more
+
+
+def _kernel(call: Call) -> bool:
+    """Whether a kernel is there that gives and takes a log-sum-exp."""
+    same = call.q.shape[:2] == call.k.shape[:2] and call.q.shape[-1] == call.v.shape[-1]
+    if call.q.device.type == "cpu":
+        return same
+    return same and call.q.device.type == "cuda" and call.mask is None and call.q.dtype != torch.float64
+
+
+def _forward_kernel(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    if q.device.type == "cpu":
+        y, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return y, lse
+    y, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True, 0.0, causal, scale=scale)
+    return y, lse[..., : q.shape[-2]]  # padded to whole tiles
+
+
+def _backward_kernel(
+    dy: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    y: Tensor,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.device.type == "cpu":
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dy, q, k, v, y, lse, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return dq, dk, dv
+    lse = F.pad(lse, (0, -lse.shape[-1] % 32), value=torch.inf)
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)
+    dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
+        dy, q, k, v, None, y, lse, seed, seed, 0.0, [True, True, True, False], causal, scale=scale
+    )
+    return dq, dk, dv
+
+
+def _batched(t: Tensor, q: Tensor) -> Tensor:
+    return t if t.ndim == 4 else t.expand(len(q), *t.shape)
+
+
+def _additive(mask: Tensor, q: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
+
+
+def _full_mask(call: Call) -> Tensor | None:
+    if not call.causal:
+        return call.mask
+    return torch.ones(call.q.shape[-2], call.k.shape[-2], dtype=torch.bool, device=call.q.device).tril()
+
+
+class _Seen(TorchFunctionMode):
+    """Finds the attention call among a module's torch calls, fused or written out, and puts another output in its
+    place. Written out it is: scores = Q @ Kᵀ, times or plus what follows, softmax, dropout, @ V."""
+
+    def __init__(self, change: Callable[[Call], Tensor]) -> None:
+        super().__init__()
+        self.change, self.found = change, False
+        self.q = self.k = self.scores = self.lse = self.weights = self.mask = None  # type: Tensor | None
+        self.scale = 1.0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._fused(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        first = args[0] if args else None
+        if self.weights is not None and first is self.weights and name == "matmul":
+            assert self.q is not None and self.k is not None
+            said = func(*args, **kwargs)
+            return self._one(Call(self.q, self.k, args[1], self.mask, False, self.scale, said, self.lse))
+        out = func(*args, **kwargs)
+        if not (isinstance(out, Tensor) and isinstance(first, Tensor) and first.ndim == 4):
+            return out
+        if name == "matmul" and self.scores is None and not self.found:
+            self.q, self.k, self.scores = first, args[1].transpose(-2, -1), out
+        elif self.scores is not None and first is self.scores:
+            self._follow(name, args, out)
+        elif self.weights is not None and first is self.weights and out.shape == first.shape:
+            self.weights = out
+        return out
+
+    def _follow(self, name: str, args: Any, out: Tensor) -> None:
+        if name == "softmax":
+            scores = args[0]
+            self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
+            self.weights, self.scores = out, None
+        elif out.shape == args[0].shape:
+            if len(args) > 1 and isinstance(args[1], int | float):
+                self.scale *= {"mul": args[1], "mul_": args[1], "div": 1 / args[1], "div_": 1 / args[1]}.get(name, 1.0)
+            elif len(args) > 1 and isinstance(args[1], Tensor) and name in ("add", "add_"):
+                self.mask = args[1]
+            self.scores = out
+
+    def _fused(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if dropout_p:
+            raise SiteError("attention dropout is on: a prefix cannot be merged exactly; use train_mode=False")
+        if enable_gqa:
+            key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return self._one(Call(query, key, value, attn_mask, is_causal, scale))
+
+    def _one(self, call: Call) -> Tensor:
+        self.found, self.weights = True, None
+        return self.change(call)
+
+
+@contextmanager
+def on_call(module: nn.Module, change: Callable[[Call], Tensor]) -> Iterator[None]:
+    """While it lasts, `change` says what the attention call inside every forward of `module` gives."""
+    running: list[tuple[_Seen, ExitStack]] = []
+
+    def before(m: nn.Module, args: Any) -> None:
+        seen, stack = _Seen(change), ExitStack()
+        stack.enter_context(seen)
+        running.append((seen, stack))
+
+    def after(m: nn.Module, args: Any, out: Any) -> None:
+        seen, stack = running.pop()
+        stack.close()
+        if out is not None and not seen.found:
+            raise SiteError(f"{type(m).__name__} makes no attention call that is known: fused, or matmul and softmax")
+
+    handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
