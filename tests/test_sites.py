@@ -9,16 +9,34 @@ from torch import nn
 
 import restuning as rt
 from restuning.errors import SiteError
+from restuning.wiring.sites import AFFINE, PARTS
 
 
 @pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
-def test_every_block_has_its_three_operations(tiny: Tiny) -> None:
-    sites = rt.find_sites(tiny.backbone(), tiny.anatomy)
+def test_every_block_has_its_operations(tiny: Tiny) -> None:
+    backbone = tiny.backbone()
+    sites = rt.find_sites(backbone, tiny.anatomy)
     depth = len(sites.blocks)
-    assert len(sites) == 3 * depth and depth in (2, 3)
-    assert {s.op for s in sites} == {"mha", "ffn", "block"}
-    assert sites.port == rt.Port(32, 32, 1 if tiny.anatomy else 4)
-    assert [s.block for s in sites.at("ffn")] == list(range(depth))
+    assert depth in (2, 3) and len({s.name for s in sites}) == len(sites)
+    for op in ("mha", "ffn", "block") if tiny.anatomy else ("mha", "ffn", "block", "attention", *PARTS):
+        found = sites.at(op)
+        assert sorted({s.block for s in found}) == [s.port.block for s in found[:: len(found) // depth]]
+        assert all(s.port.depth == depth and s.port.heads == (1 if tiny.anatomy else 4) for s in found)
+    if not tiny.anatomy:  # every affine map and norm of the body, once
+        affine = {s.writes.path for s in sites.at("affine")}
+        kinds = (nn.Linear, nn.LayerNorm, nn.Conv2d)
+        there = {name for name, m in backbone.named_modules() if isinstance(m, kinds)}
+        assert there - affine <= {"pooler.dense", "pre_layrnorm"} and affine <= there
+        for site in sites.at("affine"):
+            weight = backbone.get_submodule(site.writes.path).weight
+            assert site.port.writes == len(weight) and site.op in AFFINE
+
+
+def test_widths_are_the_modules_own() -> None:
+    sites = rt.find_sites(TINY["timm-vit"].backbone())
+    widths = {s.op: (s.port.reads, s.port.writes) for s in sites if s.block in (0, None)}
+    assert widths["qkv"] == (32, 96) and widths["fc1"] == (32, 128) and widths["fc2"] == (128, 32)
+    assert widths["mha"] == widths["norm"] == widths["embed"] == (32, 32)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +77,7 @@ def test_timms_own_models(name: str) -> None:
         name = "vit_small_patch14_reg4_dinov2"
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
-    assert len(rt.find_sites(model)) == 36
+    assert len(rt.find_sites(model).at("mha")) == 12
 
 
 @pytest.mark.parametrize(
@@ -71,7 +89,7 @@ def test_timms_own_models(name: str) -> None:
     ],
 )
 def test_inside_a_larger_model(build) -> None:
-    assert len(rt.find_sites(build())) == 6
+    assert len(rt.find_sites(build()).at("ffn")) == 2
 
 
 def test_an_unknown_backbone_is_told_what_was_looked_for_and_what_it_has() -> None:
@@ -94,7 +112,10 @@ def test_of_two_towers_the_one_that_fits() -> None:
 @pytest.mark.parametrize(
     ("method", "words"),
     [
-        (rt.Residual({"attention": rt.Adapter()}), "unknown operation 'attention': timm ViT"),
+        (
+            rt.Residual({"atention": rt.Adapter()}),
+            "no operation 'atention' here: timm ViT.* has embed, mha, ffn, block",
+        ),
         (rt.Residual({"mha": rt.Adapter()}, blocks=[0, 2]), r"no block \[2\]: this backbone has blocks 0 to 1"),
         (rt.Residual({"mha": rt.Adapter()}, blocks=[]), "empty list"),
         (rt.Bypass(rt.Adapter(), blocks=[-1]), r"no block \[-1\]"),

@@ -97,12 +97,14 @@ def _rewrites(tuner: nn.Module) -> str | None:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(b, d, h, w), as convolutions have it → (b, n, d); tokens as they are."""
+    """(b, d, h, w), as convolutions have it, or pooled (b, d) → (b, n, d); tokens as they are."""
+    if x.ndim == 2:
+        return x[:, None]
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 
 def _as(tokens: Tensor, y: Tensor) -> Tensor:
-    return tokens.transpose(1, 2).reshape(y.shape) if y.ndim == 4 else tokens
+    return (tokens.transpose(1, 2) if y.ndim == 4 else tokens).reshape(y.shape)
 
 
 @contextmanager

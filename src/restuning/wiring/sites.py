@@ -396,8 +396,9 @@ def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, 
             for path in paths:
                 name = f"{i}_{role}" if len(paths) == 1 else f"{i}_{role}_{path.split('.')[-1]}"
                 yield part(role, i, name, _join(block, path))
-    if row.norm is not None:
-        yield part("norm", None, "norm", _join(root, row.norm))
+    final = [_join(root, path) for path in (row.norm, row.post) if path is not None]
+    for path in [path for path in final if not isinstance(module(path), nn.Identity)][:1]:
+        yield part("norm", None, "norm", path)
 
 
 def _join(*paths: str) -> str:
