@@ -3,7 +3,7 @@
 python scripts/bench_methods.py [--data ../shared/data] [--image-size 96]
 
 Every method has two learning rates, chosen between on 200 of the 1,000 training images; then it is trained again on all
-of them and tested once, at the last epoch. Killed, it goes on where it was. Writes docs/results/methods.jsonl, .md, .png.
+of them and tested once, at the last epoch. Killed, it goes on where it was. Writes methods.jsonl, .md and .png.
 """
 
 import argparse

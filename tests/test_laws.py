@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import TINY, Tiny
+from tiny import REFUSED, TINY, Tiny, small
 from torch import Tensor, nn
 
 import restuning as rt
+from restuning.errors import RestuningError
 from restuning.measure import saved_bytes
 from restuning.methods import from_dict, to_dict
 from restuning.wiring.attach import tap
@@ -35,6 +36,10 @@ ZERO = {
     "adapter-channel": rt.Adapter(4, scale="channel", act="relu"),
     "prefix": rt.Prefix(3),
     "prefix-channel": rt.Prefix(3, scale="channel"),
+    "adapter-kaiming": rt.Adapter(4, init="kaiming", factor=0.5),
+    "lora": rt.Lora(3, alpha=6.0),
+    "ssf-identity": rt.Ssf(init="identity"),
+    "bias": rt.Bias(),
 }
 OTHER = {
     "adapter-xavier": rt.Adapter(4, init="xavier", act="silu"),
@@ -42,6 +47,9 @@ OTHER = {
     "prompt": rt.Prompt(3),
     "prompt-channel": rt.Prompt(3, scale="channel"),
     "own": Mixer,
+    "adapter-stream": rt.Adapter(4, init="bert", source="stream"),
+    "adapter-out": rt.Adapter(4, init="houlsby", source="out", factor=2.0),
+    "ssf": rt.Ssf(),
 }
 TUNERS: dict[str, Any] = {**ZERO, **OTHER}
 OPS = ("mha", "ffn", "block")
@@ -112,24 +120,29 @@ def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recip
         assert p.grad is not None and p.grad.abs().sum() > 0, name
 
 
+def says(tuner: Any, x: Tensor, y: Tensor, stream: Tensor) -> Tensor:
+    """What a tuner adds, given what it asks for."""
+    return tuner({"normed": x, "out": y, "stream": stream}[getattr(tuner, "source", "normed")], y)
+
+
 def by_hand_timm(block: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
     """A pre-norm block with LayerScale, written out."""
     n = block.norm1(x)
     y = block.ls1(block.attn(n))
-    m = x + y + t["mha"](n, y)
+    m = x + y + says(t["mha"], n, y, x)
     n = block.norm2(m)
     y = block.ls2(block.mlp(n))
-    out = m + y + t["ffn"](n, y)
-    return out + t["block"](x, out)
+    out = m + y + says(t["ffn"], n, y, m)
+    return out + says(t["block"], x, out, x)
 
 
 def by_hand_bert(layer: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
     """A post-norm layer, written out: the residual is inside."""
     y = layer.attention.output.dense(layer.attention.self(x)[0])
-    m = layer.attention.output.LayerNorm(y + t["mha"](x, y) + x)
+    m = layer.attention.output.LayerNorm(y + says(t["mha"], x, y, x) + x)
     y = layer.output.dense(layer.intermediate(m))
-    out = layer.output.LayerNorm(y + t["ffn"](m, y) + m)
-    return out + t["block"](x, out)
+    out = layer.output.LayerNorm(y + says(t["ffn"], m, y, m) + m)
+    return out + says(t["block"], x, out, x)
 
 
 @pytest.mark.parametrize(
@@ -240,16 +253,74 @@ def test_unload_gives_the_backbone_back_as_it_came(tiny: Tiny) -> None:
     assert torch.equal(before, after)
 
 
-@each_backbone
+@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("method", rt.methods)
-def test_save_then_load_is_the_same_to_the_bit(tiny: Tiny, method: str, tmp_path: Any) -> None:
-    tuned, inputs = shake(adapt(tiny, method, 3)), tiny.inputs()
+def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -> None:
+    """Refused in words, or: live is unpruned, only the adapter learns, and loading gives it back to the bit."""
+    tiny = TINY[name]
+    if method in REFUSED.get(name, {}):
+        with pytest.raises(RestuningError, match=REFUSED[name][method]):
+            adapt(tiny, small(method), 3)(**tiny.inputs())
+        return
+    tuned, inputs = shake(adapt(tiny, small(method), 3)).eval(), tiny.inputs()
+    assert from_dict(to_dict(small(method))) == small(method)
+    out = tuned(**inputs)
+    out.square().sum().backward()
     if method == "full":
         with torch.no_grad():
             next(tuned.backbone.parameters()).add_(0.1)
-    tuned.eval().save_pretrained(tmp_path)
+        out = tuned(**inputs)
+    else:
+        assert all(p.grad is None for p in tuned.backbone.parameters())
+        # a ReLU of width 3 may be dead, and on a backbone whose blocks mix no tokens no one looks at a prompt
+        learns = [bool(p.grad is not None and p.grad.abs().sum() > 0) for p in tuned.adapters.parameters()]
+        assert all(learns) or method in ("adapter-pfeiffer", "adaptformer", "mam-adapter") or "vpt" in method
+        assert any(learns[:-2]) == (method != "linear") or name == "own"
+        every = dict(zip(tuned._layers(), tuned.features(**inputs), strict=True))
+        if tuned.reads_features:
+            for layer, x in enumerate(plain_features(tiny, tuned.backbone, inputs)):
+                if layer in every:
+                    every[layer] = x
+            torch.testing.assert_close(tuned.from_features(tuple(every.values())), out)
+    tuned.save_pretrained(tmp_path)
     again = rt.Tuned.from_pretrained(tiny.backbone(), tmp_path, anatomy=tiny.anatomy).eval()
-    assert torch.equal(tuned(**inputs), again(**inputs))
+    assert torch.equal(again(**inputs), out)
+    assert hooks(tuned.backbone) == 0
+
+
+ZERO_AT_BIRTH = ("adapter", "lora", "bitfit", "adaptformer", "convpass", "dtl", "dtl-plus", "res-tuning", "linear")
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("method", ZERO_AT_BIRTH)
+def test_methods_that_are_the_backbone_at_birth(name: str, method: str) -> None:
+    tiny = TINY[name]
+    if method not in REFUSED.get(name, {}):
+        tuned, inputs = adapt(tiny, small(method), None, pool="none").eval(), tiny.inputs()
+        tail = tuned._tails["default"]
+        with torch.no_grad():
+            expected = tail(plain_features(tiny, tuned.backbone, inputs)[-1])
+            torch.testing.assert_close(tuned(**inputs), expected, rtol=0, atol=0)
+
+
+def test_mixes_of_everything_save_and_load(tmp_path: Any) -> None:
+    tiny = TINY["timm-vit"]
+    mix = rt.Mix(
+        (
+            rt.Residual({"attention": rt.PrefixTuning(3), "qkv": rt.Lora(2)}, blocks=(0,)),
+            rt.Residual({"ffn": rt.Adapter(3), "affine": rt.Ssf(), "block": rt.PromptTuning(2)}, blocks=(1,)),
+            rt.Residual({"ffn": rt.Prompt(4), "mha": rt.Convpass(2)}),
+            rt.Bypass(rt.Adapter(3)),
+        )
+    )
+    assert from_dict(to_dict(mix)) == mix
+    tuned, inputs = shake(adapt(tiny, mix, 3)).eval(), tiny.inputs()
+    out = tuned(**inputs)
+    out.square().sum().backward()
+    missing = [n for n, p in tuned.adapters.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert not missing, missing
+    tuned.save_pretrained(tmp_path)
+    assert torch.equal(rt.Tuned.from_pretrained(tiny.backbone(), tmp_path).eval()(**inputs), out)
 
 
 sizes = st.integers(1, 9)

@@ -8,8 +8,8 @@ import pytest
 import timm.layers
 import torch
 import transformers as hf
-from tiny import HF, TEXT, TINY, VIT, Tiny
 from timm.models.vision_transformer import VisionTransformer
+from tiny import HF, TEXT, TINY, VIT, Tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -114,3 +114,30 @@ TINY: dict[str, Tiny] = {
     "roberta": Tiny(lambda: hf.RobertaModel(hf.RobertaConfig(**TEXT)), "text"),
     "own": Tiny(Keywords, "vector", OWN),
 }
+
+
+def small(method: str) -> Any:
+    """A named method at a size for width 32 and 16 × 16 pixels."""
+    if method == "lst":
+        return rt.Ladder(4)
+    if method == "side-tuning":
+        return rt.SideTuning(rt.SmallCnn(4))
+    return rt.resize(rt.methods[method], 3)
+
+
+_NO_GRID = dict.fromkeys(("convpass", "dtl-plus", "side-tuning"), "grid of patches|reads images")
+_FUNCTIONAL = dict.fromkeys(("lora", "bitfit", "ssf", "noah"), "calls no module at 0_qkv")
+_ROTARY = dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "rotary")
+_NO_PARTS = {
+    **dict.fromkeys(("lora", "bitfit", "ssf", "noah", "prefix"), "no operation '(qkv|affine|attention)' here"),
+    "mam-adapter": "no operation 'attention' here",
+    "lst": "needs its norm1, qkv, proj, norm2, fc1, fc2: use init='random'",
+}
+REFUSED: dict[str, dict[str, str]] = {
+    "timm-eva": _FUNCTIONAL,  # its qkv weight is used without calling the module
+    "timm-eva02": {**_FUNCTIONAL, **_ROTARY, "lst": "an ungated FFN"},
+    "bert": _NO_GRID,
+    "roberta": _NO_GRID,
+    "own": {**_NO_GRID, **_NO_PARTS},
+}
+"""Which backbone refuses which method, and in which words."""

@@ -62,4 +62,5 @@ backbone and shared by the tuners of its adapter,
 appended to the stream, and taken off again after the block, or after the last one,
 `place = "block"` or `"attention"` if it goes there alone (on `attention`, `forward(call)` returns the keys and values
 (h, p, d / h) that are merged into the softmax),
+`on_grid = True` to be spared the tokens that others have appended after the grid of patches,
 `merges = True` if it has `merged(weight, bias)`, the affine map's with the tuner in it."""

@@ -39,6 +39,8 @@ class Convpass:
 class ConvpassTuner(nn.Module):
     """(b, n, reads) → (b, n, writes); see `Convpass`."""
 
+    on_grid = True
+
     def __init__(self, reads: int, writes: int, prefix: int, width: int, factor: float, dropout: float) -> None:
         super().__init__()
         self.prefix, self.factor, self.dropout = prefix, factor, dropout

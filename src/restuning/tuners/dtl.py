@@ -39,8 +39,8 @@ class Dtl:
         if self.plus and port.grid is None:
             raise MethodError("Dtl(plus=True) needs a grid of patches, and this backbone's tokens are none")
         first = max(port.depth - self.last, 0)
-        conv = self.plus and port.block == first
-        return DtlTuner(port.reads, self.rank, port.block >= first, self.beta, conv, port.grid or 0)
+        prefix = port.grid if self.plus else None
+        return DtlTuner(port.reads, self.rank, self.beta, port.block >= first, port.block == first, prefix)
 
 
 class DtlTuner(nn.Module):
@@ -49,25 +49,26 @@ class DtlTuner(nn.Module):
     place = "block"
     carries = True
 
-    def __init__(self, width: int, rank: int, writes: bool, beta: float, conv: bool, prefix: int) -> None:
+    def __init__(self, width: int, rank: int, beta: float, writes: bool, first: bool, prefix: int | None) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.zeros(width, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.writes, self.beta, self.prefix = writes, beta, prefix
-        self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False) if conv else None
-        if self.conv is not None:
+        self.on_grid = prefix is not None
+        self.conv: nn.Conv2d | None = None
+        if first and self.on_grid:
+            self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
             nn.init.dirac_(self.conv.weight, groups=width)
 
     def forward(self, x: Tokens, y: Tokens, carry: dict[str, Any]) -> Tensor | None:
         more = x @ self.a.T @ self.b.T
         h: Tensor = carry["h"] + more if "h" in carry else more
         carry["h"] = h
-        if self.conv is not None:
-            carry["conv"] = self.conv
         if not self.writes:
             return None
         out = h * torch.sigmoid(self.beta * h)
-        if "conv" in carry:
-            grid = carry["conv"](patches(out, self.prefix)).flatten(2).transpose(1, 2)
+        if self.prefix is not None:
+            conv: nn.Module = carry.setdefault("conv", self.conv)
+            grid = conv(patches(out, self.prefix)).flatten(2).transpose(1, 2)
             out = torch.cat([out[:, : self.prefix], grid], 1)
         return out

@@ -28,8 +28,8 @@ Tuners = Sequence[tuple[str, nn.Module]]
 class Joint:
     """What is added at one site: the sum of its tuners. Holds what the operation read only until it has spoken."""
 
-    def __init__(self, tuners: Tuners, carries: Mapping[str, dict[str, Any]]) -> None:
-        self.tuners, self.carries, self.spoke = tuners, carries, False
+    def __init__(self, tuners: Tuners, carries: Mapping[str, dict[str, Any]], appended: Sequence[int]) -> None:
+        self.tuners, self.carries, self.appended, self.spoke = tuners, carries, appended, False
         self.x: dict[str, list[Tensor]] = {}
 
     def read(self, source: str, x: Tensor) -> None:
@@ -42,9 +42,11 @@ class Joint:
         x = {source: _tokens(stack.pop()) for source, stack in self.x.items()}
         said = x["out"] = _tokens(y)
         for name, tuner in self.tuners:
-            here = x[_source(tuner)]
-            added = tuner(here, said, self.carries[name]) if _carries(tuner) else tuner(here, said)
-            y = y if added is None else y + _as(added, y)
+            more = sum(self.appended) if getattr(tuner, "on_grid", False) else 0
+            pair = [t[:, : t.shape[1] - more] for t in (x[_source(tuner)], said)]
+            added = tuner(*pair, self.carries[name]) if _carries(tuner) else tuner(*pair)
+            if added is not None:
+                y = y + _as(F.pad(added, (0, 0, 0, more)) if more else added, y)
         return y
 
 
@@ -56,24 +58,25 @@ def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> 
     """
     carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
     joints: list[tuple[Site, Joint]] = []
+    appended: list[int] = []  # how many tokens every rewrite has on the stream, after those of a grid
     with ExitStack() as stack:
         for site, here in tuners.items():
             plain = [(name, t) for name, t in here if not _rewrites(t)]
-            for _, tuner in here:
-                if _rewrites(tuner):
-                    first = site.block or 0
-                    span = range(first, first + 1 if _rewrites(tuner) == "block" else len(sites.blocks))
-                    rewrite = _beside if getattr(tuner, "unbound", False) else _rewritten
-                    stack.enter_context(rewrite(backbone, sites, span, tuner))
             if plain and site.op == "attention":
                 stack.enter_context(_merging(backbone.get_submodule(site.reads.path), [t for _, t in plain]))
             elif plain:
-                joint = Joint(plain, carries)
+                joint = Joint(plain, carries, appended)
                 joints.append((site, joint))
                 for source in sorted({_source(t) for _, t in plain} - {"out"}):
                     point, joint.x[source] = site.stream if source == "stream" else site.reads, []
                     stack.enter_context(_removed(_on_read(backbone, point, _reader(joint, source))))
                 stack.enter_context(_removed(_on_write(backbone, site.writes, joint.write)))
+        for site, here in tuners.items():  # around all others, so that these read and write the same tokens
+            for tuner in (t for _, t in here if _rewrites(t)):
+                first = site.block or 0
+                span = range(first, first + 1 if _rewrites(tuner) == "block" else len(sites.blocks))
+                rewrite = _beside if getattr(tuner, "unbound", False) else _rewritten
+                stack.enter_context(rewrite(backbone, sites, span, tuner, appended))
         yield
         silent = [site.name for site, joint in joints if not joint.spoke]
         if silent:
@@ -119,7 +122,7 @@ def _merging(attention: nn.Module, tuners: Sequence[nn.Module]) -> Iterator[None
 
 
 @contextmanager
-def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module) -> Iterator[None]:
+def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module, appended: list[int]) -> Iterator[None]:
     """[x; tokens] from the input of the first block of `span` to the output of its last one (Res-Tuning, Eq. 4)."""
     count: list[int] = []  # tokens of the stream, without those added
 
@@ -130,24 +133,26 @@ def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module)
         if not count:
             count.append(x.shape[1])
             x = torch.cat([x, tuner(x)], 1)
+            appended.append(x.shape[1] - count[0])
         n, wide = count[0], x.shape[1]
         args = tuple(_widened(value, n, wide) for value in args)
         kwargs = {key: _widened(value, n, wide) for key, value in kwargs.items()}
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
     def strip(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        appended.pop()
         return _say(out, _said(out)[:, : count.pop()])
 
     with ExitStack() as stack:
         modules = [backbone.get_submodule(sites.blocks[i]) for i in span]
         for module in modules:
-            stack.enter_context(_removed(module.register_forward_pre_hook(grow, with_kwargs=True)))
+            stack.enter_context(_removed(module.register_forward_pre_hook(grow, with_kwargs=True, prepend=True)))
         stack.enter_context(_removed(modules[-1].register_forward_hook(strip)))
         yield
 
 
 @contextmanager
-def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module) -> Iterator[None]:
+def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module, appended: list[int]) -> Iterator[None]:
     """The same, unbound (Res-Tuning, Eq. 5): stream and prompts pass every block of `span` apart, and meet in its
     attention alone, by λ and by β (Eq. 9 to 13)."""
     prompts: list[Tensor] = []
