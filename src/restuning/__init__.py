@@ -18,6 +18,8 @@ from restuning.methods import SideTuning as SideTuning
 from restuning.methods import methods as methods
 from restuning.methods import on_blocks as on_blocks
 from restuning.methods import resize as resize
+from restuning.peft import load_peft as load_peft
+from restuning.peft import save_peft as save_peft
 from restuning.side import AlexNet as AlexNet
 from restuning.side import SmallCnn as SmallCnn
 from restuning.tuners import Adapter as Adapter

@@ -17,7 +17,7 @@ from restuning.methods import Full, Method, find_method, from_dict, to_dict
 from restuning.saved import Card, fetch, fingerprint, push, read, same_weights, write
 from restuning.side import mixes_tokens
 from restuning.wiring.attach import attach, tap
-from restuning.wiring.sites import Anatomy, Site, find_sites
+from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import Tail, tail_of
 
 
@@ -141,6 +141,43 @@ class Tuned(nn.Module):
         for name, p in self.backbone.named_parameters():
             p.requires_grad_(flags[name])
         return self.backbone.train(training)
+
+    def merge_and_unload(self, name: str | None = None) -> nn.Module:
+        """The backbone with the active (or the named) adapter in its own weights: no tuner is left, its features are
+        the tuned ones. All adapters are gone, their heads too.
+
+        Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit); nothing is changed then.
+        """
+        name = name if name is not None else self._active()[0]
+        adapter = self._find(name)
+        if adapter.full or adapter.side is not None:
+            kind = "a side path" if adapter.side is not None else "full fine-tuning"
+            raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
+        changed: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for place, site in adapter.sites.items():
+            tuner: Any = adapter.tuners[place]
+            if not getattr(tuner, "merges", False) or site.op not in AFFINE:
+                raise MethodError(
+                    f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
+                    "LoRA, SSF and BitFit on affine modules are"
+                )
+            module = self.backbone.get_submodule(site.writes.path)
+            weight, bias = tuner.merged(module.weight, module.bias)
+            if site.writes.path in changed:  # tuners of one site add up, each to the frozen map
+                before, offset = changed[site.writes.path]
+                weight = before + weight - module.weight
+                bias = bias if offset is None else offset if bias is None else offset + bias - module.bias
+            changed[site.writes.path] = weight, bias
+        backbone = self.unload()
+        for path, values in changed.items():
+            module = backbone.get_submodule(path)
+            for key, value in zip(("weight", "bias"), values, strict=True):
+                old = getattr(module, key)
+                if value is not None and old is None:
+                    setattr(module, key, nn.Parameter(value.detach()))
+                elif value is not None:
+                    old.data.copy_(value.detach())
+        return backbone
 
     # ---- what it computes
 

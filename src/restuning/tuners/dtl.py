@@ -68,7 +68,12 @@ class DtlTuner(nn.Module):
             return None
         out = h * torch.sigmoid(self.beta * h)
         if self.prefix is not None:
-            conv: nn.Module = carry.setdefault("conv", self.conv)
-            grid = conv(patches(out, self.prefix)).flatten(2).transpose(1, 2)
+            grid = _shared(carry, self.conv)(patches(out, self.prefix)).flatten(2).transpose(1, 2)
             out = torch.cat([out[:, : self.prefix], grid], 1)
         return out
+
+
+def _shared(carry: dict[str, Any], conv: nn.Module | None) -> nn.Module:
+    """The first block's convolution, for all of them."""
+    shared: nn.Module = carry.setdefault("conv", conv)
+    return shared

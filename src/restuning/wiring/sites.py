@@ -267,18 +267,19 @@ class Sites(Sequence[Site]):
         return tuple(dict.fromkeys(site.op for site in self.all))
 
     def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
-        """The sites of one operation (`affine`: of all affine modules), in all blocks or in those named; sites of no
-        block are always among them.
+        """The sites of one operation (`affine`: of all affine modules; or a module's own name, such as `query`), in all
+        blocks or in those named; sites of no block are always among them.
 
         Raises SiteError for an operation or a block that is not there.
         """
-        wanted = set(AFFINE if op == "affine" and self.anatomy.parts else (op,))
-        if not wanted & set(self.ops):
+        ops = AFFINE if op == "affine" and self.anatomy.parts else (op,)
+        named = [s for s in self.all if s.op in ops or (s.op in PARTS and s.writes.path.split(".")[-1] == op)]
+        if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
         wrong = [i for i in blocks or () if not 0 <= i < len(self.blocks)]
         if wrong or (blocks is not None and not blocks):
             raise SiteError(f"no block {wrong or '(empty list)'}: this backbone has blocks 0 to {len(self.blocks) - 1}")
-        return tuple(s for s in self.all if s.op in wanted and (blocks is None or s.block is None or s.block in blocks))
+        return tuple(s for s in named if blocks is None or s.block is None or s.block in blocks)
 
     def __len__(self) -> int:
         return len(self.all)

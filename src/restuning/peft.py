@@ -1,0 +1,144 @@
+"""LoRA files as PEFT writes them, read and written."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from restuning.adapt import Tuned
+from restuning.errors import CheckpointError, MethodError, MissingExtra, line
+from restuning.files import write_whole
+from restuning.methods import Method, Mix, Residual
+from restuning.saved import CONFIG, MODEL, fetch
+from restuning.tuners import Lora
+from restuning.tuners.lora import LoraTuner
+from restuning.wiring.sites import PARTS, Sites
+
+_PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
+"""Settings of PEFT's that change what is computed, and the values at which they do not."""
+
+
+def load_peft(
+    tuned: Tuned, path: str | Path, name: str = "default", num_classes: int | None = None, *, pool: str | None = None
+) -> None:
+    """Add a LoRA adapter that PEFT saved, from a folder or a hub id, with a fresh head, and make it active.
+
+    Raises CheckpointError for files that are damaged, of another method or variant, or of another backbone.
+    """
+    folder = fetch(path)
+    config, state = _read(folder)
+    found = _found(folder, tuned._sites, state)
+    ranks: dict[tuple[str, int, float], list[int]] = {}
+    for site_path, (a, _) in found.items():
+        rank = len(a)
+        alpha = float(_pattern(config.get("alpha_pattern"), site_path) or config["lora_alpha"])
+        alpha = alpha * rank**0.5 if config.get("use_rslora") else alpha
+        site = next(s for s in tuned._sites.all if s.writes.path == site_path and s.op in PARTS)
+        ranks.setdefault((site_path.split(".")[-1], rank, alpha), []).append(site.block or 0)
+    dropout = float(config.get("lora_dropout") or 0.0)
+    parts = tuple(
+        Residual({tail: Lora(rank, alpha, dropout)}, blocks=tuple(blocks))
+        for (tail, rank, alpha), blocks in ranks.items()
+    )
+    method: Method = parts[0] if len(parts) == 1 else Mix(parts)
+    tuned.add_adapter(name, method, num_classes, pool=pool)
+    for place, site in tuned._find(name).sites.items():
+        tuner: Any = tuned._find(name).tuners[place]
+        a, b = found[site.writes.path]
+        tuner.load_state_dict({"a": a, "b": b})
+
+
+def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
+    """Write the active (or the named) adapter as PEFT writes LoRA; the head is not part of it.
+
+    Raises MethodError if any of its tuners is not LoRA, CheckpointError if the folder cannot be written.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    adapter = tuned._find(name if name is not None else tuned._active()[0])
+    state: dict[str, Tensor] = {}
+    ranks, alphas = {}, {}
+    dropout = 0.0
+    for place, site in adapter.sites.items():
+        tuner = adapter.tuners[place]
+        if not isinstance(tuner, LoraTuner) or adapter.side is not None:
+            raise MethodError(f"PEFT's LoRA files hold LoRA alone; {place} is a {type(tuner).__name__}")
+        key = f"base_model.model.{site.writes.path}"
+        if f"{key}.lora_A.weight" in state:
+            raise MethodError(f"PEFT's LoRA files hold one LoRA a module; {site.writes.path} has several")
+        state[f"{key}.lora_A.weight"], state[f"{key}.lora_B.weight"] = (
+            t.detach().cpu().contiguous() for t in (tuner.a, tuner.b)
+        )
+        ranks[site.writes.path], alphas[site.writes.path] = len(tuner.a), tuner.factor * len(tuner.a)
+        dropout = tuner.dropout
+    if not state:
+        raise MethodError("PEFT's LoRA files hold LoRA alone; this adapter has none")
+    first = next(iter(ranks))
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "inference_mode": True,
+        "base_model_name_or_path": str(adapter.card.backbone.get("name")),
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "lora_dropout": dropout,
+        "bias": "none",
+        "target_modules": sorted(ranks),
+        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != ranks[first]},
+        "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != alphas[first]},
+    }
+    folder = Path(path)
+    try:
+        write_whole(folder / MODEL, save(state))
+        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    except OSError as error:
+        raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        from safetensors.torch import load
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        state = load((folder / MODEL).read_bytes())
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be read as a PEFT adapter: {line(error)}") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise CheckpointError(f"{folder}: PEFT adapter of type {kind!r}, expected 'LORA'")
+    for key, value in _PLAIN.items():
+        if config.get(key) not in (None, value):
+            raise CheckpointError(f"{folder}: PEFT's {key}={config[key]!r} is not plain LoRA")
+    return config, state
+
+
+def _found(folder: Path, sites: Sites, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Site's path → (A, B); the model that PEFT wrapped may have been inside a larger one, or ours may be."""
+    paths = {site.writes.path for site in sites.all if site.op in PARTS}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        place, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+        path = next((p for p in paths if p == place or p.endswith(f".{place}") or place.endswith(f".{p}")), None)
+        if half not in ("A", "B") or path is None:
+            raise CheckpointError(f"{folder}: {key} is no LoRA of an affine module of this backbone")
+        halves.setdefault(path, {})[half] = value
+    single = [path for path, both in halves.items() if both.keys() != {"A", "B"}]
+    if single or not halves:
+        raise CheckpointError(f"{folder}: {f'{single[0]} lacks a half' if single else 'no tensors'}")
+    for path, both in halves.items():
+        port = next(s.port for s in sites.all if s.writes.path == path and s.op in PARTS)
+        if (both["A"].shape[1], len(both["B"])) != (port.reads, port.writes):
+            raise CheckpointError(
+                f"{folder}: LoRA of {path} is for widths {both['A'].shape[1]} and {len(both['B'])}; "
+                f"this backbone has {port.reads} and {port.writes}"
+            )
+    return {path: (both["A"], both["B"]) for path, both in halves.items()}
+
+
+def _pattern(patterns: dict[str, Any] | None, path: str) -> Any:
+    return next((value for key, value in (patterns or {}).items() if path == key or path.endswith(f".{key}")), None)
