@@ -153,7 +153,7 @@ class Tuned(nn.Module):
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
-        changed: dict[str, tuple[Tensor, Tensor | None]] = {}
+        changed: dict[str, tuple[Tensor, Tensor]] = {}
         for place, site in adapter.sites.items():
             tuner: Any = adapter.tuners[place]
             if not getattr(tuner, "merges", False) or site.op not in AFFINE:
@@ -161,22 +161,19 @@ class Tuned(nn.Module):
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
                 )
-            module = self.backbone.get_submodule(site.writes.path)
-            weight, bias = tuner.merged(module.weight, module.bias)
-            if site.writes.path in changed:  # tuners of one site add up, each to the frozen map
-                before, offset = changed[site.writes.path]
-                weight = before + weight - module.weight
-                bias = bias if offset is None else offset if bias is None else offset + bias - module.bias
-            changed[site.writes.path] = weight, bias
+            weight, bias = _affine(self.backbone.get_submodule(site.writes.path))
+            more_weight, more_bias = tuner.merged(weight, bias)
+            # tuners of one site add up, each to the frozen map
+            to_weight, to_bias = changed.get(site.writes.path, (weight, bias))
+            changed[site.writes.path] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
         backbone = self.unload()
-        for path, values in changed.items():
-            module = backbone.get_submodule(path)
-            for key, value in zip(("weight", "bias"), values, strict=True):
-                old = getattr(module, key)
-                if value is not None and old is None:
-                    setattr(module, key, nn.Parameter(value.detach()))
-                elif value is not None:
-                    old.data.copy_(value.detach())
+        for path, (weight, bias) in changed.items():
+            module: Any = backbone.get_submodule(path)
+            module.weight.data.copy_(weight.detach())
+            if module.bias is not None:
+                module.bias.data.copy_(bias.detach())
+            elif bias.any():
+                module.bias = nn.Parameter(bias.detach())
         return backbone
 
     # ---- what it computes
@@ -199,8 +196,7 @@ class Tuned(nn.Module):
         active = [self._find(name) for name in self._active()]
         inside: dict[Site, list[tuple[str, nn.Module]]] = {}
         for name, adapter in zip(self._active(), active, strict=True):
-            for site, tuner in adapter.inside:
-                inside.setdefault(site, []).append((name, tuner))
+            _gather(inside, name, adapter.inside)
         if inside and torch.is_grad_enabled() and _recomputes(self.backbone):
             raise MethodError(
                 "the backbone recomputes its blocks in the backward pass (gradient checkpointing), after the tuners "
@@ -224,7 +220,7 @@ class Tuned(nn.Module):
             own = tuple(at[layer] for layer in adapter.layers)
             if adapter.side is not None and adapter.reads_features:
                 own = tuple(x.detach() for x in own)
-            with attach(self.backbone, self._sites, {site: [(name, tuner)] for site, tuner in adapter.in_tail}):
+            with attach(self.backbone, self._sites, _gather({}, name, adapter.in_tail)):
                 return adapter.head(adapter.pooled(own, self._tails[name]))  # type: ignore[no-any-return]
 
         names = self._active()
@@ -394,6 +390,21 @@ def name_of(backbone: nn.Module) -> str:
 def _recomputes(backbone: nn.Module) -> bool:
     """Whether gradient checkpointing is on, by timm's name or by transformers'."""
     return any(getattr(m, "grad_checkpointing", m.__dict__.get("gradient_checkpointing")) for m in backbone.modules())
+
+
+def _affine(module: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of an affine module; zeros where it has no bias."""
+    weight: Tensor = module.weight
+    return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
+
+
+def _gather(
+    sites: dict[Site, list[tuple[str, nn.Module]]], name: str, tuners: Sequence[tuple[Site, nn.Module]]
+) -> dict[Site, list[tuple[str, nn.Module]]]:
+    """Site by site, an adapter's tuners beside those that are there."""
+    for site, tuner in tuners:
+        sites.setdefault(site, []).append((name, tuner))
+    return sites
 
 
 def _adaptation(module: nn.Module) -> Adaptation:

@@ -33,5 +33,5 @@ class BiasTuner(nn.Module):
     def forward(self, x: Read, y: Said) -> Said:
         return self.bias.expand_as(y)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return weight, self.bias if bias is None else bias + self.bias
+    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weight, bias + self.bias

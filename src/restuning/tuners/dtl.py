@@ -67,13 +67,9 @@ class DtlTuner(nn.Module):
         if not self.writes:
             return None
         out = h * torch.sigmoid(self.beta * h)
+        if self.conv is not None:
+            carry["conv"] = self.conv
         if self.prefix is not None:
-            grid = _shared(carry, self.conv)(patches(out, self.prefix)).flatten(2).transpose(1, 2)
+            grid = carry["conv"](patches(out, self.prefix)).flatten(2).transpose(1, 2)
             out = torch.cat([out[:, : self.prefix], grid], 1)
         return out
-
-
-def _shared(carry: dict[str, Any], conv: nn.Module | None) -> nn.Module:
-    """The first block's convolution, for all of them."""
-    shared: nn.Module = carry.setdefault("conv", conv)
-    return shared

@@ -53,7 +53,7 @@ class LoraTuner(nn.Module):
         x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, self.a), self.b if self.factor == 1 else self.b * self.factor)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         if weight.ndim != 2:
             raise MethodError(f"LoRA merges into a linear map; this weight is {tuple(weight.shape)}")
         return weight + self.factor * self.b @ self.a, bias

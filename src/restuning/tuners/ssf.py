@@ -44,6 +44,6 @@ class SsfTuner(nn.Module):
     def forward(self, x: Read, y: Said) -> Said:
         return torch.addcmul(self.shift, self.scale - 1, y)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         by_row = self.scale.reshape(-1, *[1] * (weight.ndim - 1))
-        return weight * by_row, self.shift + (0 if bias is None else bias * self.scale)
+        return weight * by_row, bias * self.scale + self.shift
