@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run", type=Path, metavar="RUN.JSON", help="repeat a recorded run; other settings override it")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, to the same bits")
     train.add_argument("--data", help=_DATA)
-    train.add_argument("--method", help="see `restuning methods` (default res-tuning)")
+    train.add_argument("--method", help="see `restuning methods`, or a method's .json file (default res-tuning)")
     _backbone_flags(train)
     train.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
     train.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
@@ -94,6 +94,28 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="(default 0)")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    search = add(
+        "search",
+        _search,
+        "Search a mix of adapter, LoRA and prompt under a parameter limit (NOAH).",
+        "restuning search --data folder:photos --out runs/search && "
+        "restuning train --data folder:photos --method runs/search/method.json --out runs/found",
+    )
+    search.add_argument("--out", type=Path, required=True, help="folder for method.json and search.json")
+    search.add_argument("--resume", action="store_true", help="continue the search in --out")
+    search.add_argument("--data", required=True, help=_DATA)
+    _backbone_flags(search)
+    search.add_argument("--limit", type=int, default=360_000, help="most tuner parameters (default 360,000)")
+    search.add_argument("--population", type=int, default=16, help="subnets in a generation (default 16)")
+    search.add_argument("--generations", type=int, default=4, help="(default 4)")
+    for name in ("train", "val", "test"):
+        search.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    search.add_argument("--lr", type=_rates, dest="lrs", metavar="LR", help="learning rate (default 0.001)")
+    search.add_argument("--epochs", type=int, help="of the supernet (default 50)")
+    search.add_argument("--batch-size", type=int, help="(default 32)")
+    search.add_argument("--seed", type=int, help="(default 0)")
+    search.add_argument("--quiet", action="store_true", help="no progress bar")
 
     evaluate = add(
         "evaluate",
@@ -182,7 +204,15 @@ def _blocks(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"{text!r}: expected blocks such as 0-5 or 0,3,7") from error
 
 
+def _rates(text: str) -> tuple[float]:
+    try:
+        return (float(text),)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number") from error
+
+
 def _train(args: argparse.Namespace) -> None:
+    from restuning.methods import find_method, to_dict
     from restuning.recipe import TrainConfig
     from restuning.run import RUN, Run, execute, read_run
 
@@ -192,6 +222,8 @@ def _train(args: argparse.Namespace) -> None:
     training = {k: given[k] for k in asdict(TrainConfig()) if k in given}
     settings = {k: given[k] for k in Run.__dataclass_fields__ if k in given and k != "run"}
     settings |= {"lrs": tuple(settings["lrs"])} if "lrs" in settings else {}
+    if str(settings.get("method", "")).endswith(".json"):  # the run records what the file holds
+        settings["method"] = to_dict(find_method(settings["method"]))
     if run is not None:
         run = replace(run, **settings, training=replace(run.training, **training))
     elif "data" not in settings:
@@ -206,6 +238,33 @@ def _train(args: argparse.Namespace) -> None:
     else:
         print(
             f"test accuracy {result['test_accuracy']:.2f} % on {result['images']['test']} images; saved in {args.out}"
+        )
+
+
+def _search(args: argparse.Namespace) -> None:
+    from restuning.recipe import TrainConfig
+    from restuning.run import Run
+    from restuning.search import METHOD, search
+
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    training = {k: given[k] for k in asdict(TrainConfig()) if k in given}
+    settings = {k: given[k] for k in Run.__dataclass_fields__ if k in given}
+    run = Run(**{"val_size": 200, **settings, "method": "noah"}, training=TrainConfig(**training))
+    found = search(
+        run,
+        args.out,
+        limit=args.limit,
+        population=args.population,
+        generations=args.generations,
+        resume=args.resume,
+        progress=not (args.quiet or args.json),
+    )
+    if args.json:
+        print(json.dumps(found))
+    else:
+        print(
+            f"validation accuracy {found['validation_accuracy']:.2f} % with {found['parameters']:,} parameters; "
+            f"restuning train --method {args.out / METHOD} trains it"
         )
 
 
@@ -288,19 +347,28 @@ def _params(args: argparse.Namespace) -> None:
     if args.classes < 1:
         raise RestuningError(f"--classes {args.classes}: expected at least 1")
     backbone = describe_backbone(args.backbone or MICRO)
-    counts = {}
+    counts, refused = {}, {}
     for name in [args.method] if args.method else methods:
         method = find_method(name)
         method = method if args.size is None else resize(method, args.size)
         method = method if args.blocks is None else on_blocks(method, args.blocks)
-        tuned = adapt(backbone, method, args.classes)
+        try:
+            tuned = adapt(backbone, method, args.classes)
+        except RestuningError as error:
+            if args.method:
+                raise
+            refused[name] = str(error)
+            continue
         counts[name] = count(tuned)
         tuned.unload()
     if args.json:
-        print(json.dumps(counts[args.method] if args.method else counts))
+        said = {name: {"refused": why} for name, why in refused.items()}
+        print(json.dumps(counts[args.method] if args.method else {**counts, **said}))
     else:
         columns = ["trainable", "tuners", "head", "total"]
         _table(["method", *columns], [[name, *(f"{c[k]:,}" for k in columns)] for name, c in counts.items()])
+        for name, why in refused.items():
+            print(f"{name}: {why}")
 
 
 def _data(args: argparse.Namespace) -> None:

@@ -205,8 +205,10 @@ SIZES: dict[type, str] = {
 RECIPES: dict[str, Any] = {cls.__name__.lower(): cls for cls in (*SIZES, AlexNet, Bias, Ssf)}
 
 
-def find_method(method: str | Method) -> Method:
-    """A method by name, from a JSON file, or as it is. Raises MethodError with the nearest names."""
+def find_method(method: str | Mapping[str, Any] | Method) -> Method:
+    """A method by name, from a JSON file, from data, or as it is. Raises MethodError with the nearest names."""
+    if isinstance(method, Mapping):
+        return from_dict(method)
     if not isinstance(method, str):
         if type(method) not in KINDS.values():
             raise MethodError(f"{method!r} is no method: expected a name or one of {', '.join(KINDS)}")

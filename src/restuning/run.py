@@ -21,6 +21,7 @@ from restuning.data import Images, Prepared, Preprocess, Task, check, load_task
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
 from restuning.files import write_whole
+from restuning.initialise import initialise, needs_data
 from restuning.measure import count
 from restuning.methods import Method, find_method, on_blocks, resize
 from restuning.recipe import TrainConfig
@@ -35,7 +36,7 @@ class Run:
     training and validation images together (VTAB-1k's protocol), tested once, at the last epoch."""
 
     data: str
-    method: str = "res-tuning"
+    method: str | Mapping[str, Any] = "res-tuning"
     backbone: str = MICRO
     weights: str | None = None
     image_size: int | None = None
@@ -61,7 +62,7 @@ class Run:
     @property
     def spec(self) -> str | Method:
         """The method, by its name where it is the named one."""
-        if self.size is None and self.blocks is None:
+        if isinstance(self.method, str) and self.size is None and self.blocks is None:
             return self.method
         method = find_method(self.method)
         method = method if self.size is None else resize(method, self.size)
@@ -109,7 +110,7 @@ def execute(
 
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
-    with _claimed(out, run, resume):
+    with claimed(out, run, resume):
         start = time.perf_counter()
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
         preprocess = preprocessing_of(backbone, run.image_size, run.crop)
@@ -123,7 +124,7 @@ def execute(
             held = load_task(run.data, **sizes, val_size=run.val_size or max(1, len(whole.train) // 5))  # type: ignore[arg-type]
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: trials[str(rate)])
-        model, tuned = task.model()
+        model, tuned = task.model(whole.train)
         history = fit(
             model,
             task.read(tuned, whole.train, run.augment),
@@ -164,7 +165,7 @@ def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, pr
     for lr in run.lrs:
         if str(lr) in trials:
             continue
-        model, tuned = task.model()
+        model, tuned = task.model(held.train)
         state = out / f"trial-{lr}.pt"
         fit(
             model,
@@ -191,8 +192,8 @@ class _Prepared:
         self.kept: dict[tuple[str, ...], Examples] = {}
         self.came = {k: v.clone() for k, v in backbone.state_dict().items()} if run.method == "full" else None
 
-    def model(self) -> tuple[nn.Module, Tuned]:
-        """A newly born tuned model, the same at each call."""
+    def model(self, train: Images) -> tuple[nn.Module, Tuned]:
+        """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
         torch.manual_seed(self.run.training.seed)
         if self.came is not None:
             self.backbone.load_state_dict(self.came)
@@ -207,6 +208,8 @@ class _Prepared:
         )
         if torch.cuda.is_available():
             tuned.cuda()
+        if needs_data(tuned):
+            initialise(tuned, Prepared(train, self.preprocess), self.run.training.seed)
         return (FromFeatures(tuned) if self._keeps(tuned) else tuned), tuned
 
     def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples:
@@ -231,7 +234,7 @@ class _Prepared:
 
 
 @contextlib.contextmanager
-def _claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
+def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
     """The output folder for this run alone. Nothing of an earlier one is overwritten."""
     try:
         new = not out.exists()
