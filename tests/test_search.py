@@ -91,5 +91,5 @@ def test_a_search_ends_in_a_method(tmp_path: Path, capsys: pytest.CaptureFixture
     recorded = json.loads((tmp_path / "run" / "run.json").read_text())
     assert recorded["method"] == to_dict(method)
     capsys.readouterr()
-    assert main(["search", *data, *small, "--limit", "9", "--out", str(tmp_path / "none")]) == 2
+    assert main(["search", *data, "--val-size", "40", *small, "--limit", "9", "--out", str(tmp_path / "none")]) == 2
     assert "limit 9: the smallest subnet has" in capsys.readouterr().err and not (tmp_path / "none").exists()
