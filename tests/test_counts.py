@@ -1,9 +1,16 @@
 """Golden numbers: the paper's counts on ViT-B/16 with 100 classes, to the parameter, and arithmetic for the rest."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 import restuning as rt
 from restuning.backbones import describe_backbone
+from restuning.cli import main
+from restuning.paper import PRINTED
+
+PAPER = Path(__file__).parents[2] / "shared" / "design" / "paper_tables.json"
 
 HEAD, BODY = 76_900, 85_798_656
 
@@ -76,3 +83,73 @@ def test_tuners_alone(vit, op: str) -> None:
     }
     for recipe, expected in per_block.items():
         assert trained(vit, rt.Residual({op: recipe})) == 12 * expected + HEAD
+
+
+GOLDEN = {
+    "full": 85_875_556,
+    "linear": 76_900,
+    "adapter": 1_856_740,
+    "lora": 371_812,
+    "prefix": 261_220,
+    "vpt-shallow": 76_900 + 768 * 90,
+    "vpt-deep": 76_900 + 768 * 12 * 61,
+    "convpass": 404_452,
+    "ssf": 282_724,
+    "bitfit": 179_812,
+    "adaptformer": 1_266_532,
+    "mam-adapter": 10_082_404,
+    "side-tuning": 9_624_485,
+    "lst": 932_272,
+    "dtl": 76_900 + 12 * 4 * 768,
+    "res-tuning-single": 169_060,
+    "res-tuning": 482_644,
+    "res-tuning-tri": 676_300,
+    "bypass-none": 76_912,
+    "bypass-horizontal": 270_568,
+    "bypass-vertical": 270_568,
+    "bypass": 464_224,
+}
+
+
+def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["params", "--backbone", "vit_base_patch16_224", "--classes", "100", "--json"]) == 0
+    counts = json.loads(capsys.readouterr().out)
+    assert {name: counts[name]["trainable"] for name in GOLDEN} == GOLDEN
+    assert set(counts) == set(rt.methods)
+    assert counts["noah"]["tuners"] <= 360_000
+    for c in counts.values():
+        assert c["trainable"] == c["tuners"] + c["head"] and c["head"] == 76_900
+    for name, c in counts.items():
+        if name != "full":
+            assert c["total"] == 85_798_656 + c["trainable"]
+
+
+def test_beside_the_papers_own_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every printed figure agrees, or says why not; and the figures are those of the paper."""
+    assert main(["params", "--paper", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["table"] for row in rows} >= {"3a", "3b", "3c", "4", "6", "12", "13", "14", "15", "16", "17"}
+    for row in rows:
+        assert row["why"] or (row["parameters"] and row["difference"] is None), row
+    assert sum(row["parameters"] is not None and row["difference"] is None for row in rows) >= 55
+    assert main(["params", "--paper"]) == 0
+    assert "the paper cuts digits here" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not PAPER.exists(), reason="the paper's tables are not beside this checkout")
+def test_the_printed_figures_are_the_papers() -> None:
+    tables = json.loads(PAPER.read_text())
+    for p in PRINTED:
+        name = p.row.removesuffix(", at inference, head not counted")
+        if p.table in ("3a", "3b", "3c", "4", "12", "6", "17"):
+            columns = tables[p.table]["columns"]
+            column = "test_parameters_M" if p.table == "17" else "parameters_M"
+            printed = tables[p.table]["rows"][name][columns.index(column)]
+        else:
+            kind, _, key = name.partition(", " if p.table in ("13", "14", "16") else " without ")
+            rows = {k.replace(" ,", ",").replace(",11", ", 11"): v for k, v in tables[p.table]["rows"].items()}
+            if p.table == "16":
+                printed = rows[key][{"ConvNeXt": 1, "ResNet-101": 4}[kind]]
+            else:
+                printed = rows[key][{"Res-Tuning": 1, "Bypass": 4}[kind]]
+        assert printed == p.millions, p

@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     _backbone_flags(params, weights=False)
     params.add_argument("--method", help="one method (default: all)")
     params.add_argument("--classes", type=int, default=100)
+    params.add_argument("--paper", action="store_true", help="set ours beside every count that the paper prints")
     params.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
     params.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
 
@@ -344,6 +345,9 @@ def _params(args: argparse.Namespace) -> None:
     from restuning.measure import count
     from restuning.methods import find_method, methods, on_blocks, resize
 
+    if args.paper:
+        _paper(args)
+        return
     if args.classes < 1:
         raise RestuningError(f"--classes {args.classes}: expected at least 1")
     backbone = describe_backbone(args.backbone or MICRO)
@@ -369,6 +373,27 @@ def _params(args: argparse.Namespace) -> None:
         _table(["method", *columns], [[name, *(f"{c[k]:,}" for k in columns)] for name, c in counts.items()])
         for name, why in refused.items():
             print(f"{name}: {why}")
+
+
+def _paper(args: argparse.Namespace) -> None:
+    from restuning.paper import compare
+
+    rows = list(compare())
+    if args.json:
+        print(json.dumps(rows))
+        return
+    cells = [
+        [
+            row["table"],
+            row["row"],
+            f"{row['printed']:g}",
+            "" if row["parameters"] is None else f"{row['parameters']:,}",
+            "" if row["difference"] is None else f"{row['difference']:+.4f}",
+            row["why"],
+        ]
+        for row in rows
+    ]
+    _table(["table", "row", "paper (M)", "ours", "difference (M)", "why"], cells)
 
 
 def _data(args: argparse.Namespace) -> None:
