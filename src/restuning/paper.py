@@ -222,7 +222,8 @@ def _roberta() -> nn.Module:
     except ImportError as error:
         raise MissingExtra("transformers", "transformers") from error
     with torch.device("meta"):
-        return RobertaModel(RobertaConfig(), add_pooling_layer=False)
+        model: nn.Module = RobertaModel(RobertaConfig(), add_pooling_layer=False)
+    return model
 
 
 _BACKBONES: dict[str, Callable[[], nn.Module]] = {
