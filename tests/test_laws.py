@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import REFUSED, TINY, Tiny, small
@@ -381,4 +382,5 @@ def test_taps_are_what_the_blocks_say() -> None:
 
 def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
     tried = {rt.find_sites(t.backbone(), t.anatomy).anatomy.name for t in TINY.values()}
-    assert {a.name for a in ANATOMIES} - tried == {"transformers 4 ViT"}
+    other = 4 if int(transformers.__version__.split(".")[0]) >= 5 else 5
+    assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}

@@ -98,22 +98,18 @@ _HF_PARTS = {
     "fc1": ("mlp.fc1", "mlp.weights_in"),
     "fc2": ("mlp.fc2", "mlp.weights_out"),
 }
-_HF_OLD_PARTS = {
+_HF_4_ATTENTION = {
     "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
     "proj": ("attention.output.dense",),
 }
 _DINOV2 = Anatomy(
-    "transformers DINOv2",
+    "transformers 5 DINOv2",
     blocks="encoder.layer",
     ops={
         "mha": Op(into("attention"), out_of("layer_scale1"), into("norm1")),
         "ffn": Op(into("mlp"), out_of("layer_scale2"), into("norm2")),
     },
-    parts={
-        "norm1": ("norm1",),
-        "norm2": ("norm2",),
-        **{role: paths + _HF_OLD_PARTS.get(role, ()) for role, paths in _HF_PARTS.items()},
-    },
+    parts={"norm1": ("norm1",), "norm2": ("norm2",), **_HF_PARTS},
     attention="attention",
     width="norm1.weight",
     heads="attention.num_attention_heads",
@@ -121,6 +117,22 @@ _DINOV2 = Anatomy(
     norm="layernorm",
     grid=True,
 )
+_DINOV2_4 = replace(
+    _DINOV2,
+    name="transformers 4 DINOv2",
+    parts={**_DINOV2.parts, **_HF_4_ATTENTION},
+    attention="attention.attention",
+    heads="attention.attention.num_attention_heads",
+)
+
+
+def _with_registers(row: Anatomy) -> Anatomy:
+    return replace(
+        row,
+        name=f"{row.name} with registers",
+        prefix=lambda root: 1 + int(root.config.num_register_tokens),
+    )
+
 
 ANATOMIES: tuple[Anatomy, ...] = (
     Anatomy(  # the input of drop_path is the one point after both forms of LayerScale (module, bare parameter)
@@ -173,7 +185,7 @@ ANATOMIES: tuple[Anatomy, ...] = (
         parts={
             "norm1": ("layernorm_before",),
             "norm2": ("layernorm_after",),
-            **_HF_OLD_PARTS,
+            **_HF_4_ATTENTION,
             "fc1": ("intermediate.dense",),
             "fc2": ("output.dense",),
         },
@@ -184,12 +196,10 @@ ANATOMIES: tuple[Anatomy, ...] = (
         norm="layernorm",
         grid=True,
     ),
-    replace(
-        _DINOV2,
-        name="transformers DINOv2 with registers",
-        prefix=lambda root: 1 + int(root.config.num_register_tokens),
-    ),
+    _with_registers(_DINOV2),
+    _with_registers(_DINOV2_4),
     _DINOV2,
+    _DINOV2_4,
     Anatomy(
         "transformers CLIP vision",
         blocks="encoder.layers",
@@ -328,7 +338,7 @@ def _lists(backbone: nn.Module, blocks: str) -> Iterator[tuple[str, nn.Module]]:
 def _fits(backbone: nn.Module, root: str, blocks: nn.Module, row: Anatomy) -> bool:
     try:
         for block in blocks.children():
-            for path in row.paths():
+            for path in (*row.paths(), row.heads):
                 attrgetter(path)(block) if path else None
         holder = backbone.get_submodule(root)
         for path in filter(None, (row.norm, row.post)):
