@@ -27,6 +27,10 @@ PLAN: dict[str, tuple[int, tuple[float, ...]]] = {
     "bypass-horizontal": BESIDE,
     "bypass-vertical": BESIDE,
     "bypass": (50, (0.01, 0.005)),
+    "bypass-mean": (50, (0.005, 0.002)),
+    "bypass-grid2": (50, (0.005, 0.002)),
+    "bypass-grid4": (50, (0.005, 0.002)),
+    "ladder-grid4": (50, (0.005, 0.002)),
     "lora": INSIDE,
     "res-tuning": INSIDE,
     "dtl": INSIDE,
@@ -49,7 +53,7 @@ PLAN: dict[str, tuple[int, tuple[float, ...]]] = {
     "side-tuning": (10, (0.001, 0.0003)),
     "full": (6, (0.0003, 0.0001)),
 }
-CHEAP = ("linear", "bypass-none", "bypass-horizontal", "bypass-vertical", "bypass", "lst", "side-tuning")
+CHEAP = {method for method, (epochs, _) in PLAN.items() if epochs >= 10}
 CHOSEN = ("sprite location", "EuroSAT")
 
 

@@ -210,11 +210,17 @@ def test_params_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("methods", "--json") == 0
     assert "bypass" in json.loads(capsys.readouterr().out)
     assert call("sites", "--json") == 0
-    assert {s["op"] for s in json.loads(capsys.readouterr().out)["sites"]} == {"mha", "ffn", "block"}
+    assert {s["op"] for s in json.loads(capsys.readouterr().out)["sites"]} >= {
+        "mha",
+        "ffn",
+        "block",
+        "attention",
+        "qkv",
+    }
     assert call("data", "digits", "--check", "--json") == 0
     images = json.loads(capsys.readouterr().out)["images"]
     assert sum(map(sum, images.values())) == 1797
-    for command in ("train", "evaluate", "predict", "methods", "sites", "params", "data"):
+    for command in ("train", "search", "evaluate", "predict", "methods", "sites", "params", "data"):
         with pytest.raises(SystemExit) as stop:
             call(command, "--help")
         assert stop.value.code == 0 and "example: restuning" in capsys.readouterr().out

@@ -117,8 +117,10 @@ def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: counts[name]["trainable"] for name in GOLDEN} == GOLDEN
     assert set(counts) == set(rt.methods)
     assert counts["noah"]["tuners"] <= 360_000
-    for c in counts.values():
-        assert c["trainable"] == c["tuners"] + c["head"] and c["head"] == 76_900
+    heads = {"bypass-mean": 2, "bypass-grid2": 5, "bypass-grid4": 17, "ladder-grid4": 17}
+    for name, c in counts.items():
+        assert c["trainable"] == c["tuners"] + c["head"]
+        assert c["head"] == 100 * (768 * heads.get(name, 1) + 1)
     for name, c in counts.items():
         if name != "full":
             assert c["total"] == 85_798_656 + c["trainable"]

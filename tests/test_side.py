@@ -1,5 +1,7 @@
 """Side paths and carried states against their papers' formulas, written out in numpy; how they begin."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restuning as rt
+from restuning.cli import main
 from restuning.errors import MethodError
 from restuning.initialise import fisher, initialise, needs_data
+from restuning.methods import to_dict
 
 VIT = TINY["timm-vit"]
 
@@ -228,3 +232,17 @@ def test_own_side_networks() -> None:
 
     tuned = adapt(VIT, rt.SideTuning(Thumb), 3)
     assert rt.count(tuned)["tuners"] == 4 * 32 + 1 and tuned(**VIT.inputs()).shape == (3, 3)
+
+
+@pytest.mark.parametrize(
+    "method", [rt.Ladder(16, init="fisher"), rt.SideTuning(rt.SmallCnn(4), distil=1), rt.methods["dtl-plus"]], ids=str
+)
+def test_runs_that_begin_from_data(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "method.json").write_text(json.dumps(to_dict(method)))
+    run = ["train", "--data", "digits", "--train-size", "60", "--test-size", "20", "--epochs", "1", "--quiet"]
+    accuracies = []
+    for name in ("a", "b"):
+        out = ["--method", str(tmp_path / "method.json"), "--out", str(tmp_path / name), "--json"]
+        assert main([*run, *out]) == 0
+        accuracies.append(json.loads(capsys.readouterr().out)["test_loss"])
+    assert accuracies[0] == accuracies[1], "the same run twice"

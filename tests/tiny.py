@@ -120,12 +120,15 @@ def small(method: str) -> Any:
     """A named method at a size for width 32 and 16 × 16 pixels."""
     if method == "lst":
         return rt.Ladder(4)
+    if method == "ladder-grid4":
+        return rt.Ladder(4, grid=2)
     if method == "side-tuning":
         return rt.SideTuning(rt.SmallCnn(4))
     return rt.resize(rt.methods[method], 3)
 
 
-_NO_GRID = dict.fromkeys(("convpass", "dtl-plus", "side-tuning"), "grid of patches|reads images")
+_GRID = ("convpass", "dtl-plus", "side-tuning", "bypass-mean", "bypass-grid2", "bypass-grid4", "ladder-grid4")
+_NO_GRID = dict.fromkeys(_GRID, "grid of patches|reads images")
 _FUNCTIONAL = dict.fromkeys(("lora", "bitfit", "ssf", "noah"), "calls no module at 0_qkv")
 _ROTARY = dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "rotary")
 _NO_PARTS = {
@@ -135,7 +138,7 @@ _NO_PARTS = {
 }
 REFUSED: dict[str, dict[str, str]] = {
     "timm-eva": _FUNCTIONAL,  # its qkv weight is used without calling the module
-    "timm-eva02": {**_FUNCTIONAL, **_ROTARY, "lst": "an ungated FFN"},
+    "timm-eva02": {**_FUNCTIONAL, **_ROTARY, "lst": "an ungated FFN", "ladder-grid4": "an ungated FFN"},
     "bert": _NO_GRID,
     "roberta": _NO_GRID,
     "own": {**_NO_GRID, **_NO_PARTS},

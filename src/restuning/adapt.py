@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Features
-from restuning.adaptation import Adaptation
+from restuning.adaptation import Adaptation, grid_of
 from restuning.errors import CheckpointError, MethodError
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
 from restuning.saved import Card, fetch, fingerprint, push, read, same_weights, write
-from restuning.side import mixes_tokens
-from restuning.wiring.attach import attach, tap
+from restuning.wiring.attach import INPUT, attach, tap
+from restuning.wiring.live import ALL, View
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import Tail, tail_of
 
@@ -65,7 +65,8 @@ class Tuned(nn.Module):
     ) -> None:
         """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
 
-        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools. Raises MethodError for a
+        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools (a side path on a grid has
+        its head read all of its tokens). Raises MethodError for a
         name in use or unfit, an unknown method, a class count below 1; SiteError for an operation that is not there.
         """
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
@@ -81,7 +82,7 @@ class Tuned(nn.Module):
         spec = find_method(method)
         if (isinstance(spec, Full) and len(self.adapters)) or any(_adaptation(a).full for a in self.adapters.values()):
             raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
-        tail = tail_of(self.backbone, self._sites, pool)
+        tail = tail_of(self.backbone, self._sites, pool if grid_of(spec) is None else "flat")
         card = Card(
             method=method if isinstance(method, str) else None,
             spec=to_dict(spec),
@@ -213,11 +214,12 @@ class Tuned(nn.Module):
 
     def from_features(self, features: Features) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone."""
-        at = dict(zip(self._layers(), features, strict=True))
+        at, tapped = dict(zip(self._layers(), features, strict=True)), self._live()
 
         def logits(name: str) -> Tensor:
             adapter = self._find(name)
-            own = tuple(at[layer] for layer in adapter.layers)
+            view = adapter.view if adapter.view != tapped else ALL
+            own = tuple(x if layer == INPUT else view(x) for layer in adapter.layers for x in (at[layer],))
             if adapter.side is not None and adapter.reads_features:
                 own = tuple(x.detach() for x in own)
             with attach(self.backbone, self._sites, _gather({}, name, adapter.in_tail)):
@@ -246,13 +248,10 @@ class Tuned(nn.Module):
     def _layers(self) -> list[int]:
         return sorted({layer for name in self._active() for layer in self._find(name).layers})
 
-    def _live(self) -> slice:
-        """The tokens that any active output can see (a side path that mixes tokens sees all)."""
-        for name in self._active():
-            side = self._find(name).side
-            if self._tails[name].live == slice(None) or (side is not None and mixes_tokens(side)):
-                return slice(None)
-        return self._tails[self._active()[0]].live
+    def _live(self) -> View:
+        """What is tapped of every layer: the tokens that all active adapters' outputs can see, or all tokens."""
+        views = {self._find(name).view for name in self._active()}
+        return views.pop() if len(views) == 1 else ALL
 
     def _find(self, name: str) -> Adaptation:
         if name not in self.adapters:

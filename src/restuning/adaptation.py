@@ -9,8 +9,9 @@ from restuning._types import Features, Port, Recipe
 from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
-from restuning.side import BypassNet, LadderNet, SideNet, prune
+from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
 from restuning.wiring.attach import INPUT
+from restuning.wiring.live import ALL, FIRST, View
 from restuning.wiring.sites import PARTS, Site, Sites
 from restuning.wiring.tail import Tail, head_width
 
@@ -28,7 +29,8 @@ class Adaptation(nn.Module):
         self.sites: dict[str, Site] = {}
         self.tuners = nn.ModuleDict()
         self.side: nn.Module | None = None
-        width = head_width(sites.port.writes, pool)
+        self.view = _view(sites, method, pool)
+        width = head_width(sites.port.writes, pool, 1 if pool != "flat" else self.view.count())
         for part in parts_of(method):
             if isinstance(part, Residual):
                 for op, recipe in part.tuners.items():
@@ -42,6 +44,8 @@ class Adaptation(nn.Module):
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
+        if mixes_tokens(self.side) and self.view == FIRST:
+            self.view = ALL
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -89,11 +93,26 @@ class Adaptation(nn.Module):
         return tail(features[-1] if self.side is None else self.side(features))
 
 
+def grid_of(method: Method) -> int | None:
+    """The grid on which a side path runs, if it does."""
+    return next((p.grid for p in parts_of(method) if isinstance(p, Bypass | Ladder) and p.grid), None)
+
+
 def parts_of(method: Method) -> Sequence[Part]:
     """A mix's parts, or the method alone; full fine-tuning has none."""
     if isinstance(method, Full):
         return ()
     return method.parts if isinstance(method, Mix) else (method,)
+
+
+def _view(sites: Sites, method: Method, pool: str) -> View:
+    """What its output can see of a layer, if nothing mixes tokens."""
+    grid, prefix = grid_of(method), sites.port.grid
+    if grid is None:
+        return FIRST if pool == "cls" else ALL
+    if prefix is None:
+        raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
+    return View(grid, prefix)
 
 
 def _bypass(sites: Sites, part: Bypass) -> BypassNet:

@@ -36,6 +36,11 @@ def _check_recipe(where: str, recipe: Any) -> None:
         )
 
 
+def _check_grid(kind: str, grid: Any) -> None:
+    if grid is not None and (type(grid) is not int or grid < 1):
+        raise MethodError(f"{kind}(grid={grid!r}): expected a whole number of at least 1")
+
+
 @dataclass(frozen=True)
 class Residual:
     """OP(x) + tuner(x, OP(x)) (Eq. 7): operation → recipe of a tuner.
@@ -58,13 +63,17 @@ class Bypass:
     """Res-Tuning-Bypass (Eq. 8): recipes of the horizontal and the vertical tuners; None is an identity tuner.
 
     blocks: the blocks that carry tuners, counted from 0; None: all. Every block keeps its λ.
+    grid: g, not the paper's: the path runs on CLS and on the patches pooled to a g × g grid, and the head reads all of
+    these tokens; None: on the tokens that the head's pooling can see.
     """
 
     horizontal: Recipe | None = None
     vertical: Recipe | None = None
     blocks: Sequence[int] | None = None
+    grid: int | None = None
 
     def __post_init__(self) -> None:
+        _check_grid("Bypass", self.grid)
         for side in ("horizontal", "vertical"):
             if getattr(self, side) is not None:
                 _check_recipe(f"Bypass: the {side} tuner", getattr(self, side))
@@ -75,17 +84,19 @@ class Ladder:
     """LST (Sung et al. 2022): a side transformer of width d / reduction, all of it trained; see `LadderNet`.
 
     init: where its blocks come from: the backbone's own, structurally pruned by `magnitude` or by `fisher` information
-    on the training data, or `random`.
+    on the training data, or `random`. grid: as in `Bypass`.
     """
 
     reduction: int = 16
     init: Literal["magnitude", "fisher", "random"] = "magnitude"
+    grid: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.reduction) is not int or self.reduction < 1:
             raise MethodError(f"Ladder(reduction={self.reduction!r}): expected a whole number of at least 1")
         if self.init not in ("magnitude", "fisher", "random"):
             raise MethodError(f"Ladder(init={self.init!r}): expected magnitude, fisher or random")
+        _check_grid("Ladder", self.grid)
 
 
 @dataclass(frozen=True)
@@ -157,6 +168,10 @@ methods: dict[str, Method] = {
     "bypass-horizontal": Bypass(horizontal=Adapter(10)),
     "bypass-vertical": Bypass(vertical=Adapter(10)),
     "bypass": Bypass(horizontal=Adapter(10), vertical=Adapter(10)),
+    "bypass-mean": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=1),
+    "bypass-grid2": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=2),
+    "bypass-grid4": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=4),
+    "ladder-grid4": Ladder(4, grid=4),
 }
 """The named methods of the paper; add your own like to any dict."""
 
@@ -187,6 +202,10 @@ ABOUT: dict[str, str] = {
     "bypass-horizontal": "Table 3b: Eq. 8, horizontal Res-Adapters",
     "bypass-vertical": "Table 3b: Eq. 8, vertical Res-Adapters",
     "bypass": "Table 3b: Eq. 8, horizontal and vertical Res-Adapters (Res-Tuning-Bypass)",
+    "bypass-mean": "bypass on CLS and the mean of the patches, the head reads both (ours)",
+    "bypass-grid2": "bypass on CLS and a 2 × 2 grid of pooled patches, the head reads all (ours)",
+    "bypass-grid4": "bypass on CLS and a 4 × 4 grid of pooled patches, the head reads all (ours)",
+    "ladder-grid4": "LST of width d / 4 on CLS and a 4 × 4 grid of pooled patches (ours)",
 }
 
 SIZES: dict[type, str] = {

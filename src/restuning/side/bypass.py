@@ -40,6 +40,6 @@ def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:
     return x + tuners[name](x, x) if name in tuners else x
 
 
-def mixes_tokens(module: nn.Module) -> bool:
+def mixes_tokens(module: nn.Module | None) -> bool:
     """Whether an output token may depend on other input tokens: what a tuner declares, and yes where it is silent."""
-    return bool(getattr(module, "mixes_tokens", True))
+    return module is not None and bool(getattr(module, "mixes_tokens", True))

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from restuning._types import Features
 from restuning.errors import MethodError, SiteError
+from restuning.wiring.live import ALL, View
 from restuning.wiring.sites import Point, Site, Sites
 from restuning.wiring.unbind import Call, Piece, merged, on_call
 
@@ -214,14 +215,13 @@ def _widened(mask: Any, n: int, wide: int) -> Any:
 class Taps:
     """The backbone's per-block outputs, x_0 … x_L, as its forward runs; layers that are not wanted are not kept."""
 
-    def __init__(self, layers: Iterable[int], tokens: slice) -> None:
+    def __init__(self, layers: Iterable[int], view: View) -> None:
         self.wanted = sorted(set(layers))
-        self.tokens = tokens
+        self.view = view
         self.kept: dict[int, Tensor] = {}
 
     def keep(self, layer: int, x: Tensor) -> None:
-        # a copy, or the few tokens would hold the memory of all
-        self.kept[layer] = x if self.tokens == slice(None) else x[:, self.tokens].clone()
+        self.kept[layer] = self.view(x)
 
     @property
     def features(self) -> Features:
@@ -229,9 +229,9 @@ class Taps:
 
 
 @contextmanager
-def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], tokens: slice = slice(None)) -> Iterator[Taps]:
+def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = ALL) -> Iterator[Taps]:
     """While it lasts, `layers` are kept (INPUT; 0: what the first block reads; l: what block l says)."""
-    taps = Taps(layers, tokens)
+    taps = Taps(layers, view)
     with ExitStack() as stack:
         for layer in taps.wanted:
             if layer == INPUT:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from restuning._types import Tokens
 from restuning.errors import SiteError
+from restuning.wiring.live import ALL, FIRST, View
 from restuning.wiring.sites import Sites
 
 POOLS = ("cls", "mean", "cls+mean", "none")
@@ -14,7 +15,8 @@ POOLS = ("cls", "mean", "cls+mean", "none")
 
 @dataclass(frozen=True)
 class Tail:
-    """Tokens (b, n, d) of the last block → what the head reads: (b, d), (b, 2d) for cls+mean, (b, n, d) for none.
+    """Tokens (b, n, d) of the last block → what the head reads: (b, d), (b, 2 d) for cls+mean, (b, n, d) for none,
+    (b, n d) for flat.
 
     The norms are the backbone's own modules; the tail refers to them and owns nothing.
     """
@@ -32,24 +34,25 @@ class Tail:
             x = x[:, self.prefix :].mean(1)
         elif self.pool == "cls+mean":
             x = torch.cat([x[:, 0], x[:, self.prefix :].mean(1)], dim=-1)
-        return self.post(x)  # type: ignore[no-any-return]
+        out: Tensor = self.post(x)
+        return out.flatten(1) if self.pool == "flat" else out
 
     @property
-    def live(self) -> slice:
+    def live(self) -> View:
         """The tokens that the output can see, if nothing before it mixes tokens."""
-        return slice(0, 1) if self.pool == "cls" else slice(None)
+        return FIRST if self.pool == "cls" else ALL
 
 
 def tail_of(backbone: nn.Module, sites: Sites, pool: str | None = None) -> Tail:
     """The backbone's tail with its own pooling or the one named. Raises SiteError for a pooling that is not known."""
     pool = sites.pool if pool is None else pool
-    if pool not in POOLS:
+    if pool not in (*POOLS, "flat"):
         raise SiteError(f"unknown pooling {pool!r}: expected one of {', '.join(POOLS)}")
     norm = nn.Identity() if sites.norm is None else backbone.get_submodule(sites.norm)
     post = nn.Identity() if sites.post is None or pool == "cls+mean" else backbone.get_submodule(sites.post)
     return Tail(norm, post, pool, sites.prefix)
 
 
-def head_width(width: int, pool: str) -> int:
-    """The width that the head reads."""
-    return 2 * width if pool == "cls+mean" else width
+def head_width(width: int, pool: str, tokens: int = 1) -> int:
+    """The width that the head reads; `tokens`: how many there are of them, for flat."""
+    return width * {"cls+mean": 2, "flat": tokens}.get(pool, 1)

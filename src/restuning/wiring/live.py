@@ -1,0 +1,38 @@
+"""The tokens of a feature that any output can see: only these are tapped, kept and computed."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from restuning._types import Tokens
+from restuning.tuners.grid import patches
+
+
+@dataclass(frozen=True)
+class View:
+    """What is kept of the tokens (b, n, d) of a layer.
+
+    `all`: every token; `first`: the first alone, (b, 1, d); a number g: the first one where there are tokens before
+    the patches (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
+    """
+
+    tokens: str | int = "all"
+    prefix: int = 1
+
+    def __call__(self, x: Tokens) -> Tensor:
+        if self.tokens == "all":
+            return x
+        first = x[:, :1]
+        if self.tokens == "first":
+            return first.clone()  # a view would hold the memory of all
+        cells = F.adaptive_avg_pool2d(patches(x, self.prefix), int(self.tokens)).flatten(2).transpose(1, 2)
+        return torch.cat([first, cells], 1) if self.prefix else cells
+
+    def count(self) -> int:
+        """How many tokens a grid leaves."""
+        return int(self.tokens) ** 2 + (self.prefix > 0)
+
+
+ALL, FIRST = View(), View("first")
