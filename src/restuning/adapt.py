@@ -14,7 +14,7 @@ from restuning._types import Features
 from restuning.adaptation import Adaptation, grid_of
 from restuning.errors import CheckpointError, MethodError
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
-from restuning.saved import Card, fetch, fingerprint, push, read, same_weights, write
+from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.wiring.attach import INPUT, attach, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
@@ -38,13 +38,19 @@ class Tuned(nn.Module):
         anatomy: Anatomy | None = None,
         train_mode: bool = False,
         backbone_name: str | None = None,
+        device: torch.device | str | None = None,
+        fingerprint: list[float] | None = None,
     ) -> None:
+        """device and fingerprint: where adapters are made, and how the weights are told apart, if not as the backbone
+        (which may be only described, on the meta device) has it."""
         super().__init__()
+        self._device = device
+        self.body = sum(p.numel() for p in backbone.parameters())
         self._sites = find_sites(backbone, anatomy)
         self._came = {name: p.requires_grad for name, p in backbone.named_parameters()}, backbone.training
         self._train_mode, self._disabled = train_mode, False
         self._name = backbone_name or name_of(backbone)
-        self._fingerprint = fingerprint(backbone)
+        self._fingerprint = fingerprint or fingerprint_of(backbone)
         self.active_adapters: tuple[str, ...] = ()
         self.backbone = backbone.requires_grad_(False)
         self.adapters = nn.ModuleDict()
@@ -99,8 +105,8 @@ class Tuned(nn.Module):
             classes=None if classes is None else tuple(classes),
             preprocessing=None if preprocessing is None else dict(preprocessing),
         )
-        like = next(self.backbone.parameters())
-        with torch.device(like.device):
+        like = next(self.backbone.parameters(), torch.empty(0))
+        with torch.device(self._device or like.device):
             adapter = Adaptation(self.backbone, self._sites, spec, tail.pool, num_classes, card)
         self.adapters[name] = adapter.to(like.dtype).train(self.training)
         self._tails[name] = tail
@@ -212,13 +218,18 @@ class Tuned(nn.Module):
             self.backbone(*args, **kwargs)
         return taps.features
 
-    def from_features(self, features: Features) -> Any:
-        """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone."""
-        at, tapped = dict(zip(self._layers(), features, strict=True)), self._live()
+    def from_features(self, features: Features, kept: View | None = None) -> Any:
+        """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
+
+        kept: which tokens the features hold; None: those that `features` gives.
+        """
+        at, kept = dict(zip(self._layers(), features, strict=True)), kept or self._live()
 
         def logits(name: str) -> Tensor:
             adapter = self._find(name)
-            view = adapter.view if adapter.view != tapped else ALL
+            view = adapter.view.of(kept)
+            if view is None:
+                raise MethodError(f"adapter {name!r} reads tokens {adapter.view.tokens!r}; given are {kept.tokens!r}")
             own = tuple(x if layer == INPUT else view(x) for layer in adapter.layers for x in (at[layer],))
             if adapter.side is not None and adapter.reads_features:
                 own = tuple(x.detach() for x in own)

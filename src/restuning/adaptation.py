@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from restuning._types import Features, Port, Recipe
@@ -136,7 +137,9 @@ def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
         raise MethodError(f"a ladder of width {width} / {part.reduction}: expected a multiple of its {heads} heads")
     hidden = next((site.port.reads for site in sites.all if site.op == "fc2"), 4 * width)
     net = LadderNet(len(sites.blocks), width, side, heads, max(hidden // part.reduction, 1))
-    if part.init != "random" and not next(backbone.parameters()).is_meta:
+    first = next((backbone.get_submodule(site.writes.path) for site in sites.all if site.op == "fc1"), None)
+    described = first is not None and getattr(first, "weight", torch.empty(0, device="meta")).is_meta
+    if part.init != "random" and not described:
         prune_ladder(net, backbone, sites, lambda weight: weight.detach().abs())
     return net
 

@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--run", type=Path, metavar="RUN.JSON", help="repeat a recorded run; other settings override it")
     train.add_argument("--resume", action="store_true", help="continue the run in --out, to the same bits")
     train.add_argument("--data", help=_DATA)
+    train.add_argument("--bank", metavar="DIR", help="train from a bank's features, without data and backbone")
     train.add_argument("--method", help="see `restuning methods`, or a method's .json file (default res-tuning)")
     _backbone_flags(train)
     train.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
@@ -94,6 +95,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="(default 0)")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    bank = add(
+        "bank",
+        _bank,
+        "Compute a frozen backbone's features once and keep them on disk; `train --bank` then needs no backbone.",
+        "restuning bank --data folder:photos --dtype float16 --out banks/photos && "
+        "restuning train --bank banks/photos --method bypass --out runs/photos",
+    )
+    bank.add_argument("--out", type=Path, required=True, help="folder for the shards and their manifest")
+    bank.add_argument("--resume", action="store_true", help="continue the bank in --out, to the same bytes")
+    bank.add_argument("--data", required=True, help=_DATA)
+    _backbone_flags(bank)
+    bank.add_argument("--crop", action="store_true", help="the backbone's centre crop, not the whole image")
+    bank.add_argument("--tokens", help="first, all, or G for CLS and a G x G grid (default: what the pooling sees)")
+    bank.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], default="float32")
+    bank.add_argument("--views", type=int, default=1, metavar="K", help="augmented views of each training image")
+    for name in ("train", "val", "test"):
+        bank.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    bank.add_argument("--batch-size", type=int, default=32)
+    bank.add_argument("--seed", type=int, default=0)
+    bank.add_argument("--quiet", action="store_true", help="no progress bar")
 
     search = add(
         "search",
@@ -215,7 +237,7 @@ def _rates(text: str) -> tuple[float]:
 def _train(args: argparse.Namespace) -> None:
     from restuning.methods import find_method, to_dict
     from restuning.recipe import TrainConfig
-    from restuning.run import RUN, Run, execute, read_run
+    from restuning.run import RUN, Run, execute, from_bank, read_run
 
     recorded = args.run or (args.out / RUN if args.resume else None)
     run = read_run(recorded) if recorded else None
@@ -225,10 +247,12 @@ def _train(args: argparse.Namespace) -> None:
     settings |= {"lrs": tuple(settings["lrs"])} if "lrs" in settings else {}
     if str(settings.get("method", "")).endswith(".json"):  # the run records what the file holds
         settings["method"] = to_dict(find_method(settings["method"]))
+    if "bank" in settings:
+        settings = {**from_bank(settings["bank"]), **settings}
     if run is not None:
         run = replace(run, **settings, training=replace(run.training, **training))
     elif "data" not in settings:
-        raise RestuningError(f"--data is missing: expected {_DATA}")
+        raise RestuningError(f"--data is missing: expected {_DATA}, or --bank")
     else:
         run = Run(**settings, training=TrainConfig(**training))
     result = execute(
@@ -240,6 +264,39 @@ def _train(args: argparse.Namespace) -> None:
         print(
             f"test accuracy {result['test_accuracy']:.2f} % on {result['images']['test']} images; saved in {args.out}"
         )
+
+
+def _bank(args: argparse.Namespace) -> None:
+    from restuning.backbones import MICRO
+    from restuning.run import build_bank
+
+    if args.batch_size < 1:
+        raise RestuningError(f"--batch-size {args.batch_size}: expected at least 1")
+    manifest = build_bank(
+        args.data,
+        args.out,
+        backbone=args.backbone or MICRO,
+        weights=args.weights,
+        image_size=args.image_size,
+        crop=args.crop,
+        tokens=args.tokens,
+        sizes={f"{name}_size": getattr(args, f"{name}_size") for name in ("train", "test")}
+        | {"val_size": args.val_size or 0, "seed": args.seed},
+        progress=not (args.quiet or args.json),
+        dtype=args.dtype,
+        views=args.views,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        resume=args.resume,
+    )
+    size = sum(shard["bytes"] for shard in manifest["shards"])
+    rows = sum(shard["rows"] for shard in manifest["shards"])
+    if args.json:
+        print(
+            json.dumps({"rows": rows, "bytes": size, "shards": len(manifest["shards"]), "layers": manifest["layers"]})
+        )
+    else:
+        print(f"{rows} rows in {len(manifest['shards'])} shards, {size / 2**20:.1f} MiB, in {args.out}")
 
 
 def _search(args: argparse.Namespace) -> None:

@@ -1,8 +1,12 @@
 """Files written whole or not at all."""
 
+import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from restuning.errors import RestuningError
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:
@@ -33,3 +37,19 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """A folder, made where it is missing, for one process alone. Raises RestuningError if another has it."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = (out / ".lock").open("w")
+    except OSError as error:
+        raise RestuningError(f"cannot write to {out}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RestuningError(f"{out} is in use by another run: choose another folder, or wait for it") from error
+        yield

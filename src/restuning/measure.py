@@ -17,7 +17,7 @@ def count(tuned: Tuned) -> dict[str, int]:
     active = [tuned.adapters[name] for name in tuned.active_adapters]
     head = sum(_size(a.get_submodule("head")) for a in active)
     inside = sum(_size(a) for a in active) - head
-    body = _size(tuned.backbone)
+    body = tuned.body
     tuners = inside + (body if any(a.full for a in active) else 0)
     return {"trainable": tuners + head, "tuners": tuners, "head": head, "total": body + inside + head}
 

@@ -1,29 +1,30 @@
 """A recorded run: its settings as data, and the one procedure that turns them into a saved adapter and a result."""
 
 import contextlib
-import fcntl
 import json
 import platform
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
-from restuning.backbones import MICRO, load_backbone, preprocessing_of
-from restuning.bank import LIMIT, FromFeatures, bytes_each, keep
-from restuning.data import Images, Prepared, Preprocess, Task, check, load_task
+from restuning.backbones import MICRO, describe_backbone, load_backbone, preprocessing_of
+from restuning.bank import LIMIT, Bank, FromBank, FromFeatures, build, bytes_each, keep
+from restuning.data import Images, Prepared, Preprocess, Task, check, load_task, split
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
-from restuning.files import write_whole
+from restuning.files import locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
-from restuning.methods import Method, find_method, on_blocks, resize
+from restuning.methods import Bypass, Method, find_method, on_blocks, resize
+from restuning.progress import bar
 from restuning.recipe import TrainConfig
 from restuning.train import fit
 
@@ -32,7 +33,8 @@ RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a run's outcome. Several rates in `lrs`: chosen on validation, then trained again on
+    """Everything that decides a run's outcome. `bank`: a folder of kept features, read in place of images and backbone.
+    Several rates in `lrs`: chosen on validation, then trained again on
     training and validation images together (VTAB-1k's protocol), tested once, at the last epoch."""
 
     data: str
@@ -40,6 +42,7 @@ class Run:
     backbone: str = MICRO
     weights: str | None = None
     image_size: int | None = None
+    bank: str | None = None
     size: int | None = None
     blocks: tuple[int, ...] | None = None
     pool: str | None = None
@@ -112,16 +115,19 @@ def execute(
     """
     with claimed(out, run, resume):
         start = time.perf_counter()
-        backbone = load_backbone(run.backbone, run.weights, run.image_size)
-        preprocess = preprocessing_of(backbone, run.image_size, run.crop)
         sizes = {"train_size": run.train_size, "test_size": run.test_size, "seed": run.training.seed}
-        whole = load_task(run.data, **sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)  # type: ignore[arg-type]
-        for images in filter(None, (whole.train, whole.val, whole.test)):
-            check(images)
-        task = _Prepared(run, backbone, preprocess, whole)
+        bank = None if run.bank is None else Bank(run.bank)
+        load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
+        whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
+        if bank is None:
+            for images in filter(None, (whole.train, whole.val, whole.test)):
+                check(images)
+            task: _Prepared = _FromImages(run, whole)
+        else:
+            task = _FromBank(run, whole, bank)
         lr, trials = run.lrs[0], {}
         if len(run.lrs) > 1:
-            held = load_task(run.data, **sizes, val_size=run.val_size or max(1, len(whole.train) // 5))  # type: ignore[arg-type]
+            held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: trials[str(rate)])
         model, tuned = task.model(whole.train)
@@ -182,30 +188,35 @@ def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, pr
     return trials
 
 
-class _Prepared:
-    """Images as a model of this run reads them: pixels, or (where nothing is tuned inside a frozen backbone, and
-    pixels never change) the features that the backbone made of them, computed once."""
-
-    def __init__(self, run: Run, backbone: nn.Module, preprocess: Preprocess, whole: Task) -> None:
-        self.run, self.backbone, self.preprocess, self.whole = run, backbone, preprocess, whole
-        self.fits: bool | None = None
-        self.kept: dict[tuple[str, ...], Examples] = {}
-        self.came = {k: v.clone() for k, v in backbone.state_dict().items()} if run.method == "full" else None
+class _Prepared(Protocol):
+    """Models of a run, and images as they read them."""
 
     def model(self, train: Images) -> tuple[nn.Module, Tuned]:
         """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
+        ...
+
+    def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples: ...
+
+
+class _FromImages:
+    """Images as pixels, or (where nothing is tuned inside a frozen backbone, and pixels never change) the features
+    that the backbone made of them, computed once."""
+
+    def __init__(self, run: Run, whole: Task) -> None:
+        self.run, self.whole = run, whole
+        self.backbone = load_backbone(run.backbone, run.weights, run.image_size)
+        self.preprocess = preprocessing_of(self.backbone, run.image_size, run.crop)
+        self.fits: bool | None = None
+        self.kept: dict[tuple[str, ...], Examples] = {}
+        state = self.backbone.state_dict()
+        self.came = {k: v.clone() for k, v in state.items()} if run.method == "full" else None
+
+    def model(self, train: Images) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         if self.came is not None:
             self.backbone.load_state_dict(self.came)
-        tuned = adapt(
-            self.backbone,
-            self.run.spec,
-            len(self.whole.classes),
-            pool=self.run.pool,
-            classes=self.whole.classes,
-            preprocessing=self.preprocess.to_dict(),
-            backbone_name=self.run.backbone,
-        )
+        tuned = Tuned(self.backbone, backbone_name=self.run.backbone)
+        _adapted(tuned, self.run, self.whole, self.preprocess)
         if torch.cuda.is_available():
             tuned.cuda()
         if needs_data(tuned):
@@ -225,28 +236,45 @@ class _Prepared:
         if not self.run.keep_features or self.run.augment or not tuned.reads_features:
             return False
         if self.fits is None:
-            images = (
-                2 * len(self.whole.train) + len(self.whole.val or ()) + len(self.whole.test)
-            )  # a part of it, and all
-            each = bytes_each(tuned, self.preprocess(self.whole.train.image(0)))
-            self.fits = each * images <= LIMIT
+            whole = self.whole
+            images = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
+            self.fits = bytes_each(tuned, self.preprocess(whole.train.image(0))) * images <= LIMIT
         return self.fits
+
+
+class _FromBank:
+    """Rows of a bank; of the backbone no more than its tail is in memory."""
+
+    def __init__(self, run: Run, whole: Task, bank: Bank) -> None:
+        self.run, self.whole, self.bank = run, whole, bank
+
+    def model(self, train: Images) -> tuple[nn.Module, Tuned]:
+        torch.manual_seed(self.run.training.seed)
+        tuned = self.bank.tuned(describe_backbone(self.run.backbone))
+        _adapted(tuned, self.run, self.whole, Preprocess.from_dict(self.bank.preprocessing))
+        self.bank.accepts(tuned)
+        return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
+
+    def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples:
+        return FromBank(self.bank, images)
+
+
+def _adapted(tuned: Tuned, run: Run, whole: Task, preprocess: Preprocess) -> None:
+    tuned.add_adapter(
+        "default",
+        run.spec,
+        len(whole.classes),
+        pool=run.pool,
+        classes=whole.classes,
+        preprocessing=preprocess.to_dict(),
+    )
 
 
 @contextlib.contextmanager
 def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
     """The output folder for this run alone. Nothing of an earlier one is overwritten."""
-    try:
-        new = not out.exists()
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
-    except OSError as error:
-        raise RestuningError(f"cannot write to {out}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RestuningError(f"{out} is in use by another run: choose another folder, or wait for it") from error
+    new = not out.exists()
+    with locked(out):
         record = out / RUN
         held = sorted(p.name for p in out.iterdir() if p.name != ".lock")
         if record.exists() and not resume:
@@ -272,6 +300,48 @@ def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     out.rmdir()
             raise
+
+
+def from_bank(path: str | Path) -> dict[str, Any]:
+    """The settings of a run that a bank decides: data and backbone, as they were when it was built."""
+    manifest = Bank(path, verify=False).manifest
+    return {"data": manifest["data"]["spec"], "bank": str(path), **manifest["source"]}
+
+
+def build_bank(
+    data: str,
+    out: Path,
+    *,
+    backbone: str = MICRO,
+    weights: str | None = None,
+    image_size: int | None = None,
+    crop: bool = False,
+    tokens: str | None = None,
+    sizes: Mapping[str, int | None],
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
+
+    tokens: `first`, `all`, or g for CLS and a g × g grid; None: what the backbone's own pooling sees.
+    """
+    model = load_backbone(backbone, weights, image_size)
+    if tokens not in (None, "first", "all") and not tokens.isdecimal():
+        raise RestuningError(f"tokens {tokens!r}: expected first, all, or the number of cells a side of a grid")
+    grid = int(tokens) if tokens is not None and tokens.isdecimal() else None
+    pool = {"first": "cls", "all": "none"}.get(tokens or "")
+    tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
+    if torch.cuda.is_available():
+        tuned.cuda()
+    task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
+    with bar(100, progress) as show:
+
+        def seen(done: int, of: int) -> None:
+            show(100 * done // of, f"{done} of {of} images")
+
+        source = {"backbone": backbone, "weights": weights, "image_size": image_size, "crop": crop}
+        preprocess = preprocessing_of(model, image_size, crop)
+        return build(tuned, task, preprocess, out, about={"source": source}, seen=seen, **settings)
 
 
 def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None = None) -> Tuned:

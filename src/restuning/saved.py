@@ -112,7 +112,7 @@ def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
             raise CheckpointError(f"the hub did not take {repo_id}: {line(error)}") from error
 
 
-def fingerprint(backbone: nn.Module) -> list[float] | None:
+def fingerprint_of(backbone: nn.Module) -> list[float] | None:
     """32 of the backbone's weights, evenly spread, by which other weights are told apart; None without weights."""
     tensors = [p.detach() for p in backbone.parameters() if p.numel() > 1]
     if not tensors or any(p.is_meta for p in tensors):

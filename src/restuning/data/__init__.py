@@ -10,9 +10,10 @@ from restuning.data.hub import load_hub
 from restuning.data.sprites import load_sprites
 from restuning.data.tar import load_tar
 from restuning.data.task import Images as Images
-from restuning.data.task import Source, split
+from restuning.data.task import Source as Source
 from restuning.data.task import Task as Task
 from restuning.data.task import check as check
+from restuning.data.task import split as split
 from restuning.data.transforms import Prepared as Prepared
 from restuning.data.transforms import Preprocess as Preprocess
 from restuning.errors import DataError

@@ -30,6 +30,14 @@ class View:
         cells = F.adaptive_avg_pool2d(patches(x, self.prefix), int(self.tokens)).flatten(2).transpose(1, 2)
         return torch.cat([first, cells], 1) if self.prefix else cells
 
+    def of(self, kept: "View") -> "View | None":
+        """What makes this view of tokens that are a view already; None if they hold too little."""
+        if kept == self:
+            return ALL
+        if kept.tokens == "all":
+            return self
+        return self if self.tokens == "first" and kept.prefix else None
+
     def count(self) -> int:
         """How many tokens a grid leaves."""
         return int(self.tokens) ** 2 + (self.prefix > 0)

@@ -1,6 +1,6 @@
 """Features kept: what a frozen backbone said of each image, read again in every epoch instead of computed again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from restuning._types import Features
 from restuning.adapt import Tuned
 from restuning.evaluate import Examples
+from restuning.wiring.live import View
 
 LIMIT = 2 * 2**30
 """Bytes of features that a run keeps in memory; beyond it the backbone runs in every epoch."""
@@ -31,12 +32,16 @@ class Kept:
 class FromFeatures(nn.Module):
     """A tuned model that reads kept features where it would have read images: the same logits, no backbone pass."""
 
-    def __init__(self, tuned: Tuned) -> None:
+    def __init__(self, tuned: Tuned, kept: View | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__()
-        self.tuned = tuned
+        self.tuned, self.kept, self.layers = tuned, kept, layers
 
     def forward(self, features: Any) -> Tensor:
-        return self.tuned.from_features(tuple(features))  # type: ignore[no-any-return]
+        """features: those of `layers` (by default the ones that the adapter reads), of the tokens that are `kept`."""
+        if self.layers is not None:
+            at = dict(zip(self.layers, features, strict=True))
+            features = [at[layer] for layer in self.tuned._layers()]
+        return self.tuned.from_features(tuple(features), self.kept)  # type: ignore[no-any-return]
 
 
 def bytes_each(tuned: Tuned, pixels: Tensor) -> int:

@@ -1,0 +1,426 @@
+"""A bank on disk: a frozen backbone's live features, tapped once, read at random ever after.
+
+A folder of safetensors shards, memory-mapped when read: `train-0-00000.safetensors` holds rows 0 … of the first view of
+the training images, one tensor a layer, (rows, tokens, width), and `labels`. `tail.safetensors` holds what follows the
+features in the backbone; `manifest.json`, written last, says what all of it is made of.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Features
+from restuning._version import __version__
+from restuning.adapt import Tuned
+from restuning.adaptation import parts_of
+from restuning.data import Images, Prepared, Preprocess, Source, Task
+from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, line
+from restuning.files import locked, write_whole
+from restuning.methods import Ladder
+from restuning.wiring.live import View
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMAT = "restuning.bank/1"
+MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
+SHARD_ROWS = 1024
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    split: str
+    view: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def build(
+    tuned: Tuned,
+    task: Task,
+    preprocess: Preprocess,
+    out: Path,
+    *,
+    dtype: str = "float32",
+    views: int = 1,
+    seed: int = 0,
+    batch_size: int = 32,
+    about: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    seen: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Tap the backbone on every image of `task` once (training images `views` times, augmented, if more than 1).
+
+    tuned: a backbone with one adapter active that reads features, whose layers and tokens are kept. Killed, it goes on
+    with `resume` and ends in the same bytes. `seen(done, of)` counts images. Returns the manifest.
+    Raises RestuningError for an output folder that is in use or holds something else, or a disk that is full.
+    """
+    if dtype not in DTYPES:
+        raise RestuningError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    if views < 1:
+        raise RestuningError(f"views {views}: expected at least 1")
+    splits = {name: images for name in ("train", "val", "test") if (images := getattr(task, name)) is not None}
+    plan = {
+        "format": FORMAT,
+        "version": __version__,
+        "backbone": dict(tuned.card().backbone),
+        "weights_sha256": _hash_of_weights(tuned.backbone),
+        "preprocessing": preprocess.to_dict(),
+        "data": {
+            "spec": task.spec,
+            "classes": list(task.classes),
+            "splits": {name: _hash_of_data(images) for name, images in splits.items()},
+        },
+        "layers": [int(layer) for layer in tuned._layers()],
+        "view": asdict(tuned._live()),
+        "pool": tuned.card().pool,
+        "dtype": dtype,
+        "views": views,
+        "seed": seed,
+        **(about or {}),
+    }
+    shards: list[Shard] = []
+    try:
+        with locked(out):
+            done = _begin(out, plan, resume)
+            total = sum(len(images) * (views if name == "train" else 1) for name, images in splits.items())
+            count = 0
+            _write(out / TAIL, _tail_state(tuned))
+            for name, images in splits.items():
+                for view in range(views if name == "train" else 1):
+                    pixels = Prepared(images, preprocess, views > 1 and name == "train", seed, cache=False)
+                    pixels.set_epoch(view)
+                    for start in range(0, len(images), SHARD_ROWS):
+                        rows = range(start, min(start + SHARD_ROWS, len(images)))
+                        file = f"{name}-{view}-{start // SHARD_ROWS:05d}.safetensors"
+                        shard = done.get(file)
+                        if shard is None or not _intact(out, shard):
+                            tensors = _tapped(tuned, pixels, rows, DTYPES[dtype], batch_size)
+                            data = _write(out / file, tensors)
+                            shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
+                        shards.append(shard)
+                        write_whole(out / PARTIAL, _json({**plan, "shards": [asdict(s) for s in shards]}))
+                        count += len(rows)
+                        seen(count, total)
+            tail = hashlib.sha256((out / TAIL).read_bytes()).hexdigest()
+            manifest = {**plan, "tail_sha256": tail, "shards": [asdict(shard) for shard in shards]}
+            write_whole(out / MANIFEST, _json(manifest))
+            (out / PARTIAL).unlink(missing_ok=True)
+            return manifest
+    except OSError as error:
+        raise RestuningError(
+            f"cannot write to {out}: {error.strerror or error}; the {len(shards)} shards before it are kept, "
+            "continue with --resume"
+        ) from error
+
+
+class Bank:
+    """A bank that was built: `rows(split)` as a data set, `source()` as labels to draw splits from, `onto(tuned)`.
+
+    Opening it reads every shard once and compares checksums (`verify=False`: sizes alone). Raises CheckpointError
+    for a bank that is not there, not finished, damaged, or of another format.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        self.path = Path(path)
+        try:
+            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            self.shards = [Shard(**shard) for shard in found["shards"]]
+            self.view = View(**found["view"])
+            self.layers: list[int] = list(found["layers"])
+            splits = found["data"]["splits"]
+            self.preprocessing: dict[str, Any] = dict(found["preprocessing"])
+        except FileNotFoundError as error:
+            unfinished = (self.path / PARTIAL).exists()
+            why = "it is not finished, continue with --resume" if unfinished else f"it has no {MANIFEST}"
+            raise CheckpointError(f"{path} is no bank: {why}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{self.path / MANIFEST} is damaged: {line(error)}") from error
+        if found.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is of another format: {found.get('format')!r}, expected {FORMAT!r}")
+        self.manifest: dict[str, Any] = found
+        self.splits: dict[str, int] = {name: int(split["count"]) for name, split in splits.items()}
+        for file, size, digest in [
+            *((shard.file, shard.bytes, shard.sha256) for shard in self.shards),
+            (TAIL, None, found.get("tail_sha256")),
+        ]:
+            self._check(file, size, digest if verify or size is None else None)
+        self._open: dict[str, dict[str, Tensor]] = {}
+
+    def _check(self, file: str, size: int | None, digest: str | None) -> None:
+        try:
+            there = (self.path / file).stat().st_size
+            if size is not None and there != size:
+                raise CheckpointError(f"{self.path / file} is damaged: {there} bytes, expected {size}")
+            if digest is not None and _hash_of_file(self.path / file) != digest:
+                raise CheckpointError(f"{self.path / file} is damaged: its checksum is not the manifest's")
+        except OSError as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror or error}") from error
+
+    @property
+    def views(self) -> int:
+        return int(self.manifest["views"])
+
+    def rows(self, split: str, view: int = 0) -> "Rows":
+        return Rows(self, split, view)
+
+    def source(self) -> Source:
+        """Labels and names of its images, from which `restuning.data` draws splits as it does from images."""
+        made = {name: Banked(self.rows(name), name) for name in self.splits}
+        return Source(tuple(self.manifest["data"]["classes"]), made["train"], made.get("val"), made.get("test"))
+
+    def accepts(self, tuned: Tuned) -> None:
+        """Raises CheckpointError if the active adapters need more of the backbone than what is kept here."""
+        if not tuned.reads_features:
+            raise CheckpointError(f"{self.path} holds features: a method that acts inside the backbone cannot use them")
+        for part in (p for name in tuned.active_adapters for p in parts_of(tuned._find(name).method)):
+            if isinstance(part, Ladder) and part.init != "random":
+                raise CheckpointError(
+                    f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
+                    "weights; use init='random', or train without a bank"
+                )
+        missing = sorted(set(tuned._layers()) - set(self.layers))
+        if missing:
+            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
+        for name in tuned.active_adapters:
+            wanted = tuned._find(name).view
+            if wanted.of(self.view) is None:
+                raise CheckpointError(
+                    f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
+                    f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
+                )
+
+    def tuned(self, described: nn.Module) -> Tuned:
+        """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to
+        adapt it, train, and go `from_features`; it cannot see an image."""
+        from safetensors.torch import load_file
+
+        made = self.manifest["backbone"]
+        tuned = Tuned(described, backbone_name=made["name"], device="cpu", fingerprint=made["fingerprint"])
+        sites, here = tuned._sites, tuned.backbone
+        if (made["width"], made["depth"]) != (sites.port.writes, len(sites.blocks)):
+            raise CheckpointError(
+                f"{self.path} holds features of {made['name']} (width {made['width']}, {made['depth']} blocks)"
+            )
+        tail = load_file(self.path / TAIL)
+        for module_path, module in here.named_modules():
+            for store in (module._parameters, module._buffers):
+                for name, old in list(store.items()):
+                    path = f"{module_path}.{name}" if module_path else name
+                    if old is not None and path in tail and old.shape == tail[path].shape:
+                        value = tail.pop(path)
+                        store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
+                    elif old is not None:
+                        del store[name]
+        if tail:
+            raise CheckpointError(f"{self.path / TAIL} holds {', '.join(sorted(tail))}, which the backbone has not")
+        return tuned
+
+    def shard(self, file: str) -> dict[str, Tensor]:
+        """A shard's tensors, memory-mapped."""
+        if file not in self._open:
+            from safetensors.torch import load_file
+
+            self._open[file] = load_file(self.path / file)
+        return self._open[file]
+
+
+class Rows:
+    """Rows of one split and view: item i is (features of `layers`, label); `fetch` reads many at once."""
+
+    def __init__(self, bank: Bank, split: str, view: int = 0) -> None:
+        self.bank = bank
+        self.shards = [s for s in bank.shards if (s.split, s.view) == (split, view)]
+        if not self.shards:
+            raise CheckpointError(f"{bank.path} has no view {view} of the {split} images")
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + shard.rows)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def labels(self) -> list[int]:
+        return [int(y) for shard in self.shards for y in self.bank.shard(shard.file)["labels"]]
+
+    def __getitem__(self, i: int) -> tuple[Features, int]:
+        features, labels = self.fetch([i])
+        return tuple(x[0] for x in features), int(labels[0])
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
+        """Features ((b, tokens, width), …) in float32 and labels (b,)."""
+        where = torch.as_tensor(indices)
+        at = torch.searchsorted(torch.tensor(self.starts[1:]), where, right=True)
+        layers: list[list[Tensor]] = [[] for _ in self.bank.layers]
+        labels, order = [], []
+        for k in sorted(set(at.tolist())):
+            mine = (at == k).nonzero().flatten()
+            tensors, rows = self.bank.shard(self.shards[k].file), where[mine] - self.starts[k]
+            for kept, layer in zip(layers, self.bank.layers, strict=True):
+                kept.append(tensors[str(layer)][rows])
+            labels.append(tensors["labels"][rows])
+            order.append(mine)
+        back = torch.cat(order).argsort()
+        # what is kept in half precision is read in single; double stays double
+        return (
+            tuple(_wide(torch.cat(kept)[back]) for kept in layers),
+            torch.cat(labels)[back],
+        )
+
+
+class FromBank:
+    """Images of a bank's splits as a data set of features; each epoch reads the next of the views."""
+
+    def __init__(self, bank: Bank, images: Images) -> None:
+        places = [name.removesuffix("]").rpartition("[") for name in images.names]
+        self.splits = {split for split, _, _ in places}
+        self.bank, self.epoch = bank, 0
+        self.places = [(split, int(i)) for split, _, i in places]
+        self.labels = list(images.labels)
+        self.rows: dict[tuple[str, int], Rows] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[Features, int]:
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Features, int]]:
+        """Many rows at once, as torch's loader asks for them."""
+        found: dict[int, tuple[Features, int]] = {}
+        for split in self.splits:
+            mine = [i for i in indices if self.places[i][0] == split]
+            if mine:
+                features, labels = self._rows(split).fetch([self.places[i][1] for i in mine])
+                for k, i in enumerate(mine):
+                    found[i] = tuple(x[k] for x in features), int(labels[k])
+        return [found[i] for i in indices]
+
+    def _rows(self, split: str) -> Rows:
+        key = split, self.epoch % self.bank.views if split == "train" else 0
+        if key not in self.rows:
+            self.rows[key] = self.bank.rows(*key)
+        return self.rows[key]
+
+
+class Banked(Images):
+    """The images of a bank's split, of which labels and places are known, and pixels are not."""
+
+    def __init__(self, rows: Rows, split: str) -> None:
+        self.labels = rows.labels()
+        self.names = [f"{split}[{i}]" for i in range(len(self.labels))]
+
+    def image(self, i: int) -> "Image":
+        raise DataError(f"{self.names[i]}: a bank holds features, not images")
+
+
+def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]:
+    """The shards that an earlier, unfinished build left. Raises RestuningError where it was another, or finished."""
+    if (out / MANIFEST).exists():
+        raise RestuningError(f"{out} holds a finished bank: choose another folder")
+    held = sorted(p.name for p in out.iterdir() if p.name not in (".lock", TAIL) and not p.name.endswith(".tmp"))
+    if held and not resume:
+        raise RestuningError(f"{out} is not empty ({', '.join(held[:3])}): continue with --resume, or choose another")
+    if not (out / PARTIAL).exists():
+        return {}
+    try:
+        before = json.loads((out / PARTIAL).read_text(encoding="utf-8"))
+        shards = {shard["file"]: Shard(**shard) for shard in before.pop("shards")}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{out / PARTIAL} is damaged: {line(error)}") from error
+    now = json.loads(json.dumps(plan))
+    other = [key for key in now if before.get(key) != now[key]]
+    if other:
+        raise RestuningError(f"{out} holds an unfinished bank of another {', '.join(other)}: choose another folder")
+    return shards
+
+
+@torch.no_grad()
+def _tapped(tuned: Tuned, pixels: Prepared, rows: range, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
+    device = next(tuned.parameters()).device
+    batches, labels = [], []
+    for start in range(rows.start, rows.stop, batch_size):
+        items = [pixels[i] for i in range(start, min(start + batch_size, rows.stop))]
+        features = tuned.features(torch.stack([x for x, _ in items]).to(device))
+        batches.append([x.to("cpu", dtype) for x in features])
+        labels += [label for _, label in items]
+    kept = {
+        str(layer): torch.cat(parts) for layer, parts in zip(tuned._layers(), zip(*batches, strict=True), strict=True)
+    }
+    for layer, x in kept.items():
+        if not x.isfinite().all():
+            raise RestuningError(f"layer {layer} has values that {dtype} cannot hold: choose another dtype")
+    return {**kept, "labels": torch.tensor(labels)}
+
+
+def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
+    """Parameters and buffers of the modules after the features, by their paths in the backbone."""
+    sites = tuned._sites
+    return {
+        f"{path}.{key}": value.detach().cpu().contiguous()
+        for path in (sites.norm, sites.post)
+        if path is not None
+        for key, value in tuned.backbone.get_submodule(path).state_dict().items()
+    }
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    data: bytes = save(dict(tensors))
+    write_whole(path, data)
+    return data
+
+
+def _intact(out: Path, shard: Shard) -> bool:
+    with suppress(OSError):
+        return _hash_of_file(out / shard.file) == shard.sha256
+    return False
+
+
+def _hash_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_weights(backbone: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _hash_of_data(images: Images) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for name, label in zip(images.names, images.labels, strict=True):
+        digest.update(f"{name} {int(label)}\n".encode())
+    return {"count": len(images), "sha256": digest.hexdigest()}
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
