@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from restuning.errors import MissingExtra, RestuningError
 
@@ -116,6 +116,27 @@ def _parser() -> argparse.ArgumentParser:
     bank.add_argument("--batch-size", type=int, default=32)
     bank.add_argument("--seed", type=int, default=0)
     bank.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    sweep = add(
+        "sweep",
+        _sweep,
+        "Train a whole grid from a bank at once: validation chooses, then each seed's best is tested.",
+        "restuning sweep --bank banks/photos --method bypass bypass-grid4 --lr 0.05 0.01 0.005 0.001 "
+        "--epochs 50 100 --seeds 0 1 2 --out sweeps/photos",
+    )
+    sweep.add_argument("--bank", required=True, metavar="DIR")
+    sweep.add_argument("--out", type=Path, required=True, help="folder for sweep.json and each seed's best")
+    sweep.add_argument("--resume", action="store_true", help="continue the sweep in --out")
+    sweep.add_argument("--method", nargs="+", dest="methods", help="names, or .json files (default bypass)")
+    sweep.add_argument("--lr", type=float, nargs="+", dest="lrs", help="(default 0.05 0.01 0.005 0.001)")
+    sweep.add_argument("--epochs", type=int, nargs="+", help="(default 50 100)")
+    sweep.add_argument("--seeds", type=int, nargs="+", help="(default 0 1 2)")
+    sweep.add_argument("--pool", choices=["cls", "mean", "cls+mean"], help="what the head reads")
+    for name in ("train", "val", "test"):
+        sweep.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    sweep.add_argument("--batch-size", type=int, help="(default 32)")
+    sweep.add_argument("--weight-decay", type=float, help="(default 0.05)")
+    sweep.add_argument("--warmup-epochs", type=float, help="(default 10, at most a fifth of all)")
 
     search = add(
         "search",
@@ -297,6 +318,32 @@ def _bank(args: argparse.Namespace) -> None:
         )
     else:
         print(f"{rows} rows in {len(manifest['shards'])} shards, {size / 2**20:.1f} MiB, in {args.out}")
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from restuning.recipe import TrainConfig
+    from restuning.sweep import Sweep, sweep
+
+    given = {k: v for k, v in vars(args).items() if v is not None}
+    recipe = {k: given[k] for k in ("batch_size", "weight_decay", "warmup_epochs") if k in given}
+    settings: dict[str, Any] = {k: v for k, v in given.items() if k in Sweep.__dataclass_fields__}
+    settings |= {k: tuple(v) for k, v in settings.items() if isinstance(v, list)}
+    found = sweep(Sweep(**settings, training=TrainConfig(**recipe)), args.out, resume=args.resume)
+    if args.json:
+        print(json.dumps(found))
+        return
+    rows = [
+        [
+            name,
+            "diverged" if m["test_accuracy"] is None else f"{m['test_accuracy']:.2f} ± {m['spread']:.2f}",
+            f"{m['parameters']['tuners']:,}",
+            str(m["points"]),
+            f"{m['seconds']:.1f}",
+            ", ".join(f"{s['lr']:g}/{s['epochs']}" for s in m["seeds"]),
+        ]
+        for name, m in found["methods"].items()
+    ]
+    _table(["method", "test accuracy", "parameters", "points", "seconds", "chosen (lr/epochs by seed)"], rows)
 
 
 def _search(args: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -306,6 +306,18 @@ def from_bank(path: str | Path) -> dict[str, Any]:
     """The settings of a run that a bank decides: data and backbone, as they were when it was built."""
     manifest = Bank(path, verify=False).manifest
     return {"data": manifest["data"]["spec"], "bank": str(path), **manifest["source"]}
+
+
+def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
+    """A maker of the run's newly born models, each on what is left of a backbone without its weights."""
+    prepared = _FromBank(run, whole, bank)
+
+    def born() -> FromFeatures:
+        model, _ = prepared.model(whole.train)
+        assert isinstance(model, FromFeatures)
+        return model
+
+    return born
 
 
 def build_bank(

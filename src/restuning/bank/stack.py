@@ -13,8 +13,6 @@ from restuning._types import Features
 from restuning.errors import MethodError
 from restuning.recipe import TrainConfig, data_order, learning_rate
 
-BETAS, EPS = (0.9, 0.999), 1e-8
-
 
 class Stack:
     """Modules of one shape, of which only the heads may differ in their number of classes.
@@ -87,12 +85,12 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
     features: ((rows, tokens, width), …) shared by all points; labels: (rows,), or (N, rows) for other tasks on them.
     Points must have as many examples as one another, and one batch size. Returns which of them ended in finite values.
     """
-    counts = {(len(p.rows), p.config.batch_size, p.config.weight_decay) for p in points}
+    counts = {(len(p.rows), p.config.batch_size) for p in points}
     if len(points) != len(stack) or len(counts) != 1:
-        raise MethodError("points of a stack share the number of examples, the batch size and the weight decay")
-    ((examples, batch_size, decay),) = counts
+        raise MethodError("points of a stack share the number of examples and the batch size")
+    ((examples, batch_size),) = counts
     steps = -(-examples // batch_size)
-    adam = _AdamW(stack.tensors, decay)
+    optimizer = _AdamW(stack.tensors, [p.config for p in points])
     labels = labels.expand(len(points), -1)
     everyone = torch.arange(len(points))[:, None]
     for epoch in range(max(p.config.epochs for p in points)):
@@ -108,7 +106,7 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
                 logits = stack(batch, own=not together)
                 loss = F.cross_entropy(logits.flatten(0, 1), labels[everyone, at].flatten(), reduction="sum")
                 grads = torch.autograd.grad(loss / at.shape[1], list(stack.tensors.values()))
-            adam.step(grads, torch.tensor(lrs, dtype=torch.float64))
+            optimizer.step(grads, lrs)
     for t in stack.tensors.values():
         t.requires_grad_(False)
     finite = torch.ones(len(points), dtype=torch.bool)
@@ -127,24 +125,32 @@ def _rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class _AdamW:
-    """torch.optim.AdamW with a learning rate for each of the stacked modules; 0 leaves a module as it is."""
+    """torch.optim.AdamW, one for each of the stacked modules, on its slices of the stacked tensors."""
 
-    def __init__(self, tensors: dict[str, Tensor], decay: float) -> None:
-        self.tensors, self.decay, self.count = list(tensors.values()), decay, 0
-        self.first = [torch.zeros_like(t) for t in self.tensors]
-        self.second = [torch.zeros_like(t) for t in self.tensors]
+    def __init__(self, tensors: dict[str, Tensor], configs: Sequence[TrainConfig]) -> None:
+        self.slices = [[t.detach()[i] for t in tensors.values()] for i in range(len(configs))]
+        self.optimizers = [
+            torch.optim.AdamW(
+                [
+                    # matrices alone decay, as in restuning.recipe
+                    {"params": [t for t in slices if t.ndim >= 2], "weight_decay": config.weight_decay},
+                    {"params": [t for t in slices if t.ndim < 2], "weight_decay": 0.0},
+                ],
+                fused=True,
+            )
+            for slices, config in zip(self.slices, configs, strict=True)
+        ]
 
-    @torch.no_grad()
-    def step(self, grads: Sequence[Tensor], lrs: Tensor) -> None:
-        self.count += 1
-        one, two = (1 - beta**self.count for beta in BETAS)
-        for t, g, m, v in zip(self.tensors, grads, self.first, self.second, strict=True):
-            lr = lrs.to(t).view(-1, *[1] * (t.ndim - 1))
-            if self.decay and t.ndim > 2:  # (N, rows, columns): matrices alone, as in restuning.recipe
-                t.mul_(1 - lr * self.decay)
-            m.lerp_(g, 1 - BETAS[0])
-            v.mul_(BETAS[1]).addcmul_(g, g, value=1 - BETAS[1])
-            t.sub_(lr / one * m / (v.sqrt().div_(two**0.5).add_(EPS)))
+    def step(self, grads: Sequence[Tensor], lrs: Sequence[float]) -> None:
+        """A module whose rate is 0 has ended, and stays as it is."""
+        grads = [g.contiguous() for g in grads]  # the fused kernel reads memory in its order, whatever the strides
+        for i, (slices, optimizer, lr) in enumerate(zip(self.slices, self.optimizers, lrs, strict=True)):
+            if lr > 0:
+                for t, g in zip(slices, grads, strict=True):
+                    t.grad = g[i]
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
 
 
 @torch.no_grad()

@@ -1,0 +1,190 @@
+"""A grid of settings from one bank, every point of a method at once: validation chooses, then one test."""
+
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restuning.bank import Bank, FromFeatures, Stack
+from restuning.bank.stack import Point, accuracies, train
+from restuning.data import Images, Task, split
+from restuning.errors import RestuningError
+from restuning.files import locked, write_whole
+from restuning.measure import count
+from restuning.methods import find_method, to_dict
+from restuning.recipe import TrainConfig
+from restuning.run import RESULT, RUN, Run, from_bank, on_bank, versions
+
+SWEEP, RECORD = "sweep.json", "settings.json"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Every method × rate × length × seed. Splits and births are those of a `Run` of the same seed."""
+
+    bank: str
+    methods: tuple[str, ...] = ("bypass",)
+    lrs: tuple[float, ...] = (0.05, 0.01, 0.005, 0.001)
+    epochs: tuple[int, ...] = (50, 100)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pool: str | None = None
+    train_size: int | None = None
+    val_size: int = 0
+    test_size: int | None = None
+    training: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("methods", "lrs", "epochs", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise RestuningError(f"{name} {list(values)}: expected one or more, each once")
+        for lr, epochs, seed in itertools.product(self.lrs, self.epochs, self.seeds):
+            replace(self.training, lr=lr, epochs=epochs, seed=seed)
+        for method in self.methods:
+            find_method(method)
+
+    def run(self, method: str, seed: int) -> Run:
+        """The run that a winner of this method and seed is, but for its rate and length."""
+        spec = to_dict(find_method(method)) if method.endswith(".json") else method
+        return Run(
+            **from_bank(self.bank),
+            method=spec,
+            pool=self.pool,
+            train_size=self.train_size,
+            val_size=self.val_size,
+            test_size=self.test_size,
+            training=replace(self.training, seed=seed),
+        )
+
+
+def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]:
+    """Run the grid; sweep.json and, for every method and seed, the winner as a run's folder in `out`.
+
+    For each seed the point with the best validation accuracy is trained again on training and validation images and
+    tested once, at its last epoch: what `restuning train --bank` gives with that seed and these rates. A method that
+    is done is not done again on `resume`. Returns what sweep.json holds.
+    """
+    bank, seed = Bank(settings.bank), settings.seeds[0]
+    for method in settings.methods:  # what cannot be, before anything is written
+        on_bank(settings.run(method, seed), _task(settings, bank, seed, hold=True), bank)()
+    with locked(out):
+        _record(settings, out, resume)
+        done: dict[str, Any] = json.loads((out / SWEEP).read_text())["methods"] if (out / SWEEP).exists() else {}
+        result: dict[str, Any] = {}
+        for method in settings.methods:
+            done[method] = done.get(method) or _method(settings, bank, method, out)
+            result = {"settings": asdict(settings), "versions": versions(), "methods": done}
+            write_whole(out / SWEEP, _json(result))
+        return result
+
+
+def _record(settings: Sweep, out: Path, resume: bool) -> None:
+    record = out / RECORD
+    if record.exists() and not resume:
+        raise RestuningError(f"{out} holds a sweep: continue it with --resume, or choose another folder")
+    if not record.exists() and any(p.name != ".lock" for p in out.iterdir()):
+        raise RestuningError(f"{out} is not empty and holds no sweep: choose another folder")
+    if record.exists() and json.loads(record.read_text()) != json.loads(_json(asdict(settings))):
+        raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
+    write_whole(record, _json(asdict(settings)))
+
+
+def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    grid = list(itertools.product(settings.seeds, settings.lrs, settings.epochs))
+    whole, held = ({s: _task(settings, bank, s, hold) for s in settings.seeds} for hold in (False, True))
+    models = {seed: on_bank(settings.run(method, seed), whole[seed], bank) for seed in settings.seeds}
+    layers = models[settings.seeds[0]]().tuned._layers()
+    features, labels, offsets = _everything(bank, layers)
+
+    def rows(images: Images) -> Tensor:
+        places = (name.removesuffix("]").rpartition("[") for name in images.names)
+        return torch.tensor([offsets[split] + int(i) for split, _, i in places])
+
+    def config(lr: float, epochs: int, seed: int) -> TrainConfig:
+        return replace(settings.training, lr=lr, epochs=epochs, seed=seed)
+
+    trials: dict[tuple[int, float, int], float] = {}
+    if len(grid) > len(settings.seeds):
+        stack = Stack([_only(models[seed](), layers) for seed, _, _ in grid])
+        points = [Point(config(lr, epochs, seed), rows(held[seed].train)) for seed, lr, epochs in grid]
+        finite = train(stack, features, labels, points)
+        validated = accuracies(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid])
+        trials = {p: a if good else 0.0 for p, a, good in zip(grid, validated, finite, strict=True)}
+    pairs = list(itertools.product(settings.lrs, settings.epochs))
+    # of equal accuracy the first, as in a run
+    best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), 0.0)) for s in settings.seeds}  # type: ignore[misc]
+    winners = {seed: _only(models[seed](), layers) for seed in settings.seeds}
+    stack = Stack(list(winners.values()))
+    points = [Point(config(*best[seed], seed), rows(whole[seed].train)) for seed in settings.seeds]
+    finite = train(stack, features, labels, points)
+    stack.write_back()
+    tested = accuracies(stack, features, labels, [rows(whole[seed].test) for seed in settings.seeds])
+    seeds = []
+    for seed, accuracy, good in zip(settings.seeds, tested, finite, strict=True):
+        lr, epochs = best[seed]
+        row = {
+            "seed": seed,
+            "lr": lr,
+            "epochs": epochs,
+            "test_accuracy": accuracy if good else None,
+            "validation_accuracy": {f"{r:g}, {e} epochs": trials[seed, r, e] for s, r, e in trials if s == seed},
+        }
+        seeds.append(row)
+        folder = out / f"{Path(method).stem}-seed{seed}"
+        run = settings.run(method, seed)
+        run = replace(run, lrs=(lr,), training=config(lr, epochs, seed))
+        winners[seed].tuned.save_pretrained(folder)
+        write_whole(folder / RUN, _json(run.to_dict()))
+        write_whole(folder / RESULT, _json({**row, "settings": run.to_dict(), "versions": versions()}))
+    found = [a for a, good in zip(tested, finite, strict=True) if good]
+    return {
+        "test_accuracy": statistics.fmean(found) if found else None,
+        "spread": statistics.stdev(found) if len(found) > 1 else 0.0,
+        "parameters": count(winners[settings.seeds[0]].tuned),
+        "points": len(grid),
+        "seconds": round(time.perf_counter() - start, 1),
+        "seeds": seeds,
+    }
+
+
+def _task(settings: Sweep, bank: Bank, seed: int, hold: bool) -> Task:
+    """The splits of a run of this seed; with `hold`, those on which its rate is chosen."""
+    sizes = {"train_size": settings.train_size, "test_size": settings.test_size, "seed": seed}
+    spec, source = str(bank.manifest["data"]["spec"]), bank.source()
+    whole = split(spec, source, **sizes, val_size=0)  # type: ignore[arg-type]
+    if not hold:
+        return whole
+    return split(spec, source, **sizes, val_size=settings.val_size or max(1, len(whole.train) // 5))  # type: ignore[arg-type]
+
+
+def _val(task: Task) -> Images:
+    assert task.val is not None
+    return task.val
+
+
+def _everything(bank: Bank, layers: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor, dict[str, int]]:
+    """The features of all splits in one, the labels, and where each split begins."""
+    parts, offsets, start = [], {}, 0
+    for name in bank.splits:
+        rows = bank.rows(name)
+        offsets[name], start = start, start + len(rows)
+        parts.append(rows.fetch(range(len(rows))))
+    at = [bank.layers.index(layer) for layer in layers]
+    features = tuple(torch.cat([part[0][i] for part in parts]) for i in at)
+    return features, torch.cat([part[1] for part in parts]), offsets
+
+
+def _only(model: FromFeatures, layers: Sequence[int]) -> FromFeatures:
+    return FromFeatures(model.tuned, model.kept, layers)
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2) + "\n").encode()
