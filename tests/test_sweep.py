@@ -34,14 +34,13 @@ def test_a_sweep_is_its_runs(bank: str, tmp_path: Path, capsys: pytest.CaptureFi
             alone = json.loads(capsys.readouterr().out)
             row = found[method]["seeds"][k]
             assert row["lr"] == alone["lr"]
-            assert list(row["validation_accuracy"].values()) == pytest.approx(
-                list(alone["validation_accuracy"].values())
-            )
+            both = zip(row["validation_accuracy"].values(), alone["validation_accuracy"].values(), strict=True)
+            assert all(a == pytest.approx(b) for a, b in both)
             assert row["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=1.7)  # one image of 60
             saved = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), out / f"{method}-seed{seed}")
             one = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), folder)
             for p, q in zip(saved.adapters.parameters(), one.adapters.parameters(), strict=True):
-                assert float((p - q).norm() / q.norm()) < 1e-3
+                assert ((p - q).norm() / q.norm()).item() < 1e-3
     assert main(["evaluate", str(out / "bypass-grid2-seed3"), "--test-size", "60", "--json"]) == 0
     accuracy = json.loads(capsys.readouterr().out)["accuracy"]
     assert accuracy == pytest.approx(found["bypass-grid2"]["seeds"][1]["test_accuracy"], abs=1.7)
@@ -79,3 +78,4 @@ def test_bad_grids(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["sweep", "--bank", bank, *more, "--out", str(tmp_path / "x")]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "x").exists()
