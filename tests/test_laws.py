@@ -173,7 +173,7 @@ def test_bypass_is_equation_8_and_live_is_unpruned(name: str, h: Any, v: Any) ->
     tuned = shake(adapt(tiny, rt.Bypass(h, v), dtype=torch.float64))
     inputs = tiny.inputs(dtype=torch.float64)
     features = plain_features(tiny, tuned.backbone, inputs)
-    side, tail = tuned.adapters["default"].side, tuned._tails["default"]
+    side, tail = tuned.adapters["default"].side, tuned._readers["default"].tail
 
     def through(tuners: nn.ModuleDict, layer: int, x: np.ndarray) -> np.ndarray:
         if str(layer) not in tuners:
@@ -301,7 +301,7 @@ def test_methods_that_are_the_backbone_at_birth(name: str, method: str) -> None:
     tiny = TINY[name]
     if method not in REFUSED.get(name, {}):
         tuned, inputs = adapt(tiny, small(method), None, pool="none").eval(), tiny.inputs()
-        tail = tuned._tails["default"]
+        tail = tuned._readers["default"].tail
         with torch.no_grad():
             expected = tail(plain_features(tiny, tuned.backbone, inputs)[-1])
             torch.testing.assert_close(tuned(**inputs), expected, rtol=0, atol=0)

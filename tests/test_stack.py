@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import restuning as rt
 from restuning.bank import FromFeatures
-from restuning.bank.stack import Point, Stack, accuracies, train
+from restuning.bank.stack import Point, accuracies, train
 from restuning.errors import MethodError
 from restuning.recipe import TrainConfig
+from restuning.stack import Stack
 from restuning.train import fit
 
 TINY_VIT = TINY["timm-vit"]

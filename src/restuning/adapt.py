@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Features
-from restuning.adaptation import Adaptation, grid_of
+from restuning.adaptation import Adaptation, Reader, grid_of
 from restuning.errors import CheckpointError, MethodError
+from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
-from restuning.wiring.attach import INPUT, attach, tap
+from restuning.stack import PerRow, Stack
+from restuning.wiring.attach import Tuner, Tuners, attach, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
-from restuning.wiring.tail import Tail, tail_of
+from restuning.wiring.tail import tail_of
 
 
 class Tuned(nn.Module):
@@ -54,7 +56,8 @@ class Tuned(nn.Module):
         self.active_adapters: tuple[str, ...] = ()
         self.backbone = backbone.requires_grad_(False)
         self.adapters = nn.ModuleDict()
-        self._tails: dict[str, Tail] = {}
+        self._readers: dict[str, Reader] = {}
+        self._stacks: list[Served] = []
         self.train(False)
 
     # ---- adapters: add, choose, disable, delete
@@ -109,7 +112,7 @@ class Tuned(nn.Module):
         with torch.device(self._device or like.device):
             adapter = Adaptation(self.backbone, self._sites, spec, tail.pool, num_classes, card)
         self.adapters[name] = adapter.to(like.dtype).train(self.training)
-        self._tails[name] = tail
+        self._readers[name] = Reader(self._find(name), self.backbone, self._sites, tail)
         self.active_adapters = (name,)
         if adapter.full:
             self.backbone.requires_grad_(True)
@@ -137,7 +140,7 @@ class Tuned(nn.Module):
         """Remove an adapter; the others stay as they are."""
         if self._find(name).full:
             self.backbone.requires_grad_(False)
-        del self.adapters[name], self._tails[name]
+        del self.adapters[name], self._readers[name]
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
 
     def unload(self) -> nn.Module:
@@ -185,59 +188,120 @@ class Tuned(nn.Module):
 
     # ---- what it computes
 
-    def forward(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if self._disabled:
+    def forward(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        adapter_names: Sequence[str | None] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Logits of the active adapters; with `adapter_names`, one for every row, logits (b, c) of a mixed batch.
+
+        A row without an adapter (None) passes through the bare backbone and gives what that says, (b, c), or its pooled
+        feature. Rows narrower than the widest say −inf beyond their own classes.
+        Raises MethodError for a name that is not there, and if there are not as many names as rows.
+        """
+        if adapter_names is not None:
+            logits = self._mixed(adapter_names, args, kwargs)
+        elif self._disabled:
             return self.backbone(*args, **kwargs)
-        logits = self.from_features(self.features(*args, **kwargs))
+        else:
+            logits = self.from_features(self.features(*args, **kwargs))
         if labels is None:
             return logits
         if not isinstance(logits, Tensor):
             raise MethodError("labels= needs one active adapter")
         return {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """What the active adapter's head reads, (b, d) as a rule, or {name: …} when several are active."""
+        return self.from_features(self.features(*args, **kwargs), head=False)
+
     def features(self, *args: Any, **kwargs: Any) -> Features:
         """The features x_l (b, n, d) that the active adapters read, the tokens that no output can see left out.
 
         They carry a gradient only if tuners act inside the backbone: a side path's backbone runs without autograd.
         """
-        active = [self._find(name) for name in self._active()]
-        inside: dict[Site, list[tuple[str, nn.Module]]] = {}
-        for name, adapter in zip(self._active(), active, strict=True):
-            _gather(inside, name, adapter.inside)
+        inside: dict[Site, list[tuple[str, Tuner]]] = {}
+        for name in self._active():
+            for site, tuner in self._find(name).inside:
+                inside.setdefault(site, []).append((name, tuner))
+        frozen = all(self._find(name).reads_features for name in self._active())
+        return self._read(inside, self._layers(), self._live(), frozen, args, kwargs)
+
+    def _read(
+        self, inside: Mapping[Site, Tuners], layers: Sequence[int], view: View, frozen: bool, args: Any, kwargs: Any
+    ) -> Features:
         if inside and torch.is_grad_enabled() and _recomputes(self.backbone):
             raise MethodError(
                 "the backbone recomputes its blocks in the backward pass (gradient checkpointing), after the tuners "
                 "inside it have gone: switch that off, or use a bypass, which needs none of it"
             )
-        frozen = all(adapter.reads_features for adapter in active)
         with (
             torch.no_grad() if frozen else nullcontext(),
             attach(self.backbone, self._sites, inside),
-            tap(self.backbone, self._sites, self._layers(), self._live()) as taps,
+            tap(self.backbone, self._sites, layers, view) as taps,
         ):
             self.backbone(*args, **kwargs)
         return taps.features
 
-    def from_features(self, features: Features, kept: View | None = None) -> Any:
+    def from_features(self, features: Features, kept: View | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
 
-        kept: which tokens the features hold; None: those that `features` gives.
+        kept: which tokens the features hold; None: those that `features` gives. head: whether the head is run.
+        Without autograd, adapters of one shape run as one.
         """
         at, kept = dict(zip(self._layers(), features, strict=True)), kept or self._live()
-
-        def logits(name: str) -> Tensor:
-            adapter = self._find(name)
-            view = adapter.view.of(kept)
-            if view is None:
-                raise MethodError(f"adapter {name!r} reads tokens {adapter.view.tokens!r}; given are {kept.tokens!r}")
-            own = tuple(x if layer == INPUT else view(x) for layer in adapter.layers for x in (at[layer],))
-            if adapter.side is not None and adapter.reads_features:
-                own = tuple(x.detach() for x in own)
-            with attach(self.backbone, self._sites, _gather({}, name, adapter.in_tail)):
-                return adapter.head(adapter.pooled(own, self._tails[name]))  # type: ignore[no-any-return]
-
         names = self._active()
-        return logits(names[0]) if len(names) == 1 else {name: logits(name) for name in names}
+        if len(names) == 1:
+            return self._readers[names[0]](self._readers[names[0]].own(at, kept), head)
+        found: dict[str, Tensor] = {}
+        if not torch.is_grad_enabled() and not self.training:
+            self._stacks = serve(self._readers, names, self._stacks)
+            for served in self._stacks:
+                found |= served(at, kept, head)
+        for name in names:
+            if name not in found:
+                found[name] = self._readers[name](self._readers[name].own(at, kept), head)
+        return {name: found[name] for name in names}
+
+    def _mixed(self, rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
+        """Every kind of adapter takes one pass of the backbone, with all of its rows."""
+        batch = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        if len(rows) != batch:
+            raise MethodError(f"adapter_names has {len(rows)} names for a batch of {batch}: expected one for every row")
+        kinds: dict[str | None, list[int]] = {}
+        for i, name in enumerate(rows):
+            kinds.setdefault(None if name is None else kind_of(name, self._find(name)), []).append(i)
+        parts = []
+        for at in kinds.values():
+            own_args, own_kwargs = pick((args, kwargs), at, batch)
+            parts.append(self._rows([rows[i] for i in at], own_args, own_kwargs))
+        wide = max(part.shape[1] for part in parts)
+        out = torch.cat([F.pad(part, (0, wide - part.shape[1]), value=-torch.inf) for part in parts])
+        return out[torch.tensor([i for at in kinds.values() for i in at], device=out.device).argsort()]
+
+    def _rows(self, rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
+        """Logits of rows whose adapters are of one kind."""
+        names = [name for name in dict.fromkeys(rows) if name is not None]
+        if not names:
+            tail = tail_of(self.backbone, self._sites)
+            with tap(self.backbone, self._sites, [len(self._sites.blocks)], tail.live) as taps:
+                said = self.backbone(*args, **kwargs)
+            return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
+        like = self._find(names[0])
+        which = torch.tensor([names.index(str(name)) for name in rows], device=next(like.parameters()).device)
+        inside: dict[Site, Tuners] = {}
+        for place, site in like.sites.items():
+            if site.op != "norm":
+                tuners = [self._find(name).tuners[place] for name in names]
+                inside[site] = [("", tuners[0] if len(names) == 1 else PerRow(tuners, which))]
+        features = self._read(inside, like.layers, like.view, like.reads_features, args, kwargs)
+        if len(names) == 1:
+            return self._readers[names[0]](features)  # type: ignore[no-any-return]
+        readers = Stack([self._readers[name] for name in names])
+        out: Tensor = readers(tuple(x[:, None] for x in features), own=True, which=which)
+        return out.squeeze(1)
 
     @property
     def reads_features(self) -> bool:
@@ -250,6 +314,10 @@ class Tuned(nn.Module):
         full = any(_adaptation(a).full for a in self.adapters.values())
         self.backbone.train(mode and (self._train_mode or full))
         return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Tuned":
+        self._stacks = []  # of tensors that move now
+        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
 
     def _active(self) -> tuple[str, ...]:
         if not self.active_adapters:
@@ -406,15 +474,6 @@ def _affine(module: Any) -> tuple[Tensor, Tensor]:
     """Weight and bias of an affine module; zeros where it has no bias."""
     weight: Tensor = module.weight
     return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
-
-
-def _gather(
-    sites: dict[Site, list[tuple[str, nn.Module]]], name: str, tuners: Sequence[tuple[Site, nn.Module]]
-) -> dict[Site, list[tuple[str, nn.Module]]]:
-    """Site by site, an adapter's tuners beside those that are there."""
-    for site, tuner in tuners:
-        sites.setdefault(site, []).append((name, tuner))
-    return sites
 
 
 def _adaptation(module: nn.Module) -> Adaptation:

@@ -1,6 +1,6 @@
 """One adapter: its tuners, its side path, its head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,7 +11,7 @@ from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
-from restuning.wiring.attach import INPUT
+from restuning.wiring.attach import INPUT, attach
 from restuning.wiring.live import ALL, FIRST, View
 from restuning.wiring.sites import PARTS, Site, Sites
 from restuning.wiring.tail import Tail, head_width
@@ -92,6 +92,31 @@ class Adaptation(nn.Module):
         if isinstance(self.side, SideNet):
             return self.side(tail(features[-1]), features[0])  # type: ignore[no-any-return]
         return tail(features[-1] if self.side is None else self.side(features))
+
+
+class Reader(nn.Module):
+    """An adapter as a function of the features: side path, frozen tail, head. It refers to the backbone, for the tail's
+    sake, and owns the adapter alone."""
+
+    def __init__(self, adapter: Adaptation, backbone: nn.Module, sites: Sites, tail: Tail) -> None:
+        super().__init__()
+        self.adapter, self.tail, self._frozen = adapter, tail, (backbone, sites)
+
+    def own(self, features: Mapping[int, Tensor], kept: View) -> Features:
+        """What it reads of features of which the tokens `kept` are there; raises MethodError if they are too few."""
+        view = self.adapter.view.of(kept)
+        if view is None:
+            raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
+        return tuple(x if layer == INPUT else view(x) for layer in self.adapter.layers for x in (features[layer],))
+
+    def forward(self, features: Features, head: bool = True) -> Tensor:
+        """Logits, or with `head=False` what the head reads."""
+        backbone, sites = self._frozen
+        if self.adapter.side is not None and self.adapter.reads_features:
+            features = tuple(x.detach() for x in features)
+        with attach(backbone, sites, {site: [("", tuner)] for site, tuner in self.adapter.in_tail}):
+            pooled = self.adapter.pooled(features, self.tail)
+            return self.adapter.head(pooled) if head else pooled
 
 
 def grid_of(method: Method) -> int | None:

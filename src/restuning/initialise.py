@@ -56,7 +56,7 @@ def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0)
             inputs, label = examples[i]
             with torch.enable_grad(), tap(backbone, tuned._sites, [adapter.depth]) as taps:
                 backbone(to_device(inputs[None], device))
-                logits = adapter.head(tuned._tails[tuned._active()[0]](taps.features[0]))
+                logits = adapter.head(tuned._readers[tuned._active()[0]].tail(taps.features[0]))
                 loss = F.cross_entropy(logits, torch.tensor([label], device=device))
             for weight, grad in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                 if grad is not None:
@@ -75,7 +75,7 @@ def _distil(tuned: Tuned, adapter: Adaptation, side: SideNet, examples: Examples
     side.net.train()
     for inputs, _ in DataLoader(cast(Dataset[Any], examples), 32, shuffle=True, generator=order):
         pixels, x = tuned.features(to_device(inputs, device))
-        loss = F.mse_loss(side.net(pixels), tuned._tails[tuned._active()[0]](x).detach())
+        loss = F.mse_loss(side.net(pixels), tuned._readers[tuned._active()[0]].tail(x).detach())
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restuning.bank import Bank, FromFeatures, Stack
+from restuning.bank import Bank, FromFeatures
 from restuning.bank.stack import Point, accuracies, train
 from restuning.data import Images, Task, split
 from restuning.errors import RestuningError
@@ -21,6 +21,7 @@ from restuning.measure import count
 from restuning.methods import find_method, to_dict
 from restuning.recipe import TrainConfig
 from restuning.run import RESULT, RUN, Run, from_bank, on_bank, versions
+from restuning.stack import Stack
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 

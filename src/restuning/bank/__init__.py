@@ -4,7 +4,6 @@ from restuning.bank.kept import LIMIT as LIMIT
 from restuning.bank.kept import FromFeatures as FromFeatures
 from restuning.bank.kept import bytes_each as bytes_each
 from restuning.bank.kept import keep as keep
-from restuning.bank.stack import Stack as Stack
 from restuning.bank.store import Bank as Bank
 from restuning.bank.store import FromBank as FromBank
 from restuning.bank.store import build as build

@@ -1,70 +1,16 @@
-"""Many adapters of one shape as one: grid points or tasks, side by side in batched matrix products."""
+"""Training a stack from features: grid points or tasks, side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.errors import MethodError
 from restuning.recipe import TrainConfig, data_order, learning_rate
-
-
-class Stack:
-    """Modules of one shape, of which only the heads may differ in their number of classes.
-
-    `stack(features)` gives logits (N, b, c): features (b, …) are shared by all, features (N, b, …) with `own=True` are
-    one batch each. c is the largest number of classes; a narrower head says −inf beyond its own.
-    """
-
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        """models: read features, as `FromFeatures` does. Raises MethodError if their shapes differ."""
-        self.model, self.models = models[0], list(models)
-        named = [{name: p for name, p in m.named_parameters() if p.requires_grad} for m in models]
-        self.tensors: dict[str, Tensor] = {}
-        for name, first in named[0].items():
-            parts = []
-            for i, other in enumerate(named):
-                p = other.get(name)
-                if p is None or p.shape[1:] != first.shape[1:] or (p.shape != first.shape and ".head." not in name):
-                    raise MethodError(
-                        f"adapter {i} has another shape than the first ({name}): it needs a stack of its own"
-                    )
-                parts.append(p.detach())
-            rows = max(len(p) for p in parts) if first.ndim else 0
-            self.tensors[name] = torch.stack([_padded(p, rows, name) for p in parts])
-        if any(len(other) != len(self.tensors) for other in named):
-            raise MethodError("adapters of different methods: each method needs a stack of its own")
-
-    def __len__(self) -> int:
-        return len(self.models)
-
-    def __call__(self, features: Features, own: bool = False) -> Tensor:
-        def one(tensors: dict[str, Tensor], features: Features) -> Any:
-            return functional_call(self.model, tensors, (features,))
-
-        out: Tensor = torch.vmap(one, in_dims=(0, 0 if own else None), randomness="error")(self.tensors, features)
-        return out
-
-    @torch.no_grad()
-    def write_back(self) -> None:
-        """Give every module its own parameters, as they are now."""
-        for i, model in enumerate(self.models):
-            for name, p in model.named_parameters():
-                if name in self.tensors:
-                    p.copy_(self.tensors[name][i, : len(p)] if p.ndim else self.tensors[name][i])
-
-
-def _padded(p: Tensor, rows: int, name: str) -> Tensor:
-    if p.ndim == 0 or len(p) == rows:
-        return p
-    # the missing classes: weights of zero, and a bias that no softmax sees
-    fill = -torch.inf if name.endswith("bias") else 0.0
-    return torch.cat([p, p.new_full((rows - len(p), *p.shape[1:]), fill)])
+from restuning.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -90,7 +36,9 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
         raise MethodError("points of a stack share the number of examples and the batch size")
     ((examples, batch_size),) = counts
     steps = -(-examples // batch_size)
-    optimizer = _AdamW(stack.tensors, [p.config for p in points])
+    stack.tensors = {name: t.detach() for name, t in stack.tensors.items()}
+    trained = {n: stack.tensors[n] for n, p in stack.model.named_parameters() if p.requires_grad}
+    optimizer = _AdamW(trained, [p.config for p in points])
     labels = labels.expand(len(points), -1)
     everyone = torch.arange(len(points))[:, None]
     for epoch in range(max(p.config.epochs for p in points)):
@@ -101,16 +49,16 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
             together = bool((at == at[0]).all())
             batch = tuple(x[at[0]] if together else x[at] for x in features)
             with torch.enable_grad():
-                for t in stack.tensors.values():
+                for t in trained.values():
                     t.requires_grad_(True)
                 logits = stack(batch, own=not together)
                 loss = F.cross_entropy(logits.flatten(0, 1), labels[everyone, at].flatten(), reduction="sum")
-                grads = torch.autograd.grad(loss / at.shape[1], list(stack.tensors.values()))
+                grads = torch.autograd.grad(loss / at.shape[1], list(trained.values()))
             optimizer.step(grads, lrs)
-    for t in stack.tensors.values():
+    for t in trained.values():
         t.requires_grad_(False)
     finite = torch.ones(len(points), dtype=torch.bool)
-    for name, t in stack.tensors.items():
+    for name, t in trained.items():
         good = t.isfinite() | (t == -torch.inf) if name.endswith("head.bias") else t.isfinite()
         finite &= good.flatten(1).all(1)
     return finite.tolist()

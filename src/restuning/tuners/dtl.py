@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from restuning._types import Port, Tokens
 from restuning.errors import MethodError
@@ -68,8 +69,9 @@ class DtlTuner(nn.Module):
             return None
         out = h * torch.sigmoid(self.beta * h)
         if self.conv is not None:
-            carry["conv"] = self.conv
+            carry["weight"] = self.conv.weight
         if self.prefix is not None:
-            grid = carry["conv"](patches(out, self.prefix)).flatten(2).transpose(1, 2)
+            grid = F.conv2d(patches(out, self.prefix), carry["weight"], padding=1, groups=out.shape[-1])
+            grid = grid.flatten(2).transpose(1, 2)
             out = torch.cat([out[:, : self.prefix], grid], 1)
         return out

@@ -22,7 +22,10 @@ from restuning.wiring.unbind import Call, Piece, merged, on_call
 INPUT = -1
 """The layer before all others: what the backbone itself is given."""
 
-Tuners = Sequence[tuple[str, nn.Module]]
+Tuner = Callable[..., Any]
+"""A module, or what declares and does the same."""
+
+Tuners = Sequence[tuple[str, Tuner]]
 """(adapter, tuner): what is added at one site."""
 
 
@@ -88,15 +91,15 @@ def _reader(joint: Joint, source: str) -> Callable[[Tensor], None]:
     return lambda x: joint.read(source, x)
 
 
-def _source(tuner: nn.Module) -> str:
+def _source(tuner: Tuner) -> str:
     return getattr(tuner, "source", "normed")
 
 
-def _carries(tuner: nn.Module) -> bool:
+def _carries(tuner: Tuner) -> bool:
     return getattr(tuner, "carries", False)
 
 
-def _rewrites(tuner: nn.Module) -> str | None:
+def _rewrites(tuner: Tuner) -> str | None:
     return getattr(tuner, "rewrites", None)
 
 
@@ -112,7 +115,7 @@ def _as(tokens: Tensor, y: Tensor) -> Tensor:
 
 
 @contextmanager
-def _merging(attention: nn.Module, tuners: Sequence[nn.Module]) -> Iterator[None]:
+def _merging(attention: nn.Module, tuners: Sequence[Tuner]) -> Iterator[None]:
     """Tuners of the attention itself say which keys and values are merged into it."""
 
     def change(call: Call) -> Tensor:
@@ -123,7 +126,7 @@ def _merging(attention: nn.Module, tuners: Sequence[nn.Module]) -> Iterator[None
 
 
 @contextmanager
-def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module, appended: list[int]) -> Iterator[None]:
+def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, appended: list[int]) -> Iterator[None]:
     """[x; tokens] from the input of the first block of `span` to the output of its last one (Res-Tuning, Eq. 4)."""
     count: list[int] = []  # tokens of the stream, without those added
 
@@ -153,7 +156,7 @@ def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module,
 
 
 @contextmanager
-def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: nn.Module, appended: list[int]) -> Iterator[None]:
+def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, appended: list[int]) -> Iterator[None]:
     """The same, unbound (Res-Tuning, Eq. 5): stream and prompts pass every block of `span` apart, and meet in its
     attention alone, by λ and by β (Eq. 9 to 13)."""
     prompts: list[Tensor] = []

@@ -1,0 +1,120 @@
+"""Modules of one shape as one, in batched matrix products: grid points, tasks, or one adapter for every row."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from restuning.errors import MethodError
+
+
+class Stack:
+    """Modules of one shape, of which only the heads may differ in their number of classes.
+
+    `stack(*args)` gives what each of the N modules gives, (N, …): arguments are shared by all; with `own=True` tensors
+    (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest says −inf beyond its own
+    classes. Differentiable to the modules' parameters, unless made without autograd.
+    """
+
+    def __init__(self, models: Sequence[nn.Module]) -> None:
+        """Raises MethodError if the shapes differ. A frozen `backbone` in the modules is that of all."""
+        self.model, self.models = models[0], list(models)
+        named = [_own(m) for m in models]
+        self.tensors = {name: torch.stack(self._of_one_shape(name, named)) for name in named[0]}
+        if any(len(other) != len(self.tensors) for other in named):
+            raise MethodError("adapters of different methods: each method needs a stack of its own")
+        self._sources = [t for tensors in named for t in tensors.values()]
+        self._versions = [t._version for t in self._sources]
+
+    @staticmethod
+    def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        first = named[0][name]
+        for i, other in enumerate(named):
+            p = other.get(name)
+            if p is None or p.shape[1:] != first.shape[1:] or (p.shape != first.shape and not _in_head(name)):
+                raise MethodError(f"adapter {i} has another shape than the first ({name}): it needs a stack of its own")
+        rows = max(len(other[name]) for other in named) if first.ndim else 0
+        return [_padded(other[name], rows, name) for other in named]
+
+    def __len__(self) -> int:
+        return len(self.models)
+
+    def __call__(self, *args: Any, own: bool = False, which: Tensor | None = None) -> Any:
+        """which: (M,) the modules that are meant, any of them any number of times; N is M then."""
+
+        def one(tensors: dict[str, Tensor], *args: Any) -> Any:
+            return functional_call(self.model, tensors, args)
+
+        tensors = self.tensors
+        if which is not None:
+            tensors = {name: t.index_select(0, which) for name, t in tensors.items()}
+        dims = tuple(0 if own and isinstance(arg, Tensor | tuple | dict) else None for arg in args)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule: they would loop
+            return torch.vmap(one, in_dims=(0, *dims), randomness="different")(tensors, *args)
+
+    @property
+    def stale(self) -> bool:
+        """Whether a module has been changed since, in place."""
+        return self._versions != [t._version for t in self._sources]
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Give every module its own tensors, as they are now."""
+        for i, model in enumerate(self.models):
+            for name, t in _own(model).items():
+                t.copy_(self.tensors[name][i, : len(t)] if t.ndim else self.tensors[name][i])
+
+
+class PerRow:
+    """One tuner for every row of a batch: row i is tuned by `tuners[which[i]]`. Declares what they declare."""
+
+    def __init__(self, tuners: Sequence[nn.Module], which: Tensor) -> None:
+        self.like, self.which = tuners[0], which
+        self.stack = Stack([_Carrying(t) for t in tuners] if getattr(self.like, "carries", False) else tuners)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.like, name)
+
+    def __call__(self, first: Any, *rest: Any) -> Any:
+        if not isinstance(first, Tensor):  # a call of the attention: keys and values for all of its rows
+            return self.stack(first, which=self.which)
+        rows = [arg[:, None] if isinstance(arg, Tensor) else arg for arg in (first, *rest)]
+        out = self.stack(*rows, own=True, which=self.which)
+        if isinstance(out, Tensor):
+            return out.squeeze(1)
+        carry, said = out
+        rest[-1].update(carry)
+        return said[0].squeeze(1) if said else None
+
+
+class _Carrying(nn.Module):
+    """A tuner that carries, as a function: what is carried goes in and comes out."""
+
+    def __init__(self, tuner: nn.Module) -> None:
+        super().__init__()
+        self.tuner = tuner
+
+    def forward(self, x: Tensor, y: Tensor, carry: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+        carry = dict(carry)
+        out = self.tuner(x, y, carry)
+        return carry, () if out is None else (out,)
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return {name: t for name, t in tensors if "backbone" not in name.split(".")}
+
+
+def _in_head(name: str) -> bool:
+    return "head" in name.split(".")[:-1]
+
+
+def _padded(p: Tensor, rows: int, name: str) -> Tensor:
+    if p.ndim == 0 or len(p) == rows:
+        return p
+    # the missing classes: weights of zero, and a bias that no softmax sees
+    fill = -torch.inf if name.endswith("bias") else 0.0
+    return torch.cat([p, p.new_full((rows - len(p), *p.shape[1:]), fill)])

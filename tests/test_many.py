@@ -1,0 +1,150 @@
+"""Many adapters at once: each says what it says alone, on shared features and in mixed batches."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import REFUSED, TINY, small
+from torch import Tensor, nn
+
+import restuning as rt
+from restuning import many
+from restuning.errors import MethodError
+
+PAIRS = [(name, method) for name in TINY for method in rt.methods if method not in ("full", *REFUSED.get(name, {}))]
+
+BESIDE = ("linear", "side-tuning", "lst", *(name for name in rt.methods if name.startswith(("bypass", "ladder"))))
+
+
+def shaken(tuned: rt.Tuned) -> rt.Tuned:
+    """Away from birth, so that every tuner acts."""
+    with torch.no_grad():
+        for p in tuned.adapters.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return tuned
+
+
+def several(name: str, method: Any, classes: tuple[int, ...] = (5, 5, 7), dtype: torch.dtype = torch.float64) -> Any:
+    tiny = TINY[name]
+    tuned = rt.Tuned(tiny.backbone(dtype), anatomy=tiny.anatomy)
+    for i, c in enumerate(classes):
+        tuned.add_adapter(f"task{i}", method, c)
+    return shaken(tuned).eval()
+
+
+def alone(tuned: rt.Tuned, name: str | None, inputs: dict[str, Tensor]) -> Any:
+    if name is None:
+        with tuned.disable_adapter():
+            said = tuned(**inputs)
+        if not isinstance(said, Tensor):
+            said = said.pooler_output if type(tuned.backbone).__name__ == "CLIPVisionModel" else said[0][:, 0]
+        return said
+    tuned.set_adapter(name)
+    return tuned(**inputs)
+
+
+def grads(tuned: rt.Tuned) -> dict[str, Tensor]:
+    found = {name: p.grad for name, p in tuned.adapters.named_parameters() if p.grad is not None}
+    tuned.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_a_mixed_batch_is_its_rows_one_by_one(name: str, method: str) -> None:
+    """Outputs and gradients, in float64; adapters that share no row of the batch, and rows without one."""
+    tuned, inputs = several(name, small(method)), TINY[name].inputs(6, torch.float64)
+    rows = ["task2", "task0", None, "task1", "task0", "task2"]
+    loose = {"rtol": 1e-6, "atol": 1e-7} if name.startswith("hf") else {"rtol": 1e-9, "atol": 1e-10}
+    mixed = tuned(**inputs, adapter_names=rows)
+    seed = torch.randn_like(mixed)
+    (mixed.masked_fill(mixed.isinf(), 0) * seed).sum().backward()
+    got = grads(tuned)
+    for i, row in enumerate(rows):
+        y = alone(tuned, row, inputs)[i]
+        torch.testing.assert_close(mixed[i, : len(y)], y, **loose)
+        assert (mixed[i, len(y) :] == -torch.inf).all()
+        if row is not None:
+            (y * seed[i, : len(y)]).sum().backward()
+    expected = grads(tuned)
+    assert got.keys() == expected.keys() and got
+    for key, g in expected.items():
+        torch.testing.assert_close(got[key], g, **loose, msg=lambda m, key=key: f"{key}: {m}")
+
+
+@pytest.mark.parametrize(("name", "method"), [pair for pair in PAIRS if pair[1] in BESIDE])
+def test_tasks_on_one_pass_say_what_they_say_alone(name: str, method: str) -> None:
+    tuned, inputs = several(name, small(method)), TINY[name].inputs(2, torch.float64)
+    names = list(tuned.adapters)
+    tuned.set_adapter(names)
+    with torch.no_grad():
+        together, embedded = tuned(**inputs), tuned.embed(**inputs)
+        for name_, y in together.items():
+            torch.testing.assert_close(y, alone(tuned, name_, inputs), rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(tuned.embed(**inputs), embedded[name_], rtol=1e-9, atol=1e-10)
+    assert [y.shape[1] for y in together.values()] == [5, 5, 7]
+    assert (len(tuned._stacks) == 1) == (method != "side-tuning")
+
+
+def test_tasks_come_and_go_and_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods, widths and class counts of their own, in stacks; an addition moves one stack, a change is seen."""
+    monkeypatch.setattr(many, "CHUNK", 2)
+    tuned, inputs = several("timm-vit", rt.resize(rt.methods["bypass"], 3)), TINY["timm-vit"].inputs(2, torch.float64)
+    for i, (method, classes) in enumerate({"bypass-none": 3, "linear": 4, "lst": 5}.items()):
+        tuned.add_adapter(f"more{i}", small(method), classes)
+    shaken(tuned)
+
+    def check() -> None:
+        names = list(tuned.adapters)
+        tuned.set_adapter(names)
+        with torch.no_grad():
+            together = tuned(**inputs)
+            for name in names:
+                torch.testing.assert_close(together[name], alone(tuned, name, inputs), rtol=1e-9, atol=1e-10)
+
+    check()
+    first, second = tuned._stacks[0], len(tuned._stacks)
+    tuned.add_adapter("late", small("bypass"), 9)
+    check()
+    assert tuned._stacks[0] is first and list(first.readers) == ["task0", "task1"] and second == 1
+    assert [list(s.readers) for s in tuned._stacks[1:]] == [["task2", "late"]]
+    with torch.no_grad():
+        tuned.get_parameter("adapters.task1.head.weight").mul_(2.0)
+    check()
+    assert all(s is not first for s in tuned._stacks)
+    tuned.delete_adapter("task0")
+    check()
+    tuned.float().double()
+    check()
+
+
+def test_a_mixed_batch_trains_and_says_what_is_wrong() -> None:
+    tuned, inputs = several("timm-vit", small("lora")), TINY["timm-vit"].inputs(4, torch.float64)
+    tuned.add_adapter("side", small("bypass"), 2)
+    out = tuned(**inputs, adapter_names=["task0", "side", "task2", None], labels=torch.tensor([1, 0, 6, 2]))
+    out["loss"].backward()
+    assert out["logits"].shape == (4, 32), "the bare backbone says 32 numbers"
+    moved = {name.split(".")[0] for name, p in tuned.adapters.named_parameters() if p.grad is not None}
+    assert moved == {"task0", "side", "task2"}
+    with pytest.raises(MethodError, match="adapter_names has 3 names for a batch of 4: expected one for every row"):
+        tuned(**inputs, adapter_names=["task0"] * 3)
+    with pytest.raises(MethodError, match="no adapter named 'task9'"):
+        tuned(**inputs, adapter_names=["task9"] * 4)
+
+
+def test_own_tuners_mix_too() -> None:
+    """They may do what cannot be stacked: each takes a pass of its own."""
+
+    class Own(nn.Module):
+        def __init__(self, port: rt.Port) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(port.writes))
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return y * self.w if self.w.sum().item() > 0 else y + self.w
+
+    tuned, inputs = several("timm-vit", rt.Residual({"ffn": Own})), TINY["timm-vit"].inputs(4, torch.float64)
+    rows = ["task1", "task0", "task2", "task1"]
+    mixed = tuned(**inputs, adapter_names=rows)
+    for i, row in enumerate(rows):
+        y = alone(tuned, row, inputs)[i]
+        torch.testing.assert_close(mixed[i, : len(y)], y, rtol=1e-9, atol=1e-10)
