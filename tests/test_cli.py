@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+import restuning as rt
 from restuning.cli import main
 
 FAST = ["--epochs", "2", "--batch-size", "8", "--quiet"]
@@ -64,6 +66,31 @@ def test_train_evaluate_predict(photos: Path, tmp_path: Path, capsys: pytest.Cap
     assert all(len(row["top"]) == 2 for row in rows)
     assert call("predict", tmp_path / "linear", photos / "green", "--json") == 0
     assert [r["top"][0]["class"] for r in json.loads(capsys.readouterr().out)] == ["green"] * 8
+
+
+def test_many_adapters_and_their_embeddings(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = [tmp_path / f"{method}-{seed}" for method in ("bypass", "lora") for seed in range(2)]
+    for out in adapters:
+        method, seed = out.name.split("-")
+        more = ["--method", method, "--seed", seed, "--out", out]
+        assert call("train", "--data", f"folder:{photos}", *more, *FAST) == 0
+    capsys.readouterr()
+    file = tmp_path / "embeddings.safetensors"
+    assert call("predict", *adapters, photos / "red", "--embeddings", file, "--top", "2", "--json") == 0
+    together = json.loads(capsys.readouterr().out)
+    for out in adapters:
+        assert call("predict", out, photos / "red", "--top", "2", "--json") == 0
+        for row in json.loads(capsys.readouterr().out):
+            (same,) = (r for r in together if (r["image"], r["adapter"]) == (row["image"], row["adapter"]))
+            assert [c["class"] for c in same["top"]] == [c["class"] for c in row["top"]]
+            for a, b in zip(same["top"], row["top"], strict=True):
+                assert a["probability"] == pytest.approx(b["probability"], abs=2e-6)
+        tuned = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), out)
+        head, embedded = tuned.adapters["default"].head, load_file(file)[str(out)]
+        assert embedded.shape == (8, head.in_features)
+        first = next(row for row in together if row["adapter"] == str(out))
+        assert head(embedded[:1]).softmax(-1).max().item() == pytest.approx(first["top"][0]["probability"], abs=1e-5)
+    assert "cannot write" in refused(capsys, "predict", adapters[0], photos / "red", "--embeddings", tmp_path)
 
 
 def test_run_json_repeats_the_run(photos: Path, tmp_path: Path) -> None:

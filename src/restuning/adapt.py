@@ -116,7 +116,7 @@ class Tuned(nn.Module):
         self.active_adapters = (name,)
         if adapter.full:
             self.backbone.requires_grad_(True)
-        self.train(self.training)
+            self.train(self.training)
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make one adapter active, or several. Nothing else changes, `requires_grad` neither."""

@@ -181,6 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of saved adapters")
     predict.add_argument("image", type=Path, metavar="IMAGE", help="an image, or a folder of images")
     predict.add_argument("--top", type=int, default=1, metavar="K", help="how many classes to print (default 1)")
+    predict.add_argument(
+        "--embeddings", type=Path, metavar="FILE", help="write what every head reads, (images, d), as safetensors"
+    )
     predict.add_argument("--weights", help="the backbone's weights, if not those of a run.json")
 
     add("methods", _methods, "List the named methods.", "restuning methods --json")
@@ -403,7 +406,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from restuning.predict import predict
 
-    rows = predict(args.adapters, args.image, args.top, args.weights)
+    rows = predict(args.adapters, args.image, args.top, args.weights, args.embeddings)
     if args.json:
         print(json.dumps(rows))
         return
