@@ -1,8 +1,9 @@
 """adapt(backbone, method) → Tuned: a frozen backbone with named adapters, each with its tuners and its head."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
-from restuning.wiring.attach import Tuner, Tuners, attach, tap
+from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
+from restuning.wiring.recompute import checkpoints, in_backward, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import tail_of
 
@@ -58,6 +60,7 @@ class Tuned(nn.Module):
         self.adapters = nn.ModuleDict()
         self._readers: dict[str, Reader] = {}
         self._stacks: list[Served] = []
+        self._leave: Callable[[], None] = lambda: None
         self.train(False)
 
     # ---- adapters: add, choose, disable, delete
@@ -222,27 +225,26 @@ class Tuned(nn.Module):
 
         They carry a gradient only if tuners act inside the backbone: a side path's backbone runs without autograd.
         """
-        inside: dict[Site, list[tuple[str, Tuner]]] = {}
-        for name in self._active():
-            for site, tuner in self._find(name).inside:
-                inside.setdefault(site, []).append((name, tuner))
-        frozen = all(self._find(name).reads_features for name in self._active())
+        active = [(name, self._find(name)) for name in self._active()]
+        inside = gathered((site, name, tuner) for name, adapter in active for site, tuner in adapter.inside)
+        frozen = all(adapter.reads_features for _, adapter in active)
         return self._read(inside, self._layers(), self._live(), frozen, args, kwargs)
 
     def _read(
         self, inside: Mapping[Site, Tuners], layers: Sequence[int], view: View, frozen: bool, args: Any, kwargs: Any
     ) -> Features:
-        if inside and torch.is_grad_enabled() and _recomputes(self.backbone):
-            raise MethodError(
-                "the backbone recomputes its blocks in the backward pass (gradient checkpointing), after the tuners "
-                "inside it have gone: switch that off, or use a bypass, which needs none of it"
-            )
-        with (
-            torch.no_grad() if frozen else nullcontext(),
-            attach(self.backbone, self._sites, inside),
-            tap(self.backbone, self._sites, layers, view) as taps,
-        ):
+        self._leave()  # a backward pass that was interrupted
+        attachment = Attachment(self.backbone, self._sites, inside)
+
+        @contextmanager
+        def on(again: bool = False) -> Iterator[Taps]:
+            with attachment.on(again), tap(self.backbone, self._sites, layers, view) as taps:
+                yield taps
+
+        with torch.no_grad() if frozen else nullcontext(), on() as taps:
             self.backbone(*args, **kwargs)
+        if inside and not frozen and torch.is_grad_enabled() and checkpoints(self.backbone):
+            self._leave = in_backward(taps.features, partial(on, again=True))
         return taps.features
 
     def from_features(self, features: Features, kept: View | None = None, *, head: bool = True) -> Any:
@@ -291,11 +293,11 @@ class Tuned(nn.Module):
             return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
         which = torch.tensor([names.index(str(name)) for name in rows], device=next(like.parameters()).device)
-        inside: dict[Site, Tuners] = {}
-        for place, site in like.sites.items():
-            if site.op != "norm":
-                tuners = [self._find(name).tuners[place] for name in names]
-                inside[site] = [("", tuners[0] if len(names) == 1 else PerRow(tuners, which))]
+        alike = zip(*(self._find(name).inside for name in names), strict=True)
+        inside = gathered(
+            (same[0][0], "", same[0][1] if len(names) == 1 else PerRow([tuner for _, tuner in same], which))
+            for same in alike
+        )
         features = self._read(inside, like.layers, like.view, like.reads_features, args, kwargs)
         if len(names) == 1:
             return self._readers[names[0]](features)  # type: ignore[no-any-return]
@@ -313,7 +315,20 @@ class Tuned(nn.Module):
         super().train(mode)
         full = any(_adaptation(a).full for a in self.adapters.values())
         self.backbone.train(mode and (self._train_mode or full))
+        for module in checkpoints(self.backbone):
+            module.training = mode  # transformers recomputes in training only; dropout, in other modules, stays off
         return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Have the backbone recompute its blocks in the backward pass, as transformers and timm do. Tuners inside them
+        act then too; a side path needs none of it. Raises MethodError for a backbone that cannot."""
+        switch_checkpoints(self.backbone, True, {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
+        self.train(self.training)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The inverse of `gradient_checkpointing_enable`."""
+        switch_checkpoints(self.backbone, False)
+        self.train(self.training)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Tuned":
         self._stacks = []  # of tensors that move now
@@ -463,11 +478,6 @@ def name_of(backbone: nn.Module) -> str:
     if isinstance(timm, Mapping) and timm.get("architecture"):
         return str(timm["architecture"])
     return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
-
-
-def _recomputes(backbone: nn.Module) -> bool:
-    """Whether gradient checkpointing is on, by timm's name or by transformers'."""
-    return any(getattr(m, "grad_checkpointing", m.__dict__.get("gradient_checkpointing")) for m in backbone.modules())
 
 
 def _affine(module: Any) -> tuple[Tensor, Tensor]:

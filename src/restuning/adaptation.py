@@ -11,7 +11,7 @@ from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
-from restuning.wiring.attach import INPUT, attach
+from restuning.wiring.attach import INPUT, attach, gathered
 from restuning.wiring.live import ALL, FIRST, View
 from restuning.wiring.sites import PARTS, Site, Sites
 from restuning.wiring.tail import Tail, head_width
@@ -114,7 +114,7 @@ class Reader(nn.Module):
         backbone, sites = self._frozen
         if self.adapter.side is not None and self.adapter.reads_features:
             features = tuple(x.detach() for x in features)
-        with attach(backbone, sites, {site: [("", tuner)] for site, tuner in self.adapter.in_tail}):
+        with attach(backbone, sites, gathered((site, "", tuner) for site, tuner in self.adapter.in_tail)):
             pooled = self.adapter.pooled(features, self.tail)
             return self.adapter.head(pooled) if head else pooled
 

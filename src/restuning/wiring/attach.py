@@ -5,13 +5,13 @@ Beside it, what the law cannot say: tokens appended to the stream (`rewrites`), 
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from restuning._types import Features
 from restuning.errors import MethodError, SiteError
@@ -25,19 +25,40 @@ INPUT = -1
 Tuner = Callable[..., Any]
 """A module, or what declares and does the same."""
 
+Hook = Callable[[], AbstractContextManager[None]]
+"""Puts a hook on a module, for as long as a `with` block lasts."""
+
 Tuners = Sequence[tuple[str, Tuner]]
 """(adapter, tuner): what is added at one site."""
 
 
-class Joint:
-    """What is added at one site: the sum of its tuners. Holds what the operation read only until it has spoken."""
+def gathered(tuners: Iterable[tuple[Site, str, Tuner]]) -> dict[Site, list[tuple[str, Tuner]]]:
+    """Site by site, in their order."""
+    found: dict[Site, list[tuple[str, Tuner]]] = {}
+    for site, name, tuner in tuners:
+        found.setdefault(site, []).append((name, tuner))
+    return found
 
-    def __init__(self, tuners: Tuners, carries: Mapping[str, dict[str, Any]], appended: Sequence[int]) -> None:
-        self.tuners, self.carries, self.appended, self.spoke = tuners, carries, appended, False
-        self.x: dict[str, list[Tensor]] = {}
+
+class Grown:
+    """Tokens appended to the stream over a `span` of blocks: `n` without them, `more` of them."""
+
+    def __init__(self, span: range) -> None:
+        self.span, self.n, self.more = span, 0, 0
+
+
+class Joint:
+    """What is added at one site: the sum of its tuners. Holds what the operation read only until it has spoken, and
+    what its tuners were given to carry, so that it can say the same once more."""
+
+    def __init__(self, site: Site, tuners: Tuners, carries: Mapping[str, dict[str, Any]], grown: list[Grown]) -> None:
+        self.site, self.tuners, self.carries, self.grown = site, tuners, carries, grown
+        self.x: dict[str, list[Tensor]] = {source: [] for source in {_source(t) for _, t in tuners} - {"out"}}
+        self.given: dict[str, dict[str, Any]] = {}
+        self.spoke = self.again = False
 
     def read(self, source: str, x: Tensor) -> None:
-        self.x.setdefault(source, []).append(x)
+        self.x[source].append(x)
 
     def write(self, y: Tensor) -> Tensor:
         self.spoke = True
@@ -46,45 +67,76 @@ class Joint:
         x = {source: _tokens(stack.pop()) for source, stack in self.x.items()}
         said = x["out"] = _tokens(y)
         for name, tuner in self.tuners:
-            more = sum(self.appended) if getattr(tuner, "on_grid", False) else 0
+            on_grid = getattr(tuner, "on_grid", False)
+            more = sum(g.more for g in self.grown if self.site.block in g.span) if on_grid else 0
             pair = [t[:, : t.shape[1] - more] for t in (x[_source(tuner)], said)]
-            added = tuner(*pair, self.carries[name]) if _carries(tuner) else tuner(*pair)
+            added = tuner(*pair, self._carry(name)) if _carries(tuner) else tuner(*pair)
             if added is not None:
                 y = y + _as(F.pad(added, (0, 0, 0, more)) if more else added, y)
         return y
 
+    def _carry(self, name: str) -> dict[str, Any]:
+        if self.again:
+            return dict(self.given[name])
+        self.given[name] = dict(self.carries[name])
+        return self.carries[name]
 
-@contextmanager
-def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> Iterator[None]:
-    """While it lasts, every site says OP(x) plus what its tuners add to it.
 
-    Raises SiteError if the backbone's forward did not call an operation that carries tuners.
-    """
-    carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
-    joints: list[tuple[Site, Joint]] = []
-    appended: list[int] = []  # how many tokens every rewrite has on the stream, after those of a grid
-    with ExitStack() as stack:
+class Attachment:
+    """Every site says OP(x) plus what its tuners add to it, while `on()` lasts."""
+
+    def __init__(self, backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> None:
+        carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
+        self.joints: list[Joint] = []
+        self._hooks: list[Hook] = []
+        grown: list[Grown] = []
         for site, here in tuners.items():
             plain = [(name, t) for name, t in here if not _rewrites(t)]
             if plain and site.op == "attention":
-                stack.enter_context(_merging(backbone.get_submodule(site.reads.path), [t for _, t in plain]))
+                self._hooks.append(_merging(backbone.get_submodule(site.reads.path), [t for _, t in plain]))
             elif plain:
-                joint = Joint(plain, carries, appended)
-                joints.append((site, joint))
-                for source in sorted({_source(t) for _, t in plain} - {"out"}):
-                    point, joint.x[source] = site.stream if source == "stream" else site.reads, []
-                    stack.enter_context(_removed(_on_read(backbone, point, _reader(joint, source))))
-                stack.enter_context(_removed(_on_write(backbone, site.writes, joint.write)))
+                joint = Joint(site, plain, carries, grown)
+                self.joints.append(joint)
+                for source in sorted(joint.x):
+                    point = site.stream if source == "stream" else site.reads
+                    self._hooks.append(_on_read(backbone, point, _reader(joint, source)))
+                self._hooks.append(_on_write(backbone, site.writes, joint.write))
         for site, here in tuners.items():  # around all others, so that these read and write the same tokens
             for tuner in (t for _, t in here if _rewrites(t)):
                 first = site.block or 0
                 span = range(first, first + 1 if _rewrites(tuner) == "block" else len(sites.blocks))
-                rewrite = _beside if getattr(tuner, "unbound", False) else _rewritten
-                stack.enter_context(rewrite(backbone, sites, span, tuner, appended))
-        yield
-        silent = [site.name for site, joint in joints if not joint.spoke]
+                if getattr(tuner, "unbound", False):
+                    self._hooks += _beside(backbone, sites, span, tuner)
+                else:
+                    grown.append(Grown(span))
+                    self._hooks += _rewritten(backbone, sites, grown[-1], tuner)
+
+    @contextmanager
+    def on(self, again: bool = False) -> Iterator[None]:
+        """again: for blocks of a pass that is over, in whatever order, as often as wanted: they say what they said.
+
+        Raises SiteError if the backbone's forward did not call an operation that carries tuners.
+        """
+        with ExitStack() as stack:
+            for hook in self._hooks:
+                stack.enter_context(hook())
+            for joint in self.joints:
+                joint.again = again
+            yield
+        for joint in self.joints:
+            for left in joint.x.values():
+                left.clear()
+        silent = [joint.site.name for joint in self.joints if not joint.spoke]
         if silent:
             raise SiteError(f"the backbone's forward calls no module at {', '.join(silent)}: no tuner can be there")
+
+
+@contextmanager
+def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> Iterator[Attachment]:
+    """An attachment that is on while it lasts."""
+    attachment = Attachment(backbone, sites, tuners)
+    with attachment.on():
+        yield attachment
 
 
 def _reader(joint: Joint, source: str) -> Callable[[Tensor], None]:
@@ -114,60 +166,52 @@ def _as(tokens: Tensor, y: Tensor) -> Tensor:
     return (tokens.transpose(1, 2) if y.ndim == 4 else tokens).reshape(y.shape)
 
 
-@contextmanager
-def _merging(attention: nn.Module, tuners: Sequence[Tuner]) -> Iterator[None]:
+def _merging(attention: nn.Module, tuners: Sequence[Tuner]) -> Hook:
     """Tuners of the attention itself say which keys and values are merged into it."""
 
     def change(call: Call) -> Tensor:
         return merged(call, [tuner(call) for tuner in tuners])
 
-    with on_call(attention, change):
-        yield
+    return lambda: on_call(attention, change)
 
 
-@contextmanager
-def _rewritten(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, appended: list[int]) -> Iterator[None]:
-    """[x; tokens] from the input of the first block of `span` to the output of its last one (Res-Tuning, Eq. 4)."""
-    count: list[int] = []  # tokens of the stream, without those added
+def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) -> Iterator[Hook]:
+    """[x; tokens] from the input of the first block of a span to the output of its last one (Res-Tuning, Eq. 4)."""
+    modules = [backbone.get_submodule(sites.blocks[i]) for i in grown.span]
 
     def grow(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("rope") is not None:
             raise MethodError("this backbone's positions are rotary and fixed in number: tokens cannot be added to it")
         name, x = _argument(m, args, kwargs)
-        if not count:
-            count.append(x.shape[1])
+        if m is modules[0]:
+            grown.n = x.shape[1]
             x = torch.cat([x, tuner(x)], 1)
-            appended.append(x.shape[1] - count[0])
-        n, wide = count[0], x.shape[1]
+            grown.more = x.shape[1] - grown.n
+        n, wide = grown.n, x.shape[1]
         args = tuple(_widened(value, n, wide) for value in args)
         kwargs = {key: _widened(value, n, wide) for key, value in kwargs.items()}
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
     def strip(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        appended.pop()
-        return _say(out, _said(out)[:, : count.pop()])
+        return _say(out, _said(out)[:, : grown.n])
 
-    with ExitStack() as stack:
-        modules = [backbone.get_submodule(sites.blocks[i]) for i in span]
-        for module in modules:
-            stack.enter_context(_removed(module.register_forward_pre_hook(grow, with_kwargs=True, prepend=True)))
-        stack.enter_context(_removed(modules[-1].register_forward_hook(strip)))
-        yield
+    for module in modules:
+        yield partial(_before, module, grow, first=True)
+    yield partial(_after, modules[-1], strip)
 
 
-@contextmanager
-def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, appended: list[int]) -> Iterator[None]:
+def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner) -> Iterator[Hook]:
     """The same, unbound (Res-Tuning, Eq. 5): stream and prompts pass every block of `span` apart, and meet in its
     attention alone, by λ and by β (Eq. 9 to 13)."""
-    prompts: list[Tensor] = []
+    prompts: dict[int, Tensor] = {}  # those that come to a block from the one before it
 
-    def in_block(block: nn.Module) -> tuple[Callable[..., None], Callable[[Call], Tensor]]:
+    def in_block(i: int, block: nn.Module) -> tuple[Callable[..., None], Callable[[Call], Tensor]]:
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         outer: list[Call] = []
         own: list[Piece] = []  # the prompts' keys and values
 
         def read(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given.append((args, kwargs))
+            given[:] = [(args, kwargs)]
 
         def change(call: Call) -> Tensor:
             if outer:  # the prompts' own pass: their queries see the stream and themselves (D of Eq. 5)
@@ -175,31 +219,31 @@ def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, append
                 stream = outer[-1]
                 mask = None if stream.mask is None else stream.mask[..., :1, :]
                 return merged(Call(call.q, stream.k, stream.v, mask, False, stream.scale), own[-1:])
-            args, kwargs = given.pop()
+            args, kwargs = given[0]  # kept: a block may be run again from within
             name, x = _argument(block, args, kwargs)
-            here = prompts.pop() if prompts else tuner(x)
+            here = prompts[i] if i in prompts else tuner(x)
             args = tuple(None if _is_mask(value) else value for value in args)
             kwargs = {key: None if _is_mask(value) else value for key, value in kwargs.items()}
             args, kwargs = ((here, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: here})
             outer.append(call)
+            training, block.training = block.training, False  # no checkpoint within a checkpoint
             try:
-                prompts.append(_said(block.forward(*args, **kwargs)))  # not its hooks: they are the stream's
+                said = _said(block.forward(*args, **kwargs))  # not its hooks: they are the stream's
             finally:
+                block.training = training
                 outer.pop()
-            if _rewrites(tuner) == "block":
-                prompts.clear()
+            if i + 1 in span:
+                prompts[i + 1] = said
             return merged(call, [own.pop()])
 
         return read, change
 
-    with ExitStack() as stack:
-        for i in span:
-            block = backbone.get_submodule(sites.blocks[i])
-            read, change = in_block(block)
-            stack.enter_context(_removed(block.register_forward_pre_hook(read, with_kwargs=True)))
-            attention = f"{sites.blocks[i]}.{sites.anatomy.attention}"
-            stack.enter_context(on_call(backbone.get_submodule(attention), change))
-        yield
+    for i in span:
+        block = backbone.get_submodule(sites.blocks[i])
+        read, change = in_block(i, block)
+        yield partial(_before, block, read)
+        attention = f"{sites.blocks[i]}.{sites.anatomy.attention}"
+        yield partial(on_call, backbone.get_submodule(attention), change)
 
 
 def _is_mask(value: Any) -> bool:
@@ -238,49 +282,52 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = A
     with ExitStack() as stack:
         for layer in taps.wanted:
             if layer == INPUT:
-                handle = backbone.register_forward_pre_hook(
-                    lambda m, args, kwargs: taps.kept.update({INPUT: _argument(m, args, kwargs)[1]}), with_kwargs=True
-                )
-                stack.enter_context(_removed(handle))
+
+                def whole(m: nn.Module, args: Any, kwargs: Any) -> None:
+                    taps.kept[INPUT] = _argument(m, args, kwargs)[1]
+
+                stack.enter_context(_before(backbone, whole))
                 continue
             point = Point(sites.blocks[max(layer - 1, 0)], "out" if layer else "in")
-
-            def keep(x: Tensor, layer: int = layer) -> None:
-                taps.keep(layer, x)
-
-            stack.enter_context(_removed(_on_read(backbone, point, keep, first=True)))
+            stack.enter_context(_on_read(backbone, point, partial(taps.keep, layer), first=True)())
         yield taps
 
 
 @contextmanager
-def _removed(handle: RemovableHandle) -> Iterator[None]:
+def _before(module: nn.Module, hook: Callable[..., Any], first: bool = False) -> Iterator[None]:
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _on_read(backbone: nn.Module, point: Point, read: Any, first: bool = False) -> RemovableHandle:
+@contextmanager
+def _after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _on_read(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
     module = backbone.get_submodule(point.path)
     if point.side == "in":
-        return module.register_forward_pre_hook(
-            lambda m, args, kwargs: read(_argument(m, args, kwargs)[1]), with_kwargs=True, prepend=first
-        )
-    return module.register_forward_hook(lambda m, args, out: read(_said(out)))
+        return partial(_before, module, lambda m, args, kwargs: read(_argument(m, args, kwargs)[1]), first=first)
+    return partial(_after, module, lambda m, args, out: read(_said(out)))
 
 
-def _on_write(backbone: nn.Module, point: Point, write: Any) -> RemovableHandle:
+def _on_write(backbone: nn.Module, point: Point, write: Callable[[Tensor], Tensor]) -> Hook:
     module = backbone.get_submodule(point.path)
     if point.side == "in":
 
-        def change(
-            m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def change(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name, y = _argument(m, args, kwargs)
             return ((write(y), *args[1:]), kwargs) if name is None else (args, {**kwargs, name: write(y)})
 
-        return module.register_forward_pre_hook(change, with_kwargs=True)
-    return module.register_forward_hook(lambda m, args, out: _say(out, write(_said(out))))
+        return partial(_before, module, change)
+    return partial(_after, module, lambda m, args, out: _say(out, write(_said(out))))
 
 
 def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:

@@ -1,0 +1,60 @@
+"""Gradient checkpointing: the backbone's own, with tuners attached again when its blocks are run again."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.errors import MethodError
+
+
+def checkpoints(backbone: nn.Module) -> list[nn.Module]:
+    """The modules in which gradient checkpointing is on, by timm's name or by transformers'."""
+    names = ("grad_checkpointing", "gradient_checkpointing")
+    return [m for m in backbone.modules() if any(m.__dict__.get(name) for name in names)]
+
+
+def switch_checkpoints(backbone: Any, on: bool, settings: Mapping[str, Any] | None = None) -> None:
+    """Raises MethodError for a backbone that has none."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):  # transformers, from 5.23 and before it
+        switch = getattr(backbone, f"{name}_{'enable' if on else 'disable'}", None)
+        if switch is not None:
+            switch(**({f"{name}_kwargs": dict(settings or {})} if on else {}))
+            if hasattr(backbone, "_require_grads_hook"):  # what frozen embeddings say needs no gradient
+                backbone.disable_input_require_grads()
+            return
+    if not hasattr(backbone, "set_grad_checkpointing"):
+        raise MethodError(f"{type(backbone).__name__} has no gradient checkpointing")
+    backbone.set_grad_checkpointing(on)
+
+
+def in_backward(features: Sequence[Tensor], attached: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
+    """Be `attached` from the moment when a gradient reaches one of the features to the end of that backward pass.
+
+    Returns what ends it, for a backward pass that did not come to its end.
+    Raises MethodError if none of them can have one: reentrant checkpoints run blocks without autograd.
+    """
+    reached = [x for x in features if x.requires_grad]
+    if not reached:
+        raise MethodError(
+            "no gradient comes out of the recomputed blocks: gradient checkpointing needs use_reentrant=False "
+            "(tuned.gradient_checkpointing_enable() says so)"
+        )
+    here = ExitStack()
+    now: list[bool] = []
+
+    def enter(grad: Tensor) -> None:
+        if not now:
+            now.append(True)
+            here.enter_context(attached())
+            torch.autograd.Variable._execution_engine.queue_callback(leave)
+
+    def leave() -> None:
+        here.close()
+        now.clear()
+
+    for x in reached:
+        x.register_hook(enter)  # type: ignore[no-untyped-call]
+    return leave
