@@ -4,7 +4,10 @@ import signal
 
 from jaxtyping import install_import_hook
 
-with install_import_hook(["restuning.tuners", "restuning.side", "restuning.wiring"], "beartype.beartype"):
+with install_import_hook(
+    [f"restuning.{name}" for name in ("tuners", "side", "wiring.sites", "wiring.attach", "wiring.live", "wiring.tail")],
+    "beartype.beartype",
+):
     import restuning  # noqa: F401
 
 import pytest

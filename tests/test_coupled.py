@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from tiny import REFUSED, TINY, small
 from torch import Tensor
+from torch._dynamo.backends.debugging import aot_eager
 
 import restuning as rt
 from restuning.errors import MethodError
@@ -97,3 +100,94 @@ def test_reentrant_checkpoints_are_refused() -> None:
         tuned(**TINY["hf-vit"].inputs(dtype=torch.float64))
     with pytest.raises(MethodError, match="has no gradient checkpointing"):
         tuned_on("own", "res-tuning").gradient_checkpointing_enable()
+
+
+def graphs(compiled: list[int]) -> Any:
+    """A backend of torch.compile that counts the graphs that it is given, and runs them eagerly."""
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(len(graph.graph.nodes))
+        return aot_eager(graph, inputs)
+
+    return backend
+
+
+IN_ONE_GRAPH = [("timm-vit", method) for method in rt.methods] + [
+    (name, method)
+    for name in ("hf-vit", "hf-clip", "bert", "timm-eva02", "own")
+    for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass")
+    if method not in REFUSED.get(name, {})
+]
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the run-time checks of shapes, which cannot be traced."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("name", "method"), IN_ONE_GRAPH)
+@pytest.mark.usefixtures("unchecked")
+def test_one_graph_for_all_adapters_of_a_kind(name: str, method: str) -> None:
+    """compile(fullgraph=True): the same outputs and gradients; a switch between adapters compiles nothing."""
+    tiny = TINY[name]
+    tuned, inputs = rt.Tuned(tiny.backbone(), anatomy=tiny.anatomy), tiny.inputs()
+    names = ("a",) if method == "full" else ("a", "b")
+    for adapter in names:
+        tuned.add_adapter(adapter, small(method), 5)
+    with torch.no_grad():
+        for p in tuned.adapters.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    expected = {}
+    for adapter in names:
+        tuned.set_adapter(adapter)
+        expected[adapter] = gradients(tuned, inputs)
+    compiled: list[int] = []
+    tuned.compile(fullgraph=True, backend=graphs(compiled))
+    for adapter in names * 2:
+        tuned.set_adapter(adapter)
+        y, grads = gradients(tuned, inputs)
+        torch.testing.assert_close(y, expected[adapter][0], rtol=1e-5, atol=1e-5)
+        assert grads.keys() == expected[adapter][1].keys()
+        for key, g in expected[adapter][1].items():
+            torch.testing.assert_close(grads[key], g, rtol=1e-4, atol=1e-4, msg=lambda m, key=key: f"{key}: {m}")
+    assert len(compiled) == 1 and hooks(tuned.backbone) == 0
+    if method != "full":
+        tuned.add_adapter("c", small("linear" if method != "linear" else "bypass"), 5)
+        with torch.no_grad():
+            now = tuned(**inputs)
+        tuned._compiled = None
+        torch.testing.assert_close(now, tuned(**inputs), rtol=1e-5, atol=1e-5)
+        assert len(compiled) == 2, "another kind is another graph"
+
+
+AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.methods if m not in REFUSED.get(n, {})]
+
+
+@pytest.mark.parametrize(("name", "method"), AUTOCAST)
+def test_autocast(name: str, method: str) -> None:
+    """bfloat16 arithmetic on float32 parameters: near the float32 outputs, and float32 gradients near theirs."""
+    tuned, inputs = tuned_on(name, method, torch.float32), TINY[name].inputs()
+    y, expected = gradients(tuned, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        z, got = gradients(tuned, inputs)
+    assert z.dtype == torch.bfloat16
+    assert (z - y).norm() < 0.05 * y.norm()
+    assert got.keys() == expected.keys()
+    for key, g in got.items():
+        assert g.dtype == torch.float32 and bool(g.isfinite().all()), key
+    near = sum(float((got[key] - g).norm()) ** 2 for key, g in expected.items()) ** 0.5
+    assert near < 0.25 * sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
+
+
+def test_nothing_below_the_first_tuner_is_kept() -> None:
+    """Of three blocks, tuners on the last one keep what that block keeps: no more for a deeper backbone below it."""
+
+    def kept(depth: int, method: Any) -> int:
+        backbone = VisionTransformer(img_size=16, patch_size=8, embed_dim=32, depth=depth, num_heads=4, num_classes=0)
+        tuned = rt.adapt(backbone, method, 5).train()
+        return saved_bytes(lambda: tuned(torch.randn(3, 3, 16, 16)), tuned.parameters())
+
+    last = {depth: kept(depth, rt.on_blocks(rt.methods["res-tuning"], (depth - 1,))) for depth in (1, 3, 6)}
+    assert last[1] == last[3] == last[6] < kept(3, "res-tuning") < kept(3, "full")

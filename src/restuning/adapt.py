@@ -61,6 +61,7 @@ class Tuned(nn.Module):
         self._readers: dict[str, Reader] = {}
         self._stacks: list[Served] = []
         self._leave: Callable[[], None] = lambda: None
+        self._compiled: Callable[..., Tensor] | None = None
         self.train(False)
 
     # ---- adapters: add, choose, disable, delete
@@ -208,6 +209,8 @@ class Tuned(nn.Module):
             logits = self._mixed(adapter_names, args, kwargs)
         elif self._disabled:
             return self.backbone(*args, **kwargs)
+        elif self._compiled is not None and len(self._active()) == 1:
+            logits = self._in_one_graph(args, kwargs)
         else:
             logits = self.from_features(self.features(*args, **kwargs))
         if labels is None:
@@ -266,6 +269,28 @@ class Tuned(nn.Module):
             if name not in found:
                 found[name] = self._readers[name](self._readers[name].own(at, kept), head)
         return {name: found[name] for name in names}
+
+    def compile(self, **options: Any) -> None:
+        """Have one active adapter's whole pass, backbone, tuners and head, run as a compiled graph from now on.
+
+        options: those of `torch.compile`, `fullgraph=True` among them. Adapters of one kind share the graph: to switch
+        between them compiles nothing. (`torch.compile(tuned)` cannot see hooks that come and go: use this.)
+        """
+        self._compiled = torch.compile(self._pass, **options)
+
+    def _in_one_graph(self, args: Any, kwargs: Any) -> Tensor:
+        (name,) = self._active()
+        adapter = self._find(name)
+        added = gathered((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
+        attachment = Attachment(self.backbone, self._sites, added)
+        with attachment.on(), tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps:
+            return self._compiled(kind_of(name, adapter), self._readers[name], taps, args, kwargs)  # type: ignore[misc]
+
+    def _pass(self, kind: str, reader: Reader, taps: Taps, args: Any, kwargs: Any) -> Tensor:
+        """kind: part of the signature, since what is attached is not."""
+        with torch.no_grad() if reader.adapter.reads_features else nullcontext():
+            self.backbone(*args, **kwargs)
+        return reader.read(taps.features)
 
     def _mixed(self, rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
         """Every kind of adapter takes one pass of the backbone, with all of its rows."""

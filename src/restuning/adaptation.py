@@ -112,11 +112,15 @@ class Reader(nn.Module):
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""
         backbone, sites = self._frozen
+        with attach(backbone, sites, gathered((site, "", tuner) for site, tuner in self.adapter.in_tail)):
+            return self.read(features, head)
+
+    def read(self, features: Features, head: bool = True) -> Tensor:
+        """The same, where what is added to the tail has been attached."""
         if self.adapter.side is not None and self.adapter.reads_features:
             features = tuple(x.detach() for x in features)
-        with attach(backbone, sites, gathered((site, "", tuner) for site, tuner in self.adapter.in_tail)):
-            pooled = self.adapter.pooled(features, self.tail)
-            return self.adapter.head(pooled) if head else pooled
+        pooled = self.adapter.pooled(features, self.tail)
+        return self.adapter.head(pooled) if head else pooled
 
 
 def grid_of(method: Method) -> int | None:

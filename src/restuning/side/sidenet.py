@@ -22,7 +22,8 @@ class SideNet(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(1))
 
     def forward(self, base: Tensor, pixels: Tensor) -> Tensor:
-        return torch.lerp(self.net(pixels), base, self.alpha.sigmoid())
+        side: Tensor = self.net(pixels)
+        return side + self.alpha.sigmoid() * (base - side)  # under autocast their dtypes differ
 
 
 @dataclass(frozen=True)

@@ -89,11 +89,17 @@ class Attachment:
         carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
         self.joints: list[Joint] = []
         self._hooks: list[Hook] = []
+        self._again = False
         grown: list[Grown] = []
+
+        def again() -> bool:
+            return self._again
+
         for site, here in tuners.items():
             plain = [(name, t) for name, t in here if not _rewrites(t)]
             if plain and site.op == "attention":
-                self._hooks.append(_merging(backbone.get_submodule(site.reads.path), [t for _, t in plain]))
+                change = _merging([t for _, t in plain])
+                self._hooks.append(partial(on_call, backbone.get_submodule(site.reads.path), change, again))
             elif plain:
                 joint = Joint(site, plain, carries, grown)
                 self.joints.append(joint)
@@ -106,7 +112,7 @@ class Attachment:
                 first = site.block or 0
                 span = range(first, first + 1 if _rewrites(tuner) == "block" else len(sites.blocks))
                 if getattr(tuner, "unbound", False):
-                    self._hooks += _beside(backbone, sites, span, tuner)
+                    self._hooks += _beside(backbone, sites, span, tuner, again)
                 else:
                     grown.append(Grown(span))
                     self._hooks += _rewritten(backbone, sites, grown[-1], tuner)
@@ -117,11 +123,12 @@ class Attachment:
 
         Raises SiteError if the backbone's forward did not call an operation that carries tuners.
         """
+        self._again = again
+        for joint in self.joints:
+            joint.again = again
         with ExitStack() as stack:
             for hook in self._hooks:
                 stack.enter_context(hook())
-            for joint in self.joints:
-                joint.again = again
             yield
         for joint in self.joints:
             for left in joint.x.values():
@@ -166,13 +173,9 @@ def _as(tokens: Tensor, y: Tensor) -> Tensor:
     return (tokens.transpose(1, 2) if y.ndim == 4 else tokens).reshape(y.shape)
 
 
-def _merging(attention: nn.Module, tuners: Sequence[Tuner]) -> Hook:
+def _merging(tuners: Sequence[Tuner]) -> Callable[[Call], Tensor]:
     """Tuners of the attention itself say which keys and values are merged into it."""
-
-    def change(call: Call) -> Tensor:
-        return merged(call, [tuner(call) for tuner in tuners])
-
-    return lambda: on_call(attention, change)
+    return lambda call: merged(call, [tuner(call) for tuner in tuners])
 
 
 def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) -> Iterator[Hook]:
@@ -200,7 +203,7 @@ def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) ->
     yield partial(_after, modules[-1], strip)
 
 
-def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner) -> Iterator[Hook]:
+def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, again: Callable[[], bool]) -> Iterator[Hook]:
     """The same, unbound (Res-Tuning, Eq. 5): stream and prompts pass every block of `span` apart, and meet in its
     attention alone, by λ and by β (Eq. 9 to 13)."""
     prompts: dict[int, Tensor] = {}  # those that come to a block from the one before it
@@ -243,7 +246,7 @@ def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner) -> Ite
         read, change = in_block(i, block)
         yield partial(_before, block, read)
         attention = f"{sites.blocks[i]}.{sites.anatomy.attention}"
-        yield partial(on_call, backbone.get_submodule(attention), change)
+        yield partial(on_call, backbone.get_submodule(attention), change, again)
 
 
 def _is_mask(value: Any) -> bool:

@@ -238,8 +238,13 @@ class _Seen(TorchFunctionMode):
 
 
 @contextmanager
-def on_call(module: nn.Module, change: Callable[[Call], Tensor]) -> Iterator[None]:
-    """While it lasts, `change` says what the attention call inside every forward of `module` gives."""
+def on_call(
+    module: nn.Module, change: Callable[[Call], Tensor], always: Callable[[], bool] = lambda: True
+) -> Iterator[None]:
+    """While it lasts, `change` says what the attention call inside every forward of `module` gives.
+
+    always: whether a forward that is left by an exception may be followed by others; torch.compile takes it for False.
+    """
     running: list[tuple[_Seen, ExitStack]] = []
 
     def before(m: nn.Module, args: Any) -> None:
@@ -253,9 +258,14 @@ def on_call(module: nn.Module, change: Callable[[Call], Tensor]) -> Iterator[Non
         if out is not None and not seen.found:
             raise SiteError(f"{type(m).__name__} makes no attention call that is known: fused, or matmul and softmax")
 
-    handles = (module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True))
+    handles = (
+        module.register_forward_pre_hook(before),
+        module.register_forward_hook(after, always_call=always()),
+    )
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for _, stack in reversed(running):
+            stack.close()
