@@ -160,6 +160,25 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seed", type=int, help="(default 0)")
     search.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    bench = add(
+        "bench",
+        _bench,
+        "Measure what tuning costs beside full fine-tuning, linear probing, LST, DTL and PEFT, in one run.",
+        "restuning bench memory --weights random --out runs/bench",
+    )
+    bench.add_argument("what", metavar="WHAT", choices=_BENCHES, help=f"one of {', '.join(_BENCHES)}")
+    bench.add_argument("--out", type=Path, help="folder for WHAT.jsonl, WHAT.md and WHAT.png (default: none)")
+    bench.add_argument("--backbone", help="a timm model (default vit_base_patch16_224), or restuning-micro")
+    bench.add_argument("--weights", help="file of pretrained weights (default 'random')")
+    bench.add_argument("--image-size", type=int, help="pixels a side (default: the backbone's own)")
+    bench.add_argument("--batch", type=int, help="(default 8; mixed 64; grid and bank 32)")
+    bench.add_argument("--method", nargs="+", dest="methods", help="memory and step: methods and peers (default: all)")
+    bench.add_argument("--rounds", type=int, help="ratios are taken round by round (default 5)")
+    bench.add_argument("--classes", type=int, help="of each head (default 100; multitask 10)")
+    bench.add_argument("--tasks", type=int, help="multitask: most tasks (default 1000); mixed: adapters (default 19)")
+    bench.add_argument("--points", type=int, help="of a grid (default 8)")
+    bench.add_argument("--device", help="cpu (default) or cuda")
+
     evaluate = add(
         "evaluate",
         _evaluate,
@@ -224,6 +243,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _DATA = "folder:PATH, tar:PATH, digits, sprites:location, sprites:orientation or hf:NAME"
+_BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank")
 _SIZES = {
     "train": "images to train on, those held out for validation among them (default all)",
     "val": "images held out of them for validation (default 0; a fifth if a rate is to be chosen)",
@@ -374,6 +394,27 @@ def _search(args: argparse.Namespace) -> None:
             f"validation accuracy {found['validation_accuracy']:.2f} % with {found['parameters']:,} parameters; "
             f"restuning train --method {args.out / METHOD} trains it"
         )
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from restuning.bench import Bench, bench
+    from restuning.figures import absent, pyplot, tables, write
+
+    given = {k: v for k, v in vars(args).items() if v is not None and k in Bench.__dataclass_fields__}
+    given |= {"methods": tuple(args.methods)} if args.methods else {}
+    if args.out is not None:
+        pyplot()  # a long run should not fail at its picture
+    records = bench(args.what, **given)
+    if args.out is not None:
+        write(records, args.out)
+    if args.json:
+        print("\n".join(map(json.dumps, records)))
+        return
+    for columns, rows in tables(records):
+        if rows:
+            _table(columns, rows)
+    for reason in absent(records):
+        print(reason)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
