@@ -25,7 +25,7 @@ from torch.utils.data import default_collate
 
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import describe_backbone, load_backbone, preprocessing_of
-from restuning.bank import Bank, FromBank, FromFeatures, Stack, build
+from restuning.bank import Bank, FromBank, FromFeatures, build
 from restuning.bank.stack import Point, train
 from restuning.data import Images, Task
 from restuning.errors import MethodError, RestuningError, SiteError, line
@@ -34,6 +34,7 @@ from restuning.measure import in_turn, peak_bytes, saved_bytes, spread
 from restuning.methods import find_method
 from restuning.peers import PEERS, bound_loss, missing, subject
 from restuning.recipe import TrainConfig, data_order, parameter_groups
+from restuning.stack import Stack
 
 if TYPE_CHECKING:
     from PIL.Image import Image
