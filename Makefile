@@ -21,7 +21,7 @@ check: setup  ## format, lint, types, import layers
 	.venv/bin/lint-imports --no-logo
 
 bench: setup  ## the recorded tables of docs/results; hours
-	$(PY) scripts/bench_speed.py
+	for what in memory step multitask mixed grid bank; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
 	$(PY) scripts/bench_vit_tiny.py
 
 clean:

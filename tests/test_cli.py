@@ -247,7 +247,7 @@ def test_params_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
     assert call("data", "digits", "--check", "--json") == 0
     images = json.loads(capsys.readouterr().out)["images"]
     assert sum(map(sum, images.values())) == 1797
-    for command in ("train", "search", "evaluate", "predict", "methods", "sites", "params", "data"):
+    for command in ("train", "search", "evaluate", "predict", "methods", "sites", "params", "data", "bench"):
         with pytest.raises(SystemExit) as stop:
             call(command, "--help")
         assert stop.value.code == 0 and "example: restuning" in capsys.readouterr().out

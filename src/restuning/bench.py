@@ -4,6 +4,7 @@ A benchmark gives samples, one value of each unit for every round, and the pairs
 by round. What is wanted of them (`WANTED`) is wanted of ViT-B/16 at 224 x 224 in float32, on two CPU cores.
 """
 
+import os
 import platform
 import statistics
 import tempfile
@@ -115,6 +116,7 @@ class Bench:
             "dtype": "float32",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "mmap_threshold": os.environ.get("MALLOC_MMAP_THRESHOLD_"),  # glibc's; resident sets depend on it
             "device_name": torch.cuda.get_device_name() if self.device == "cuda" else _processor(),
         }
 
