@@ -59,7 +59,7 @@ WANTED: dict[str, dict[tuple[str, str, str], str]] = {
     "bank": {(f"step from {where}", "full step", "seconds"): "<= 0.001" for where in ("memory", "disk")},
 }
 RUN_FULL = 19  # so many full models are run one after the other; other numbers of them are counted from one
-STEPS = 16  # of an epoch from features kept
+GRID_STEPS, BANK_STEPS = 32, 8  # of an epoch from features kept
 METHODS = ("full", "linear", "bypass", "bypass-horizontal", "res-tuning", "lora", "prefix", "adapter", "lst", "dtl")
 
 Call = Callable[[], object]
@@ -291,8 +291,8 @@ def _mixed(settings: Bench) -> Measured:
 
 
 def _grid(settings: Bench) -> Measured:
-    """Points of a grid, an epoch of `STEPS` from features kept: one alone, all as a stack, all one by one."""
-    shared, (x, _), n, rows = settings.load(), settings.inputs(), settings.points, settings.batch * STEPS
+    """Points of a grid, an epoch of `GRID_STEPS` from features kept: one alone, all as a stack, all one by one."""
+    shared, (x, _), n, rows = settings.load(), settings.inputs(), settings.points, settings.batch * GRID_STEPS
     tapped = adapt(shared, "bypass", settings.classes).features(x[:1])
     features = tuple(torch.randn(rows, *f.shape[1:], device=f.device) for f in tapped)
     labels, at = torch.arange(rows, device=x.device) % settings.classes, torch.arange(rows)
@@ -302,7 +302,7 @@ def _grid(settings: Bench) -> Measured:
         for model in models[:n]:
             orders = iter(data_order(rows, settings.batch, 0, 0))
             step = _step(model, lambda m=model, o=orders: _loss(m, features, labels, next(o)))  # type: ignore[misc]
-            for _ in range(STEPS):
+            for _ in range(GRID_STEPS):
                 step()
 
     def stacked(seeds: Sequence[int]) -> None:
@@ -317,7 +317,7 @@ def _grid(settings: Bench) -> Measured:
         f"{n} points, one by one": lambda: alone(n),
     }
     measured = Measured()
-    steps = {name: STEPS * int(name.split()[0]) for name in calls}
+    steps = {name: GRID_STEPS * int(name.split()[0]) for name in calls}
     measured.seconds(in_turn(calls, settings.rounds), "steps", steps)
     measured.against("1 point")
     return measured
@@ -328,7 +328,7 @@ def _bank(settings: Bench) -> Measured:
     shared, (x, labels), measured = settings.load(), settings.inputs(), Measured()
     tuned, full = adapt(shared, "bypass", settings.classes).train(), settings.subject("full")
     model, classes = FromFeatures(tuned), tuple(map(str, range(settings.classes)))
-    task = Task("noise", classes, _Noise(settings.batch * STEPS, len(classes)), None, _Noise(1, len(classes)))
+    task = Task("noise", classes, _Noise(settings.batch * BANK_STEPS, len(classes)), None, _Noise(1, len(classes)))
     with tempfile.TemporaryDirectory() as folder:
         build(tuned, task, preprocessing_of(shared, settings.image_size), Path(folder), batch_size=settings.batch)
         bank = Bank(folder)
@@ -344,7 +344,7 @@ def _bank(settings: Bench) -> Measured:
             return F.cross_entropy(model(features), labels)
 
         def epoch(step: Call) -> None:
-            for _ in range(STEPS):
+            for _ in range(BANK_STEPS):
                 step()
 
         memory, disk = _step(model, lambda: _loss(model, kept, kept_labels, next(orders))), _step(model, disk_loss)
@@ -356,7 +356,7 @@ def _bank(settings: Bench) -> Measured:
             "epoch from memory": partial(epoch, memory),
             "epoch from disk": partial(epoch, disk),
         }
-        images = {name: settings.batch * (STEPS if "epoch" in name else 1) for name in calls}
+        images = {name: settings.batch * (BANK_STEPS if "epoch" in name else 1) for name in calls}
         measured.seconds(in_turn(calls, settings.rounds), "images", images)
     measured.against("full step", names=["read a batch", "step from memory", "step from disk"])
     return measured
