@@ -129,6 +129,9 @@ def test_refused_without_a_gpu_or_matplotlib(monkeypatch: pytest.MonkeyPatch, tm
         Bench(device="cuda")
     with pytest.raises(RestuningError, match="unknown benchmark 'speed'"):
         bench("speed")
+    (tmp_path / "file").touch()
+    assert main(["bench", "step", "--out", str(tmp_path / "file")]) == 2
+    assert "it is no folder" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["bench", "step", "--out", str(tmp_path)]) == 2
     assert "pip install 'restuning[bench]'" in capsys.readouterr().err

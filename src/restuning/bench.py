@@ -108,10 +108,10 @@ class Bench:
         labels = torch.arange(self.batch) % self.classes
         return torch.randn(self.batch, 3, self.side(), self.side()).to(self.device), labels.to(self.device)
 
-    def facts(self) -> dict[str, Any]:
-        """What a figure depends on."""
+    def facts(self, own: Sequence[str]) -> dict[str, Any]:
+        """What a figure depends on; own: which of methods, tasks and points do."""
         return {
-            **asdict(self),
+            **{k: v for k, v in asdict(self).items() if k in own or k not in ("methods", "tasks", "points")},
             "image_size": self.side(),
             "dtype": "float32",
             "threads": torch.get_num_threads(),
@@ -147,9 +147,9 @@ def bench(what: str, **given: Any) -> list[Record]:
     """
     if what not in BENCHES:
         raise RestuningError(f"unknown benchmark {what!r}: expected one of {', '.join(BENCHES)}")
-    run, defaults = BENCHES[what]
+    run, own, defaults = BENCHES[what]
     settings = Bench(**{**defaults, **given})
-    facts, measured = settings.facts(), run(settings)
+    facts, measured = settings.facts(own), run(settings)
     records = []
     for name, units in measured.samples.items():
         ratios: dict[str, dict[str, Any]] = {}
@@ -362,15 +362,15 @@ def _bank(settings: Bench) -> Measured:
     return measured
 
 
-BENCHES: dict[str, tuple[Callable[[Bench], Measured], dict[str, Any]]] = {
-    "memory": (_memory, {}),
-    "step": (_steps, {}),
-    "multitask": (_multitask, {"classes": 10, "tasks": 1000}),
-    "mixed": (_mixed, {"batch": 64}),
-    "grid": (_grid, {"batch": 32}),
-    "bank": (_bank, {"batch": 32}),
+BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, Any]]] = {
+    "memory": (_memory, ["methods"], {}),
+    "step": (_steps, ["methods"], {}),
+    "multitask": (_multitask, ["tasks"], {"classes": 10, "tasks": 1000}),
+    "mixed": (_mixed, ["tasks"], {"batch": 64}),
+    "grid": (_grid, ["points"], {"batch": 32}),
+    "bank": (_bank, [], {"batch": 32}),
 }
-"""The benchmarks, and what they have as other defaults than `Bench`."""
+"""The benchmarks, the settings that only some of them have, and their defaults where these are not those of `Bench`."""
 
 
 class _Noise(Images):

@@ -403,7 +403,9 @@ def _bench(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None and k in Bench.__dataclass_fields__}
     given |= {"methods": tuple(args.methods)} if args.methods else {}
     if args.out is not None:
-        pyplot()  # a long run should not fail at its picture
+        pyplot()  # a long run should not fail at its end
+        if args.out.exists() and not args.out.is_dir():
+            raise RestuningError(f"cannot write to {args.out}: it is no folder")
     records = bench(args.what, **given)
     if args.out is not None:
         write(records, args.out)

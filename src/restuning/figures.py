@@ -1,5 +1,6 @@
 """Records of a benchmark as JSON lines, tables and pictures; no torch is needed to draw them again."""
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ def write(records: Sequence[Record], out: Path) -> None:
     Raises RestuningError where `out` cannot be written to, MissingExtra without matplotlib.
     """
     plt, what, settings = pyplot(), records[0]["what"], records[0]["settings"]
-    text = [f"# restuning bench {what}", "", ", ".join(f"{k} {v}" for k, v in settings.items()) + ".", ""]
+    text = [f"# restuning bench {what}", "", ", ".join(f"{k} {_said(v)}" for k, v in settings.items()) + ".", ""]
     text += ["Values are medians over the rounds; ratios are taken round by round.", "", f"![{what}]({what}.png)", ""]
     for columns, rows in tables(records):
         text += [_row(columns), "|" + "---|" + "--:|" * (len(columns) - 1), *map(_row, rows), ""]
@@ -54,8 +55,10 @@ def write(records: Sequence[Record], out: Path) -> None:
         write_whole(out / f"{what}.md", ("\n".join(text).rstrip() + "\n").encode())
         figure = {"memory": _memory, "multitask": _multitask}.get(what, _bars)(plt, records)
         figure.tight_layout()
-        figure.savefig(out / f"{what}.png", dpi=110)
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=110, bbox_inches="tight")
         plt.close(figure)
+        write_whole(out / f"{what}.png", data.getvalue())
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
 
@@ -74,16 +77,17 @@ def pyplot() -> Any:
 
 def _memory(plt: Any, records: Sequence[Record]) -> Any:
     """Like the paper's Figure 4: memory against parameters."""
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5))
+    figure, axes = plt.subplots(1, 2, figsize=(13.5, 5))
     kinds = ("saved_bytes", "saved for backward"), ("peak_bytes", "at the peak, above the loaded model")
     for axis, (unit, label) in zip(axes, kinds, strict=True):
-        for record in (r for r in records if r["values"]):
+        for i, record in enumerate(r for r in records if r["values"]):
             x, y = record["values"]["parameters"], max(record["values"][unit], 1) / 2**20
             ours = record["name"].startswith(("bypass", "res-tuning"))
-            axis.scatter(x, y, s=36, color="black" if ours else "0.55")
-            axis.annotate(record["name"], (x, y), xytext=(5, 3), textcoords="offset points", fontsize=8)
+            marks = {"marker": "*" if ours else "os^vDPX"[i % 7], "s": 130 if ours else 45}
+            axis.scatter(x, y, color=plt.cm.tab20(i % 20), label=record["name"], **marks)
         axis.set(xscale="log", yscale="log", xlabel="trained parameters, head included", ylabel=f"MiB {label}")
         axis.grid(alpha=0.3)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title="stars: Res-Tuning")
     figure.suptitle(_title(records))
     return figure
 
@@ -129,6 +133,10 @@ def _ratios(record: Record) -> Iterator[tuple[tuple[str, str], dict[str, Any]]]:
 def _title(records: Sequence[Record]) -> str:
     settings = records[0]["settings"]
     return f"{settings['backbone']}, {settings['image_size']} pixels, batch {settings['batch']}"
+
+
+def _said(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list | tuple) else str(value)
 
 
 def _text(unit: str, value: float | None) -> str:
