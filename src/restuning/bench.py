@@ -46,7 +46,11 @@ WANTED: dict[str, dict[tuple[str, str, str], str]] = {
         ("bypass", "linear", "peak_bytes"): "<= 1.1",
         ("res-tuning", "peft-lora-equal", "saved_bytes"): "<= 1.1",
     },
-    "step": {("res-tuning", "peft-lora-equal", "seconds"): "<= 1"},
+    "step": {
+        ("res-tuning", "peft-lora-equal", "seconds"): "<= 1",
+        ("lora", "peft-lora", "seconds"): "<= 1.05",
+        ("prefix", "prefix, bound", "seconds"): "<= 1.15",
+    },
     "multitask": {
         ("19 tasks", "19 full models", "seconds"): "<= 0.058",
         ("1000 tasks", "forward", "seconds"): "<= 1.4",

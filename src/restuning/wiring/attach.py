@@ -263,15 +263,26 @@ def _widened(mask: Any, n: int, wide: int) -> Any:
 
 
 class Taps:
-    """The backbone's per-block outputs, x_0 … x_L, as its forward runs; layers that are not wanted are not kept."""
+    """The backbone's per-block outputs, x_0 … x_L, as its forward runs; layers that are not wanted are not kept.
+
+    What is kept of frozen layers goes to one piece of memory, made with the first: small pieces that outlive the large
+    ones between them would keep an allocator from giving those back.
+    """
 
     def __init__(self, layers: Iterable[int], view: View) -> None:
         self.wanted = sorted(set(layers))
         self.view = view
         self.kept: dict[int, Tensor] = {}
+        self.memory: Tensor | None = None
 
     def keep(self, layer: int, x: Tensor) -> None:
-        self.kept[layer] = self.view(x)
+        seen = self.view(x)
+        if x.requires_grad or seen is x:  # a slice would hold the memory of all
+            self.kept[layer] = seen.clone() if self.view.tokens == "first" else seen
+            return
+        if self.memory is None or self.memory.shape[1:] != seen.shape or self.memory.dtype != seen.dtype:
+            self.memory = seen.new_empty(len(self.wanted), *seen.shape)
+        self.kept[layer] = self.memory[self.wanted.index(layer)].copy_(seen)
 
     @property
     def features(self) -> Features:
