@@ -387,3 +387,28 @@ def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
     tried = {rt.find_sites(t.backbone(), t.anatomy).anatomy.name for t in TINY.values()}
     other = 4 if int(transformers.__version__.split(".")[0]) >= 5 else 5
     assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}
+
+
+PADDED = [m for m in rt.methods if m not in REFUSED["bert"]]
+
+
+@pytest.mark.parametrize("method", PADDED)
+@pytest.mark.parametrize(
+    ("name", "pool"), [("bert", "cls"), ("bert", "mean"), ("bert", "cls+mean"), ("roberta", "mean")]
+)
+def test_padding_is_never_seen(name: str, method: str, pool: str) -> None:
+    """A text says the same alone and padded beside a longer one."""
+    tuned = shake(adapt(TINY[name], small(method), dtype=torch.float64, pool=pool)).eval()
+    inputs = TINY[name].inputs()
+    together = tuned(**inputs)
+    alone = tuned(**{key: value[1:2, :5] for key, value in inputs.items()})
+    torch.testing.assert_close(together[1:2], alone, rtol=1e-6, atol=1e-6)
+    unmasked = tuned(input_ids=inputs["input_ids"][1:2, :5])
+    torch.testing.assert_close(alone, unmasked, rtol=1e-6, atol=1e-6)
+
+
+def test_a_mask_of_another_kind_is_refused() -> None:
+    tuned = adapt(TINY["bert"], "bypass", pool="mean")
+    inputs = TINY["bert"].inputs()
+    with pytest.raises(RestuningError, match=r"an attention mask \(3, 7, 7\): expected \(b, n\)"):
+        tuned(inputs["input_ids"], inputs["attention_mask"][:, None].expand(-1, 7, -1))

@@ -48,7 +48,7 @@ def test_widths_are_the_modules_own() -> None:
         ("timm-deit", "cls", 2),
         ("timm-dinov2-registers", "cls", 3),
         ("hf-dinov2-registers", "cls", 3),
-        ("bert", "cls", 1),
+        ("bert", "cls", 0),
     ],
 )
 def test_pooling_is_the_backbones_own(name: str, pool: str, prefix: int) -> None:

@@ -1,5 +1,6 @@
 """One adapter: its tuners, its side path, its head."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
-from restuning.wiring.attach import INPUT, attach, gathered
+from restuning.wiring.attach import INPUT, MASK, attach, gathered
 from restuning.wiring.live import ALL, FIRST, View
 from restuning.wiring.sites import PARTS, Site, Sites
 from restuning.wiring.tail import Tail, head_width
@@ -45,6 +46,8 @@ class Adaptation(nn.Module):
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
+        padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
+        self.reads_mask = padded and ("mean" in pool or isinstance(self.side, LadderNet))
         if mixes_tokens(self.side) and self.view == FIRST:
             self.view = ALL
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
@@ -82,16 +85,21 @@ class Adaptation(nn.Module):
     @property
     def layers(self) -> Sequence[int]:
         """The features that it reads: all of them for a side path, the pixels and what the last block says for a side
-        network, else only what the last block says."""
+        network, else only what the last block says; and the mask where padding is left out."""
         if isinstance(self.side, SideNet):
             return (INPUT, self.depth)
-        return range(0 if self.side is not None else self.depth, self.depth + 1)
+        layers = range(0 if self.side is not None else self.depth, self.depth + 1)
+        return (MASK, *layers) if self.reads_mask else layers
 
     def pooled(self, features: Features, tail: Tail) -> Tensor:
         """What the head reads, from the features of `layers`."""
         if isinstance(self.side, SideNet):
             return self.side(tail(features[-1]), features[0])  # type: ignore[no-any-return]
-        return tail(features[-1] if self.side is None else self.side(features))
+        mask = features[0] if self.reads_mask else None
+        features = features[self.reads_mask :]
+        if self.side is None:
+            return tail(features[-1], mask)
+        return tail(self.side(features, mask) if isinstance(self.side, LadderNet) else self.side(features), mask)
 
 
 class Reader(nn.Module):
@@ -107,7 +115,7 @@ class Reader(nn.Module):
         view = self.adapter.view.of(kept)
         if view is None:
             raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
-        return tuple(x if layer == INPUT else view(x) for layer in self.adapter.layers for x in (features[layer],))
+        return tuple(x if layer < 0 else view(x) for layer in self.adapter.layers for x in (features[layer],))
 
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""

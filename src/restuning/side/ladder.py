@@ -17,7 +17,8 @@ class LadderNet(nn.Module):
     """Ladder side-tuning (Sung et al. 2022): a thin transformer along a frozen backbone's features.
 
     s_0 = D_0 x_0;  s_l = block_l(μ_l s_{l−1} + (1 − μ_l) D_l x_l),  μ_l = sigmoid(a_l / 0.1), a_l = 0 at birth; U s_L
-    takes the place of the final norm's input. D (width → side width) and U have no bias.
+    takes the place of the final norm's input. D (width → side width) and U have no bias. mask (b, n): which tokens are
+    no padding, and are attended to.
     """
 
     mixes_tokens = True
@@ -29,11 +30,11 @@ class LadderNet(nn.Module):
         self.up = nn.Linear(side, width, bias=False)
         self.gate = nn.Parameter(torch.zeros(depth))
 
-    def forward(self, features: Features) -> Tokens:
+    def forward(self, features: Features, mask: Tensor | None = None) -> Tokens:
         x = self.down[0](features[0])
         mu = torch.sigmoid(self.gate / TEMPERATURE)
         for block, down, h, weight in zip(self.blocks, self.down[1:], features[1:], mu, strict=True):
-            x = block(torch.lerp(down(h), x, weight))
+            x = block(torch.lerp(down(h), x, weight), mask)
         out: Tensor = self.up(x)
         return out
 
@@ -48,10 +49,11 @@ class SideBlock(nn.Module):
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
-    def forward(self, x: Tokens) -> Tokens:
+    def forward(self, x: Tokens, mask: Tensor | None = None) -> Tokens:
         b, n, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))
+        seen = None if mask is None else mask[:, None, None].bool()
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).reshape(b, n, d))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))  # type: ignore[no-any-return]
 
 

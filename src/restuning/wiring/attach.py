@@ -22,6 +22,9 @@ from restuning.wiring.unbind import Call, Piece, merged, on_call
 INPUT = -1
 """The layer before all others: what the backbone itself is given."""
 
+MASK = -2
+"""Not a layer: the attention mask (b, n) that the backbone is given, which tells tokens from padding."""
+
 Tuner = Callable[..., Any]
 """A module, or what declares and does the same."""
 
@@ -286,12 +289,22 @@ class Taps:
 
     @property
     def features(self) -> Features:
+        if MASK in self.wanted and MASK not in self.kept:  # no padding
+            last = self.kept[self.wanted[-1]]
+            self.kept[MASK] = last.new_ones(last.shape[:2])
         return tuple(self.kept[layer] for layer in self.wanted)
+
+    def mask(self, m: nn.Module, args: Any, kwargs: Any) -> None:
+        given = inspect.signature(m.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if given is not None and given.ndim != 2:
+            raise MethodError(f"an attention mask {tuple(given.shape)}: expected (b, n), to tell tokens from padding")
+        if given is not None:
+            self.kept[MASK] = given
 
 
 @contextmanager
 def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = ALL) -> Iterator[Taps]:
-    """While it lasts, `layers` are kept (INPUT; 0: what the first block reads; l: what block l says)."""
+    """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
     taps = Taps(layers, view)
     with ExitStack() as stack:
         for layer in taps.wanted:
@@ -301,6 +314,9 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = A
                     taps.kept[INPUT] = _argument(m, args, kwargs)[1]
 
                 stack.enter_context(_before(backbone, whole))
+                continue
+            if layer == MASK:
+                stack.enter_context(_before(backbone, taps.mask))
                 continue
             point = Point(sites.blocks[max(layer - 1, 0)], "out" if layer else "in")
             stack.enter_context(_on_read(backbone, point, partial(taps.keep, layer), first=True)())

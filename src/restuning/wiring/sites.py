@@ -225,6 +225,7 @@ ANATOMIES: tuple[Anatomy, ...] = (
     Anatomy(  # post-norm: the residual is added inside attention.output and output, and there is no final norm
         "transformers BERT, RoBERTa, MiniLM",
         blocks="encoder.layer",
+        prefix=lambda root: 0,  # the mean of a text is that of all its tokens
         ops={
             "mha": Op(into("attention"), out_of("attention.output.dense")),
             "ffn": Op(into("intermediate"), out_of("output.dense")),

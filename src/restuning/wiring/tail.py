@@ -16,7 +16,7 @@ POOLS = ("cls", "mean", "cls+mean", "none")
 @dataclass(frozen=True)
 class Tail:
     """Tokens (b, n, d) of the last block → what the head reads: (b, d), (b, 2 d) for cls+mean, (b, n, d) for none,
-    (b, n d) for flat.
+    (b, n d) for flat. mask (b, n): which tokens are no padding, and have a part in the mean.
 
     The norms are the backbone's own modules; the tail refers to them and owns nothing.
     """
@@ -26,16 +26,23 @@ class Tail:
     pool: str
     prefix: int
 
-    def __call__(self, tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: Tokens, mask: Tensor | None = None) -> Tensor:
         x = self.norm(tokens)
         if self.pool == "cls":
             x = x[:, 0]
         elif self.pool == "mean":
-            x = x[:, self.prefix :].mean(1)
+            x = self._mean(x, mask)
         elif self.pool == "cls+mean":
-            x = torch.cat([x[:, 0], x[:, self.prefix :].mean(1)], dim=-1)
+            x = torch.cat([x[:, 0], self._mean(x, mask)], dim=-1)
         out: Tensor = self.post(x)
         return out.flatten(1) if self.pool == "flat" else out
+
+    def _mean(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x[:, self.prefix :]
+        if mask is None:
+            return x.mean(1)
+        weight = mask[:, self.prefix :, None].to(x.dtype)
+        return (x * weight).sum(1) / weight.sum(1)
 
     @property
     def live(self) -> View:
