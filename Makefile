@@ -23,6 +23,8 @@ check: setup  ## format, lint, types, import layers
 bench: setup  ## the recorded tables of docs/results; hours
 	for what in memory step multitask mixed grid bank; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
 	$(PY) scripts/bench_vit_tiny.py
+	$(PY) scripts/bench_methods.py
+	$(PY) scripts/bench_bank_formats.py
 
 clean:
 	rm -rf .venv runs

@@ -2,7 +2,7 @@
 
 python scripts/bench_bank_formats.py [--rows 16384] [--rounds 5]
 
-Rows are those of a CLS bank of ViT-B/16 in float16, 13 layers of 768. A format that is not installed is named as absent.
+Rows are those of a CLS bank of ViT-B/16 in float16, 13 layers of 768. A format not installed is named as absent.
 """
 
 import argparse
