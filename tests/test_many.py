@@ -129,6 +129,14 @@ def test_a_mixed_batch_trains_and_says_what_is_wrong() -> None:
         tuned(**inputs, adapter_names=["task0"] * 3)
     with pytest.raises(MethodError, match="no adapter named 'task9'"):
         tuned(**inputs, adapter_names=["task9"] * 4)
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(**inputs, adapter_names=["task0"] * 4), tuned.backbone(**inputs))
+    tuned.add_adapter("tokens", small("lora"), 9, pool="none")
+    mixed = tuned(**inputs, adapter_names=["tokens"] * 4)
+    tuned.set_adapter("tokens")
+    assert mixed.shape == (4, 5, 9) and torch.allclose(mixed, tuned(**inputs), rtol=1e-9)
+    with pytest.raises(MethodError, match="mixes pooled outputs with outputs of every token"):
+        tuned(**inputs, adapter_names=["tokens", "task0", "side", None])
 
 
 def test_own_tuners_mix_too() -> None:

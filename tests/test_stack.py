@@ -48,6 +48,7 @@ METHODS = {
     "bypass": rt.Bypass(rt.Adapter(4), rt.Adapter(4)),
     "bypass-none": rt.Bypass(),
     "prefix and prompt": rt.Bypass(rt.Prefix(3), rt.Prompt(3), blocks=(1,)),
+    "lst": rt.Ladder(4, init="random"),
 }
 
 

@@ -145,6 +145,7 @@ class Tuned(nn.Module):
         if self._find(name).full:
             self.backbone.requires_grad_(False)
         del self.adapters[name], self._readers[name]
+        self._stacks = [served for served in self._stacks if name not in served.readers]
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
 
     def unload(self) -> nn.Module:
@@ -203,12 +204,13 @@ class Tuned(nn.Module):
 
         A row without an adapter (None) passes through the bare backbone and gives what that says, (b, c), or its pooled
         feature. Rows narrower than the widest say −inf beyond their own classes.
-        Raises MethodError for a name that is not there, and if there are not as many names as rows.
+        Raises MethodError for a name that is not there, if there are not as many names as rows, and for a mix of pooled
+        outputs with outputs of every token.
         """
+        if self._disabled:
+            return self.backbone(*args, **kwargs)
         if adapter_names is not None:
             logits = self._mixed(adapter_names, args, kwargs)
-        elif self._disabled:
-            return self.backbone(*args, **kwargs)
         elif self._compiled is not None and len(self._active()) == 1:
             logits = self._in_one_graph(args, kwargs)
         else:
@@ -294,7 +296,7 @@ class Tuned(nn.Module):
 
     def _mixed(self, rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
         """Every kind of adapter takes one pass of the backbone, with all of its rows."""
-        batch = len(next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)))
+        batch = len(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ()))
         if len(rows) != batch:
             raise MethodError(f"adapter_names has {len(rows)} names for a batch of {batch}: expected one for every row")
         kinds: dict[str | None, list[int]] = {}
@@ -304,8 +306,10 @@ class Tuned(nn.Module):
         for at in kinds.values():
             own_args, own_kwargs = pick((args, kwargs), at, batch)
             parts.append(self._rows([rows[i] for i in at], own_args, own_kwargs))
-        wide = max(part.shape[1] for part in parts)
-        out = torch.cat([F.pad(part, (0, wide - part.shape[1]), value=-torch.inf) for part in parts])
+        if len({part.ndim for part in parts}) > 1:
+            raise MethodError("adapter_names mixes pooled outputs with outputs of every token")
+        wide = max(part.shape[-1] for part in parts)
+        out = torch.cat([F.pad(part, (0, wide - part.shape[-1]), value=-torch.inf) for part in parts])
         return out[torch.tensor([i for at in kinds.values() for i in at], device=out.device).argsort()]
 
     def _rows(self, rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
