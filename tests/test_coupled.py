@@ -1,5 +1,6 @@
 """What tuners inside a backbone cost, and what they work with: gradient checkpointing, autocast, torch.compile."""
 
+import copy
 from typing import Any
 
 import jaxtyping
@@ -160,6 +161,19 @@ def test_one_graph_for_all_adapters_of_a_kind(name: str, method: str) -> None:
         tuned._compiled = None
         torch.testing.assert_close(now, tuned(**inputs), rtol=1e-5, atol=1e-5)
         assert len(compiled) == 2, "another kind is another graph"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_copy_is_its_own() -> None:
+    tuned, inputs = tuned_on("timm-vit", "lora"), TINY["timm-vit"].inputs(dtype=torch.float64)
+    tuned.compile(fullgraph=True, backend=graphs([]))
+    tuned.gradient_checkpointing_enable()
+    y, _ = gradients(tuned, inputs)
+    other = copy.deepcopy(tuned)
+    with torch.no_grad():
+        for p in tuned.backbone.parameters():
+            p.zero_()
+    torch.testing.assert_close(gradients(other, inputs)[0], y, rtol=1e-9, atol=1e-9)
 
 
 AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.methods if m not in REFUSED.get(n, {})]

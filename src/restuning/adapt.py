@@ -60,7 +60,7 @@ class Tuned(nn.Module):
         self.adapters = nn.ModuleDict()
         self._readers: dict[str, Reader] = {}
         self._stacks: list[Served] = []
-        self._leave: Callable[[], None] = lambda: None
+        self._leave: Callable[[], None] | None = None
         self._compiled: Callable[..., Tensor] | None = None
         self.train(False)
 
@@ -238,7 +238,8 @@ class Tuned(nn.Module):
     def _read(
         self, inside: Mapping[Site, Tuners], layers: Sequence[int], view: View, frozen: bool, args: Any, kwargs: Any
     ) -> Features:
-        self._leave()  # a backward pass that was interrupted
+        if self._leave is not None:  # a backward pass that may have been interrupted
+            self._leave()
         attachment = Attachment(self.backbone, self._sites, inside)
 
         @contextmanager
@@ -358,6 +359,9 @@ class Tuned(nn.Module):
         """The inverse of `gradient_checkpointing_enable`."""
         switch_checkpoints(self.backbone, False)
         self.train(self.training)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_stacks": [], "_leave": None, "_compiled": None}  # these are of this copy alone
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Tuned":
         self._stacks = []  # of tensors that move now
