@@ -163,6 +163,20 @@ def test_one_graph_for_all_adapters_of_a_kind(name: str, method: str) -> None:
         assert len(compiled) == 2, "another kind is another graph"
 
 
+@pytest.mark.parametrize("method", ["res-tuning", "prefix", "dtl", "vpt-deep", "bypass"])
+@pytest.mark.usefixtures("unchecked")
+def test_one_graph_with_recomputed_blocks(method: str) -> None:
+    tuned, inputs = tuned_on("timm-vit", method), TINY["timm-vit"].inputs(dtype=torch.float64)
+    y, expected = gradients(tuned, inputs)
+    tuned.gradient_checkpointing_enable()
+    tuned.compile(fullgraph=True, backend=graphs([]))
+    z, got = gradients(tuned, inputs)
+    torch.testing.assert_close(z, y, rtol=1e-9, atol=1e-9)
+    assert got.keys() == expected.keys()
+    for key, g in expected.items():
+        torch.testing.assert_close(got[key], g, rtol=1e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_a_copy_is_its_own() -> None:
     tuned, inputs = tuned_on("timm-vit", "lora"), TINY["timm-vit"].inputs(dtype=torch.float64)

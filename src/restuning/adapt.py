@@ -20,7 +20,7 @@ from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weight
 from restuning.stack import PerRow, Stack
 from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
-from restuning.wiring.recompute import checkpoints, in_backward, switch_checkpoints
+from restuning.wiring.recompute import checkpoints, in_backward, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import tail_of
 
@@ -286,7 +286,11 @@ class Tuned(nn.Module):
         adapter = self._find(name)
         added = gathered((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
         attachment = Attachment(self.backbone, self._sites, added)
-        with attachment.on(), tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps:
+        with (
+            replays_nothing() if checkpoints(self.backbone) else nullcontext(),
+            attachment.on(),
+            tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps,
+        ):
             return self._compiled(kind_of(name, adapter), self._readers[name], taps, args, kwargs)  # type: ignore[misc]
 
     def _pass(self, kind: str, reader: Reader, taps: Taps, args: Any, kwargs: Any) -> Tensor:

@@ -30,6 +30,13 @@ def switch_checkpoints(backbone: Any, on: bool, settings: Mapping[str, Any] | No
     backbone.set_grad_checkpointing(on)
 
 
+def replays_nothing() -> AbstractContextManager[Any]:
+    """For torch.compile: what hooks note down while a checkpointed block runs is noted once."""
+    import torch._dynamo as dynamo
+
+    return dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)  # type: ignore[no-any-return]
+
+
 def in_backward(features: Sequence[Tensor], attached: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
     """Be `attached` from the moment when a gradient reaches one of the features to the end of that backward pass.
 
