@@ -1,6 +1,8 @@
 """What tuners inside a backbone cost, and what they work with: gradient checkpointing, autocast, torch.compile."""
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import jaxtyping
@@ -91,6 +93,79 @@ def test_an_interrupted_backward_pass_leaves_nothing_behind() -> None:
     assert hooks(tuned.backbone) == 0
 
 
+@pytest.mark.parametrize("method", sorted(INSIDE))
+def test_two_passes_before_one_backward(method: str) -> None:
+    """With recomputed blocks each pass has its own tuners back, and so has each kind of a mixed batch."""
+    tuned = tuned_on("timm-vit", method)
+    tuned.add_adapter("other", small("adapter"), 5)
+    tuned.set_adapter("default")
+    x, y = (TINY["timm-vit"].inputs(dtype=torch.float64)["x"] for _ in range(2))
+
+    def run() -> dict[str, Tensor]:
+        torch.manual_seed(3)
+        tuned.zero_grad()
+        (tuned(x) * tuned(y) * tuned(x, adapter_names=["other", "default", "other"])).sum().backward()
+        return {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
+
+    expected = run()
+    tuned.gradient_checkpointing_enable()
+    got = run()
+    assert got.keys() == expected.keys() and hooks(tuned.backbone) == 0
+    for key, g in expected.items():
+        torch.testing.assert_close(got[key], g, rtol=1e-9, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def test_what_an_interrupted_backward_pass_left_is_gone_before_anything_else() -> None:
+    tuned, x = tuned_on("timm-vit", "adapter"), TINY["timm-vit"].inputs(dtype=torch.float64)["x"]
+    bare = tuned.backbone(x).detach()
+    tuned.gradient_checkpointing_enable()
+
+    def interrupted() -> None:
+        def stop(grad: Tensor) -> None:
+            raise RuntimeError("out of memory")
+
+        handle = tuned.get_parameter("adapters.default.tuners.0_ffn.down.weight").register_hook(stop)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            tuned(x).sum().backward()
+        handle.remove()
+        assert hooks(tuned.backbone)
+
+    interrupted()
+    with tuned.disable_adapter():
+        assert torch.equal(tuned(x), bare)
+    interrupted()
+    backbone = tuned.unload()
+    assert torch.equal(backbone(x), bare) and hooks(backbone) == 0
+    assert not backbone.grad_checkpointing, "it came without"
+
+
+def test_a_head_alone_trains_beside_recomputed_blocks() -> None:
+    tuned, inputs = tuned_on("timm-vit", "lora"), TINY["timm-vit"].inputs(dtype=torch.float64)
+    tuned.adapters["default"].get_submodule("tuners").requires_grad_(False)
+    tuned.gradient_checkpointing_enable()
+    _, grads = gradients(tuned, inputs)
+    assert {name.split(".")[2] for name in grads} == {"head"}
+
+
+@pytest.mark.parametrize("method", ["unbound-deep", "unbound-shallow", "dtl", "prefix", "vpt-deep"])
+def test_nothing_outlives_a_step(method: str) -> None:
+    """No cycle keeps activations until a garbage collector comes by."""
+    tuned, inputs = tuned_on("timm-vit", method), TINY["timm-vit"].inputs(dtype=torch.float64)
+    seen: list[Any] = []
+    for block in tuned.backbone.blocks:
+        block.register_forward_hook(lambda m, args, out: seen.append(weakref.ref(out)))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            gradients(tuned, inputs)
+            with torch.enable_grad():
+                tuned(**inputs)
+        assert len(seen) >= 12 and not [ref for ref in seen if ref() is not None]
+    finally:
+        gc.enable()
+
+
 def test_reentrant_checkpoints_are_refused() -> None:
     tuned = tuned_on("hf-vit", "lora")
     tuned.gradient_checkpointing_enable({"use_reentrant": True})
@@ -136,7 +211,7 @@ def test_one_graph_for_all_adapters_of_a_kind(name: str, method: str) -> None:
     tuned, inputs = rt.Tuned(tiny.backbone(), anatomy=tiny.anatomy), tiny.inputs()
     names = ("a",) if method == "full" else ("a", "b")
     for adapter in names:
-        tuned.add_adapter(adapter, small(method), 5)
+        tuned.add_adapter(adapter, small(method), 5 + (adapter == "b"))
     with torch.no_grad():
         for p in tuned.adapters.parameters():
             p.add_(0.1 * torch.randn_like(p))

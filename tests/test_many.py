@@ -117,6 +117,59 @@ def test_tasks_come_and_go_and_change(monkeypatch: pytest.MonkeyPatch) -> None:
     check()
 
 
+def test_stacks_see_every_change() -> None:
+    tuned, inputs = several("timm-vit", small("bypass"), (5, 5)), TINY["timm-vit"].inputs(2, torch.float64)
+    task: Any = tuned.adapters["task0"]
+
+    def replace_head() -> None:
+        task.head = nn.Linear(32, 5).double()
+
+    def assign() -> None:
+        task.load_state_dict({k: v + 0.1 for k, v in task.state_dict().items()}, assign=True)
+
+    def data() -> None:
+        task.head.weight.data = torch.randn_like(task.head.weight)
+
+    for change in (lambda: None, replace_head, assign, data, lambda: nn.init.normal_(task.side.gate)):
+        change()
+        tuned.set_adapter(["task0", "task1"])
+        with torch.no_grad():
+            together = tuned(**inputs)["task0"]
+            torch.testing.assert_close(together, alone(tuned, "task0", inputs), rtol=1e-9, atol=1e-10)
+    with torch.inference_mode():
+        tuned.add_adapter("task2", small("bypass"), 5)
+        tuned.set_adapter(["task0", "task1", "task2"])
+        assert set(tuned(**inputs)) == {"task0", "task1", "task2"}
+
+
+def test_adapters_without_parameters() -> None:
+    tuned, inputs = rt.Tuned(TINY["timm-vit"].backbone()).eval(), TINY["timm-vit"].inputs(2)
+    for name in "ab":
+        tuned.add_adapter(name, "linear")
+    pooled = tuned(**inputs)
+    assert torch.equal(tuned(**inputs, adapter_names=["a", "b"]), pooled)
+    tuned.set_adapter(["a", "b", "a"])
+    with torch.no_grad():
+        assert list(tuned(**inputs)) == ["a", "b"] and torch.equal(tuned(**inputs)["b"], pooled)
+    with pytest.raises(MethodError, match="0 names for a batch of 0"):
+        tuned(inputs["x"][:0], adapter_names=[])
+
+
+@pytest.mark.parametrize("method", [m for m in rt.methods if m != "full"])
+def test_autocast_of_many(method: str) -> None:
+    tuned, inputs = several("timm-vit", small(method), (5, 5), torch.float32), TINY["timm-vit"].inputs(4)
+    rows = ["task0", "task1", "task1", "task0"]
+    y = tuned(**inputs, adapter_names=rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = tuned(**inputs, adapter_names=rows)
+        z.square().sum().backward()
+        if tuned.reads_features:
+            tuned.set_adapter(["task0", "task1"])
+            with torch.no_grad():
+                assert torch.equal(tuned(**inputs)["task0"][0].argmax(), tuned(**inputs)["task0"][0].argmax())
+    assert (z - y).norm() < 0.05 * y.norm()
+
+
 def test_a_mixed_batch_trains_and_says_what_is_wrong() -> None:
     tuned, inputs = several("timm-vit", small("lora")), TINY["timm-vit"].inputs(4, torch.float64)
     tuned.add_adapter("side", small("bypass"), 2)

@@ -107,7 +107,8 @@ def by_the_book(tuned: rt.Tuned, inputs: dict[str, Tensor]) -> Tensor:
     handle = last.register_forward_hook(lambda m, args, out: kept.append(out if isinstance(out, Tensor) else out[0]))
     tuned.backbone(**inputs)
     handle.remove()
-    return tuned.from_features((kept[0],))
+    mask = [inputs["attention_mask"]] if len(tuned._layers()) > 1 else []  # a mean leaves padding out
+    return tuned.from_features((*mask, kept[0]))
 
 
 def outcome(tuned: rt.Tuned, inputs: dict[str, Tensor], bound: bool = False) -> dict[str, Tensor]:

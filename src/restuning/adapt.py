@@ -20,7 +20,7 @@ from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weight
 from restuning.stack import PerRow, Stack
 from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
-from restuning.wiring.recompute import checkpoints, in_backward, replays_nothing, switch_checkpoints
+from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import tail_of
 
@@ -60,7 +60,7 @@ class Tuned(nn.Module):
         self.adapters = nn.ModuleDict()
         self._readers: dict[str, Reader] = {}
         self._stacks: list[Served] = []
-        self._leave: Callable[[], None] | None = None
+        self._replay, self._checkpointed = Replay(), bool(checkpoints(backbone))
         self._compiled: Callable[..., Tensor] | None = None
         self.train(False)
 
@@ -124,7 +124,7 @@ class Tuned(nn.Module):
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
         """Make one adapter active, or several. Nothing else changes, `requires_grad` neither."""
-        names = (names,) if isinstance(names, str) else tuple(names)
+        names = (names,) if isinstance(names, str) else tuple(dict.fromkeys(names))
         for name in names:
             self._find(name)
         if not names:
@@ -150,8 +150,11 @@ class Tuned(nn.Module):
 
     def unload(self) -> nn.Module:
         """The backbone as it came: same code, flags, mode and (unless fully tuned) weights. The adapters are gone."""
+        self._replay.leave()
         for name in list(self.adapters):
             self.delete_adapter(name)
+        if bool(checkpoints(self.backbone)) != self._checkpointed:
+            switch_checkpoints(self.backbone, self._checkpointed)
         flags, training = self._came
         for name, p in self.backbone.named_parameters():
             p.requires_grad_(flags[name])
@@ -207,6 +210,7 @@ class Tuned(nn.Module):
         Raises MethodError for a name that is not there, if there are not as many names as rows, and for a mix of pooled
         outputs with outputs of every token.
         """
+        self._replay.leave()  # of a backward pass that was interrupted
         if self._disabled:
             return self.backbone(*args, **kwargs)
         if adapter_names is not None:
@@ -238,8 +242,7 @@ class Tuned(nn.Module):
     def _read(
         self, inside: Mapping[Site, Tuners], layers: Sequence[int], view: View, frozen: bool, args: Any, kwargs: Any
     ) -> Features:
-        if self._leave is not None:  # a backward pass that may have been interrupted
-            self._leave()
+        self._replay.leave()
         attachment = Attachment(self.backbone, self._sites, inside)
 
         @contextmanager
@@ -249,12 +252,15 @@ class Tuned(nn.Module):
 
         with torch.no_grad() if frozen else nullcontext(), on() as taps:
             self.backbone(*args, **kwargs)
-        if inside and not frozen and torch.is_grad_enabled() and checkpoints(self.backbone):
-            self._leave = in_backward(taps.features, partial(on, again=True))
+        trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
+        if trained and torch.is_grad_enabled() and checkpoints(self.backbone):
+            self._replay.watch(taps.features, partial(on, again=True))
         return taps.features
 
     def from_features(self, features: Features, kept: View | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
+
+        A mean over a text's tokens, and a ladder on them, want the attention mask (b, n) ahead of the layers.
 
         kept: which tokens the features hold; None: those that `features` gives. head: whether the head is run.
         Without autograd, adapters of one shape run as one.
@@ -274,10 +280,11 @@ class Tuned(nn.Module):
         return {name: found[name] for name in names}
 
     def compile(self, **options: Any) -> None:
-        """Have one active adapter's whole pass, backbone, tuners and head, run as a compiled graph from now on.
+        """Have the pass of one active adapter, from the input to what the head reads, run as a compiled graph.
 
-        options: those of `torch.compile`, `fullgraph=True` among them. Adapters of one kind share the graph: to switch
-        between them compiles nothing. (`torch.compile(tuned)` cannot see hooks that come and go: use this.)
+        options: those of `torch.compile`, `fullgraph=True` among them. Adapters of one kind, whatever their classes,
+        share the graph: to switch between them compiles nothing; torch compiles no more kinds than
+        `torch._dynamo.config.recompile_limit`. (`torch.compile(tuned)` cannot see hooks that come and go: use this.)
         """
         self._compiled = torch.compile(self._pass, **options)
 
@@ -291,18 +298,20 @@ class Tuned(nn.Module):
             attachment.on(),
             tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps,
         ):
-            return self._compiled(kind_of(name, adapter), self._readers[name], taps, args, kwargs)  # type: ignore[misc]
+            pooled = self._compiled(kind_of(name, adapter), self._readers[name], taps, args, kwargs)  # type: ignore[misc]
+        out: Tensor = adapter.head(pooled)  # outside: tasks may differ in their classes
+        return out
 
     def _pass(self, kind: str, reader: Reader, taps: Taps, args: Any, kwargs: Any) -> Tensor:
         """kind: part of the signature, since what is attached is not."""
         with torch.no_grad() if reader.adapter.reads_features else nullcontext():
             self.backbone(*args, **kwargs)
-        return reader.read(taps.features)
+        return reader.read(taps.features, head=False)
 
     def _mixed(self, rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
         """Every kind of adapter takes one pass of the backbone, with all of its rows."""
         batch = len(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ()))
-        if len(rows) != batch:
+        if len(rows) != batch or not batch:
             raise MethodError(f"adapter_names has {len(rows)} names for a batch of {batch}: expected one for every row")
         kinds: dict[str | None, list[int]] = {}
         for i, name in enumerate(rows):
@@ -326,14 +335,14 @@ class Tuned(nn.Module):
                 said = self.backbone(*args, **kwargs)
             return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
-        which = torch.tensor([names.index(str(name)) for name in rows], device=next(like.parameters()).device)
+        which = torch.tensor([names.index(str(name)) for name in rows], device=next(self.backbone.parameters()).device)
         alike = zip(*(self._find(name).inside for name in names), strict=True)
         inside = gathered(
             (same[0][0], "", same[0][1] if len(names) == 1 else PerRow([tuner for _, tuner in same], which))
             for same in alike
         )
         features = self._read(inside, like.layers, like.view, like.reads_features, args, kwargs)
-        if len(names) == 1:
+        if len(names) == 1 or not any(True for _ in like.parameters()):
             return self._readers[names[0]](features)  # type: ignore[no-any-return]
         readers = Stack([self._readers[name] for name in names])
         out: Tensor = readers(tuple(x[:, None] for x in features), own=True, which=which)
@@ -365,7 +374,7 @@ class Tuned(nn.Module):
         self.train(self.training)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_stacks": [], "_leave": None, "_compiled": None}  # these are of this copy alone
+        return {**self.__dict__, "_stacks": [], "_replay": Replay(), "_compiled": None}  # these are of this copy alone
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Tuned":
         self._stacks = []  # of tensors that move now

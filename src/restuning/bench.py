@@ -89,6 +89,9 @@ class Bench:
         for name in ("batch", "rounds", "classes", "tasks", "points"):
             if getattr(self, name) < 1:
                 raise RestuningError(f"{name} {getattr(self, name)}: expected at least 1")
+        twice = next((m for m in self.methods if self.methods.count(m) > 1), None)
+        if twice is not None:
+            raise RestuningError(f"method {twice!r}: expected each once")
         for method in (m for m in self.methods if m not in PEERS):
             find_method(method)
         if self.device not in ("cpu", "cuda"):
@@ -158,7 +161,7 @@ def bench(what: str, **given: Any) -> list[Record]:
     for name, units in measured.samples.items():
         ratios: dict[str, dict[str, Any]] = {}
         for a, b, unit in measured.pairs:
-            if a == name and unit in measured.samples.get(b, {}):
+            if a == name and all(measured.samples.get(b, {}).get(unit, [0])):
                 found = {k: _short(v) for k, v in spread(units[unit], measured.samples[b][unit]).items()}
                 wanted = WANTED[what].get((a, b, unit)) if settings.backbone == "vit_base_patch16_224" else None
                 ratios[f"{unit} / {b}"] = {**found, **({} if wanted is None else {"wanted": wanted})}

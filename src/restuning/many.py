@@ -47,7 +47,7 @@ def serve(readers: Mapping[str, Reader], names: Sequence[str], before: Sequence[
     there = {name for served in kept for name in served.readers}
     kinds: dict[str, list[str]] = {}
     for name in names:
-        if name not in there:
+        if name not in there and any(True for _ in readers[name].parameters()):
             kinds.setdefault(kind_of(name, readers[name].adapter), []).append(name)
     for alike in kinds.values():
         for i in range(0, len(alike) - 1, CHUNK):  # one alone needs no stack

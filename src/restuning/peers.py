@@ -17,7 +17,7 @@ from restuning.methods import Method, Residual
 from restuning.tuners import Lora
 from restuning.wiring.sites import Sites, find_sites
 
-PEERS = {"peft-lora": "peft", "peft-lora-equal": "peft", "swift-bypass": "swift"}
+PEERS = {"peft-lora": "peft", "peft-lora-equal": "peft", "swift-bypass": "swift.tuners"}
 """Peers, and the package that each needs. LoRA of PEFT: at the rank of ours, and with as many parameters as
 res-tuning; the bypass of ms-swift: at the width of ours."""
 

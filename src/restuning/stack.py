@@ -1,6 +1,6 @@
 """Modules of one shape as one, in batched matrix products: grid points, tasks, or one adapter for every row."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,8 +26,8 @@ class Stack:
         self.tensors = {name: torch.stack(self._of_one_shape(name, named)) for name in named[0]}
         if any(len(other) != len(self.tensors) for other in named):
             raise MethodError("adapters of different methods: each method needs a stack of its own")
-        self._sources = [t for tensors in named for t in tensors.values()]
-        self._versions = [t._version for t in self._sources]
+        self._slots = [slot for m in models for slot in _slots(m)]
+        self._seen = [_identity(t) for table, key, t in self._slots if isinstance(t, Tensor)]
 
     @staticmethod
     def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]]) -> list[Tensor]:
@@ -57,8 +57,11 @@ class Stack:
 
     @property
     def stale(self) -> bool:
-        """Whether a module has been changed since, in place."""
-        return self._versions != [t._version for t in self._sources]
+        """Whether a module has been changed since: another module or tensor in its place, or another value in place
+        (but for one that autograd is not told of, `p.data.add_(1)`)."""
+        if any(table.get(key) is not held for table, key, held in self._slots):
+            return True
+        return self._seen != [_identity(t) for _, _, t in self._slots if isinstance(t, Tensor)]
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -106,6 +109,21 @@ class _Carrying(nn.Module):
 def _own(module: nn.Module) -> dict[str, Tensor]:
     tensors = (*module.named_parameters(), *module.named_buffers())
     return {name: t for name, t in tensors if "backbone" not in name.split(".")}
+
+
+def _slots(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Where its modules and tensors hang, a frozen backbone's left out."""
+    for table in (module._parameters, module._buffers, module._modules):
+        for key, held in table.items():
+            if key != "backbone":
+                yield table, key, held
+    for name, child in module._modules.items():
+        if child is not None and name != "backbone":
+            yield from _slots(child)
+
+
+def _identity(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), 0 if t.is_inference() else t._version
 
 
 def _in_head(name: str) -> bool:

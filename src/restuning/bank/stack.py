@@ -40,11 +40,11 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
     trained = {n: stack.tensors[n] for n, p in stack.model.named_parameters() if p.requires_grad}
     optimizer = _AdamW(trained, [p.config for p in points])
     labels = labels.expand(len(points), -1)
-    everyone = torch.arange(len(points))[:, None]
+    everyone = torch.arange(len(points), device=labels.device)[:, None]
     for epoch in range(max(p.config.epochs for p in points)):
         orders = [data_order(examples, batch_size, p.config.seed, epoch) for p in points]
         for step in range(steps):
-            at = torch.stack([p.rows[order[step]] for p, order in zip(points, orders, strict=True)])
+            at = torch.stack([p.rows[order[step]] for p, order in zip(points, orders, strict=True)]).to(labels.device)
             lrs = [_rate(p.config, epoch * steps + step, steps) for p in points]
             together = bool((at == at[0]).all())
             batch = tuple(x[at[0]] if together else x[at] for x in features)
@@ -57,7 +57,7 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
             optimizer.step(grads, lrs)
     for t in trained.values():
         t.requires_grad_(False)
-    finite = torch.ones(len(points), dtype=torch.bool)
+    finite = torch.ones(len(points), dtype=torch.bool, device=labels.device)
     for name, t in trained.items():
         good = t.isfinite() | (t == -torch.inf) if name.endswith("head.bias") else t.isfinite()
         finite &= good.flatten(1).all(1)
@@ -106,8 +106,9 @@ def accuracies(
     stack: Stack, features: Features, labels: Tensor, rows: Sequence[Tensor], batch_size: int = 256
 ) -> list[float]:
     """Accuracy in percent of every module on its own rows (equally many) of the shared features."""
-    at, labels = torch.stack(list(rows)), labels.expand(len(stack), -1)
-    everyone, correct = torch.arange(len(stack))[:, None], torch.zeros(len(stack))
+    at, labels = torch.stack(list(rows)).to(labels.device), labels.expand(len(stack), -1)
+    everyone = torch.arange(len(stack), device=labels.device)[:, None]
+    correct = torch.zeros(len(stack), device=labels.device)
     for part in torch.split(at, batch_size, 1):
         together = bool((part == part[0]).all())
         logits = stack(tuple(x[part[0]] if together else x[part] for x in features), own=not together)

@@ -34,7 +34,8 @@ class LadderNet(nn.Module):
         x = self.down[0](features[0])
         mu = torch.sigmoid(self.gate / TEMPERATURE)
         for block, down, h, weight in zip(self.blocks, self.down[1:], features[1:], mu, strict=True):
-            x = block(torch.lerp(down(h), x, weight), mask)
+            h = down(h)
+            x = block(torch.lerp(h, x.to(h.dtype), weight.to(h.dtype)), mask)
         out: Tensor = self.up(x)
         return out
 

@@ -71,7 +71,7 @@ class DtlTuner(nn.Module):
         if self.conv is not None:
             carry["weight"] = self.conv.weight
         if self.prefix is not None:
-            grid = F.conv2d(patches(out, self.prefix), carry["weight"], padding=1, groups=out.shape[-1])
+            grid = F.conv2d(patches(out, self.prefix), carry["weight"].to(out.dtype), padding=1, groups=out.shape[-1])
             grid = grid.flatten(2).transpose(1, 2)
             out = torch.cat([out[:, : self.prefix], grid], 1)
         return out

@@ -25,7 +25,7 @@ INPUT = -1
 MASK = -2
 """Not a layer: the attention mask (b, n) that the backbone is given, which tells tokens from padding."""
 
-Tuner = Callable[..., Any]
+Tuner = Any
 """A module, or what declares and does the same."""
 
 Hook = Callable[[], AbstractContextManager[None]]
@@ -92,11 +92,11 @@ class Attachment:
         carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
         self.joints: list[Joint] = []
         self._hooks: list[Hook] = []
-        self._again = False
+        self._again = [False]
         grown: list[Grown] = []
 
-        def again() -> bool:
-            return self._again
+        def again(state: list[bool] = self._again) -> bool:  # without self: no cycle that would keep activations
+            return state[0]
 
         for site, here in tuners.items():
             plain = [(name, t) for name, t in here if not _rewrites(t)]
@@ -126,7 +126,7 @@ class Attachment:
 
         Raises SiteError if the backbone's forward did not call an operation that carries tuners.
         """
-        self._again = again
+        self._again[0] = again
         for joint in self.joints:
             joint.again = again
         with ExitStack() as stack:

@@ -37,31 +37,37 @@ def replays_nothing() -> AbstractContextManager[Any]:
     return dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)  # type: ignore[no-any-return]
 
 
-def in_backward(features: Sequence[Tensor], attached: Callable[[], AbstractContextManager[Any]]) -> Callable[[], None]:
-    """Be `attached` from the moment when a gradient reaches one of the features to the end of that backward pass.
+class Replay:
+    """What is attached while a backward pass runs blocks again: one forward's tuners at a time."""
 
-    Returns what ends it, for a backward pass that did not come to its end.
-    Raises MethodError if none of them can have one: reentrant checkpoints run blocks without autograd.
-    """
-    reached = [x for x in features if x.requires_grad]
-    if not reached:
-        raise MethodError(
-            "no gradient comes out of the recomputed blocks: gradient checkpointing needs use_reentrant=False "
-            "(tuned.gradient_checkpointing_enable() says so)"
-        )
-    here = ExitStack()
-    now: list[bool] = []
+    def __init__(self) -> None:
+        self._on, self._whose = ExitStack(), object()
 
-    def enter(grad: Tensor) -> None:
-        if not now:
-            now.append(True)
-            here.enter_context(attached())
-            torch.autograd.Variable._execution_engine.queue_callback(leave)
+    def watch(self, features: Sequence[Tensor], attached: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Be `attached` from the moment when a gradient reaches one of the features, to the end of that backward pass
+        or to the moment when it reaches those of another forward.
 
-    def leave() -> None:
-        here.close()
-        now.clear()
+        Raises MethodError if none of them can have a gradient: reentrant checkpoints run blocks without autograd.
+        """
+        reached = [x for x in features if x.requires_grad]
+        if not reached:
+            raise MethodError(
+                "no gradient comes out of the recomputed blocks: gradient checkpointing needs use_reentrant=False "
+                "(tuned.gradient_checkpointing_enable() says so)"
+            )
+        mine = object()
 
-    for x in reached:
-        x.register_hook(enter)  # type: ignore[no-untyped-call]
-    return leave
+        def enter(grad: Tensor) -> None:
+            if self._whose is not mine:
+                self.leave()
+                self._whose = mine
+                self._on.enter_context(attached())
+                torch.autograd.Variable._execution_engine.queue_callback(self.leave)
+
+        for x in reached:
+            x.register_hook(enter)  # type: ignore[no-untyped-call]
+
+    def leave(self) -> None:
+        """Done by a backward pass at its end; to be done for one that was interrupted."""
+        self._whose = object()
+        self._on.close()
