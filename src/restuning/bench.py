@@ -50,6 +50,8 @@ WANTED: dict[str, dict[tuple[str, str, str], str]] = {
         ("res-tuning", "peft-lora-equal", "seconds"): "<= 1",
         ("lora", "peft-lora", "seconds"): "<= 1.05",
         ("prefix", "prefix, bound", "seconds"): "<= 1.15",
+        ("forward, res-tuning", "forward", "seconds"): "<= 1.08",
+        ("bypass", "forward", "seconds"): "<= 1.25",
     },
     "multitask": {
         ("19 tasks", "19 full models", "seconds"): "<= 0.058",

@@ -27,7 +27,8 @@ class Stack:
         if any(len(other) != len(self.tensors) for other in named):
             raise MethodError("adapters of different methods: each method needs a stack of its own")
         self._slots = [slot for m in models for slot in _slots(m)]
-        self._seen = [_identity(t) for table, key, t in self._slots if isinstance(t, Tensor)]
+        self._held = [t for _, _, t in self._slots if isinstance(t, Tensor)]
+        self._seen = list(map(_identity, self._held))
 
     @staticmethod
     def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]]) -> list[Tensor]:
@@ -61,7 +62,7 @@ class Stack:
         (but for one that autograd is not told of, `p.data.add_(1)`)."""
         if any(table.get(key) is not held for table, key, held in self._slots):
             return True
-        return self._seen != [_identity(t) for _, _, t in self._slots if isinstance(t, Tensor)]
+        return self._seen != list(map(_identity, self._held))
 
     @torch.no_grad()
     def write_back(self) -> None:
