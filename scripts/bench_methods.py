@@ -38,7 +38,7 @@ PLAN: dict[str, tuple[int, tuple[float, ...]]] = {
     "prefix": (6, (0.02, 0.005)),
     "adapter-houlsby": INSIDE,
     "ssf": INSIDE,
-    "vpt-deep": (6, (0.02, 0.005)),
+    "vpt-deep": (6, (0.01, 0.005)),
     "res-tuning-single": INSIDE,
     "convpass": INSIDE,
     "adaptformer": INSIDE,
