@@ -16,6 +16,7 @@ from restuning.adaptation import Adaptation, Reader, grid_of
 from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
+from restuning.objective import objective
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
 from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
@@ -30,7 +31,8 @@ class Tuned(nn.Module):
 
     `tuned(x)` gives the active adapter's logits (b, classes), or {name: logits} when several are active: those read
     one pass of the backbone, in which the tuners of all of them act together. With `labels=` it gives a dict of
-    `loss` (cross-entropy) and `logits`, as `transformers.Trainer` expects. Arguments go to the backbone as they are.
+    `loss` (its kind of task's) and `logits`, as `transformers.Trainer` expects. Arguments go to the backbone as they
+    are; a dict of tensors, as tokenizers give it, by keyword.
     The backbone is a guest: its code, attributes and state_dict stay as they came, and hooks live during `forward`
     only. It stays in eval mode (dropout and batch statistics frozen) unless `train_mode=True` or the method is `full`.
     """
@@ -75,12 +77,15 @@ class Tuned(nn.Module):
         pool: str | None = None,
         classes: Sequence[str] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
+        kind: str = "single-label",
     ) -> None:
         """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
 
-        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools (a side path on a grid has
-        its head read all of its tokens). Raises MethodError for a
-        name in use or unfit, an unknown method, a class count below 1; SiteError for an operation that is not there.
+        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools, or `none` per token (a
+        side path on a grid has its head read all of its tokens). kind: of task, `single-label`, `multi-label`,
+        `regression` or `per-token`; under regression `num_classes` is the number of targets. Raises MethodError for a
+        name in use or unfit, an unknown method, a class count below 1, a pooling that a kind cannot have; SiteError
+        for an operation that is not there.
         """
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
             raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
@@ -92,7 +97,12 @@ class Tuned(nn.Module):
             raise MethodError(f"num_classes={num_classes}: expected at least 1")
         if classes is not None and len(classes) != num_classes:
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
+        objective(kind)
         spec = find_method(method)
+        if kind == "per-token":
+            if grid_of(spec) is not None or pool not in (None, "none"):
+                raise MethodError("labels per token need every token: no grid, and no pooling but none")
+            pool = "none"
         if (isinstance(spec, Full) and len(self.adapters)) or any(_adaptation(a).full for a in self.adapters.values()):
             raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
         tail = tail_of(self.backbone, self._sites, pool if grid_of(spec) is None else "flat")
@@ -111,6 +121,7 @@ class Tuned(nn.Module):
             num_classes=num_classes,
             classes=None if classes is None else tuple(classes),
             preprocessing=None if preprocessing is None else dict(preprocessing),
+            kind=kind,
         )
         like = next(self.backbone.parameters(), torch.empty(0))
         with torch.device(self._device or like.device):
@@ -211,6 +222,7 @@ class Tuned(nn.Module):
         outputs with outputs of every token.
         """
         self._replay.leave()  # of a backward pass that was interrupted
+        args, kwargs = arguments(args, kwargs)
         if self._disabled:
             return self.backbone(*args, **kwargs)
         if adapter_names is not None:
@@ -223,7 +235,8 @@ class Tuned(nn.Module):
             return logits
         if not isinstance(logits, Tensor):
             raise MethodError("labels= needs one active adapter")
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        loss = objective(self.card().kind if adapter_names is None else "single-label").loss
+        return {"loss": loss(logits, labels), "logits": logits}
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """What the active adapter's head reads, (b, d) as a rule, or {name: …} when several are active."""
@@ -234,6 +247,7 @@ class Tuned(nn.Module):
 
         They carry a gradient only if tuners act inside the backbone: a side path's backbone runs without autograd.
         """
+        args, kwargs = arguments(args, kwargs)
         active = [(name, self._find(name)) for name in self._active()]
         inside = gathered((site, name, tuner) for name, adapter in active for site, tuner in adapter.inside)
         frozen = all(adapter.reads_features for _, adapter in active)
@@ -265,7 +279,8 @@ class Tuned(nn.Module):
         kept: which tokens the features hold; None: those that `features` gives. head: whether the head is run.
         Without autograd, adapters of one shape run as one.
         """
-        at, kept = dict(zip(self._layers(), features, strict=True)), kept or self._live()
+        kept = kept or self._live()
+        at = dict(zip(self._layers(kept), features, strict=True))
         names = self._active()
         if len(names) == 1:
             return self._readers[names[0]](self._readers[names[0]].own(at, kept), head)
@@ -385,8 +400,10 @@ class Tuned(nn.Module):
             raise MethodError("no adapter is active: add one, set one, or use disable_adapter()")
         return self.active_adapters
 
-    def _layers(self) -> list[int]:
-        return sorted({layer for name in self._active() for layer in self._find(name).layers})
+    def _layers(self, kept: View | None = None) -> list[int]:
+        """Those that the active adapters read, where the tokens `kept` (None: those that are tapped) are there."""
+        kept = kept or self._live()
+        return sorted({layer for name in self._active() for layer in self._find(name).layers_of(kept)})
 
     def _live(self) -> View:
         """What is tapped of every layer: the tokens that all active adapters' outputs can see, or all tokens."""
@@ -440,6 +457,7 @@ class Tuned(nn.Module):
                 pool=card.pool,
                 classes=card.classes,
                 preprocessing=card.preprocessing,
+                kind=card.kind,
             )
         except MethodError as error:
             raise CheckpointError(f"{folder}: {error}") from error
@@ -499,6 +517,7 @@ def adapt(
     pool: str | None = None,
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    kind: str = "single-label",
     anatomy: Anatomy | None = None,
     train_mode: bool = False,
     backbone_name: str | None = None,
@@ -510,7 +529,7 @@ def adapt(
     """
     tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
     try:
-        tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing)
+        tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing, kind=kind)
     except Exception:
         tuned.unload()
         raise
@@ -524,6 +543,13 @@ def name_of(backbone: nn.Module) -> str:
     if isinstance(timm, Mapping) and timm.get("architecture"):
         return str(timm["architecture"])
     return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch of named tensors, as tokenizers give it, is keyword arguments."""
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        return (), {**args[0], **kwargs}
+    return args, kwargs
 
 
 def _affine(module: Any) -> tuple[Tensor, Tensor]:

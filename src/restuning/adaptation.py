@@ -13,7 +13,7 @@ from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
-from restuning.wiring.live import ALL, FIRST, View
+from restuning.wiring.live import ALL, FIRST, MEAN, View
 from restuning.wiring.sites import PARTS, Site, Sites
 from restuning.wiring.tail import Tail, head_width
 
@@ -46,10 +46,11 @@ class Adaptation(nn.Module):
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
-        padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        self.reads_mask = padded and ("mean" in pool or isinstance(self.side, LadderNet))
-        if mixes_tokens(self.side) and self.view == FIRST:
+        if mixes_tokens(self.side) and self.view in (FIRST, MEAN) and not grid_of(method):
             self.view = ALL
+        padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
+        self.masked = padded and self.view != FIRST
+        self.reads_mask = self.masked and self.view == ALL
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -91,6 +92,10 @@ class Adaptation(nn.Module):
         layers = range(0 if self.side is not None else self.depth, self.depth + 1)
         return (MASK, *layers) if self.reads_mask else layers
 
+    def layers_of(self, kept: View) -> Sequence[int]:
+        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding."""
+        return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
+
     def pooled(self, features: Features, tail: Tail) -> Tensor:
         """What the head reads, from the features of `layers`."""
         if isinstance(self.side, SideNet):
@@ -115,7 +120,8 @@ class Reader(nn.Module):
         view = self.adapter.view.of(kept)
         if view is None:
             raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
-        return tuple(x if layer < 0 else view(x) for layer in self.adapter.layers for x in (features[layer],))
+        mask = features.get(MASK)
+        return tuple(x if layer < 0 else view(x, mask) for layer in self.adapter.layers for x in (features[layer],))
 
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""
@@ -147,10 +153,23 @@ def _view(sites: Sites, method: Method, pool: str) -> View:
     """What its output can see of a layer, if nothing mixes tokens."""
     grid, prefix = grid_of(method), sites.port.grid
     if grid is None:
-        return FIRST if pool == "cls" else ALL
+        linear = all(_is_linear(part) for part in parts_of(method))
+        return FIRST if pool == "cls" else MEAN if pool == "mean" and linear and _means_first(sites) else ALL
+    if prefix is None and grid == 1:
+        return MEAN
     if prefix is None:
         raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
     return View(grid, prefix)
+
+
+def _is_linear(part: Part) -> bool:
+    """Whether what follows the features, up to the tail, commutes with a mean over the tokens."""
+    return isinstance(part, Residual) or (isinstance(part, Bypass) and not (part.horizontal or part.vertical))
+
+
+def _means_first(sites: Sites) -> bool:
+    """Whether nothing is between the last block and the mean over its tokens."""
+    return sites.norm is None and sites.prefix == 0
 
 
 def _bypass(sites: Sites, part: Bypass) -> BypassNet:

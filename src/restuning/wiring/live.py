@@ -14,16 +14,20 @@ from restuning.tuners.grid import patches
 class View:
     """What is kept of the tokens (b, n, d) of a layer.
 
-    `all`: every token; `first`: the first alone, (b, 1, d); a number g: the first one where there are tokens before
+    `all`: every token; `first`: the first alone, (b, 1, d); `mean`: the mean of those that are no padding, (b, 1, d); a
+    number g: the first one where there are tokens before
     the patches (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
     """
 
     tokens: str | int = "all"
     prefix: int = 1
 
-    def __call__(self, x: Tokens) -> Tensor:
+    def __call__(self, x: Tokens, mask: Tensor | None = None) -> Tensor:
+        """mask (b, n): which tokens are no padding; None: all."""
         if self.tokens == "all":
             return x
+        if self.tokens == "mean":
+            return mean_of(x, mask)[:, None]
         first = x[:, :1]
         if self.tokens == "first":
             return first
@@ -36,11 +40,24 @@ class View:
             return ALL
         if kept.tokens == "all":
             return self
-        return self if self.tokens == "first" and kept.prefix else None
+        return self if self.tokens == "first" and kept.tokens != "mean" and kept.prefix else None
+
+    @property
+    def by_mask(self) -> bool:
+        """Whether padding must be told from tokens."""
+        return self.tokens == "mean"
 
     def count(self) -> int:
         """How many tokens a grid leaves."""
-        return int(self.tokens) ** 2 + (self.prefix > 0)
+        return 1 if self.tokens == "mean" else int(self.tokens) ** 2 + (self.prefix > 0)
 
 
-ALL, FIRST = View(), View("first")
+def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
+    """The mean of the tokens (b, n, d) → (b, d) that are no padding by mask (b, n)."""
+    if mask is None:
+        return x.mean(1)
+    weight = mask[..., None].to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1)
+
+
+ALL, FIRST, MEAN = View(), View("first"), View("mean", 0)
