@@ -3,8 +3,8 @@
 import difflib
 import importlib.util
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     except ImportError as error:
         raise MissingExtra("transformers", "transformers") from error
     try:
-        with nullcontext() if Path(path).is_dir() else hub():
+        with _no_bar(), nullcontext() if Path(path).is_dir() else hub():
             if weights is None:
                 model = AutoModel.from_pretrained(path)
             else:
@@ -178,6 +178,20 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     if weights is not None:
         _load(backbone, weights)
     return backbone
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """While it lasts, transformers draws no bar for what is loaded in a moment."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _load(backbone: nn.Module, weights: str | Path) -> None:

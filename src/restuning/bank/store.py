@@ -201,9 +201,6 @@ class Bank:
                     f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
                     "weights; use init='random', or train without a bank"
                 )
-        missing = sorted(set(tuned._layers()) - set(self.layers))
-        if missing:
-            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
         for name in tuned.active_adapters:
             wanted = tuned._find(name).view
             if wanted.of(self.view) is None:
@@ -211,6 +208,9 @@ class Bank:
                     f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
                     f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
                 )
+        missing = sorted(set(tuned._layers(self.view)) - set(self.layers))
+        if missing:
+            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
 
     def tuned(self, described: nn.Module) -> Tuned:
         """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to

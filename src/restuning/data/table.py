@@ -51,7 +51,7 @@ def settings_of(rest: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     settings = dict(parse_qsl(query, keep_blank_values=True))
     strange = sorted(settings.keys() - set(known))
     if strange or (query and not settings):
-        raise DataError(f"{rest}: unknown setting {strange[0] if strange else query!r}: expected {', '.join(known)}")
+        raise DataError(f"{rest}: unknown setting {strange[0] if strange else query}: expected {', '.join(known)}")
     if settings.get("kind", KINDS[0]) not in KINDS:
         raise DataError(f"{rest}: unknown kind {settings['kind']!r}: expected one of {', '.join(KINDS)}")
     return path, settings
