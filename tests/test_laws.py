@@ -16,7 +16,7 @@ import restuning as rt
 from restuning.errors import RestuningError
 from restuning.measure import saved_bytes
 from restuning.methods import from_dict, to_dict
-from restuning.wiring.attach import tap
+from restuning.wiring.attach import MASK, tap
 from restuning.wiring.live import ALL, FIRST
 from restuning.wiring.sites import ANATOMIES
 
@@ -284,6 +284,8 @@ def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -
                 if layer in every:  # every token, where fewer were tapped
                     every[layer] = x
             tuned._live = lambda: ALL
+            if MASK in tuned._layers():  # of all tokens of a text, which are no padding
+                every = {MASK: inputs["attention_mask"], **every}
             torch.testing.assert_close(tuned.from_features(tuple(every.values())), out)
             del tuned._live
     tuned.save_pretrained(tmp_path)
