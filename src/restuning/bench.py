@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import default_collate
 
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import describe_backbone, load_backbone, preprocessing_of
@@ -346,7 +345,7 @@ def _bank(settings: Bench) -> Measured:
         orders = (batch for epoch in count() for batch in data_order(len(rows), settings.batch, 0, epoch))
 
         def read() -> tuple[tuple[Tensor, ...], Tensor]:
-            return _to(default_collate(rows.__getitems__(next(orders))), x.device)
+            return _to(rows.__getitems__(next(orders)), x.device)
 
         def disk_loss() -> Tensor:
             features, labels = read()

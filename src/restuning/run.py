@@ -273,6 +273,7 @@ class _FromBank:
 
     def __init__(self, run: Run, whole: Task, bank: Bank) -> None:
         self.run, self.whole, self.bank = run, whole, bank
+        self.kept: dict[tuple[str, ...], Examples] = {}
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
@@ -282,7 +283,12 @@ class _FromBank:
         return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
-        return FromBank(self.bank, items)
+        rows, key = FromBank(self.bank, items), tuple(items.names)
+        if self.bank.views > 1 or 2 * self.bank.bytes > LIMIT:  # a part of it, and all
+            return rows
+        if key not in self.kept:
+            self.kept[key] = rows.kept()
+        return self.kept[key]
 
 
 def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:

@@ -16,7 +16,7 @@ LIMIT = 2 * 2**30
 
 
 class Kept:
-    """Features of a data set, in memory: item i is (x_0 … x_L of example i, label)."""
+    """Features of a data set, in memory: item i is (x_0 … x_L of example i, label); batches are taken at once."""
 
     def __init__(self, features: Features, labels: Tensor) -> None:
         self.features, self.labels = features, labels
@@ -26,6 +26,13 @@ class Kept:
 
     def __getitem__(self, i: int) -> tuple[Features, Tensor]:
         return tuple(x[i] for x in self.features), self.labels[i]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
+        return tuple(x[indices] for x in self.features), self.labels[indices]
+
+    def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
+        """What `__getitems__` gives is a batch already."""
+        return batch
 
 
 class FromFeatures(nn.Module):

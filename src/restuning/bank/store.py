@@ -20,7 +20,7 @@ from restuning._types import Features
 from restuning._version import __version__
 from restuning.adapt import Tuned
 from restuning.adaptation import parts_of
-from restuning.bank.kept import tapped
+from restuning.bank.kept import Kept, tapped
 from restuning.data import Items, Reading, Source, Task, prepared
 from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, line
 from restuning.evaluate import Examples, HasEpoch, padded
@@ -124,8 +124,8 @@ def build(
                         seen(count, total)
             tail = hashlib.sha256((out / TAIL).read_bytes()).hexdigest()
             manifest = {**plan, "tail_sha256": tail, "shards": [asdict(shard) for shard in shards]}
-            write_whole(out / MANIFEST, _json(manifest))
-            (out / PARTIAL).unlink(missing_ok=True)
+            write_whole(out / PARTIAL, _json(manifest))
+            (out / PARTIAL).replace(out / MANIFEST)  # one move: a bank is either finished or not
             return manifest
     except OSError as error:
         raise RestuningError(
@@ -176,6 +176,12 @@ class Bank:
                 raise CheckpointError(f"{self.path / file} is damaged: its checksum is not the manifest's")
         except OSError as error:
             raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror or error}") from error
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows, as they are read: what is kept in half precision is read in single."""
+        half = 2 if self.manifest["dtype"] in ("float16", "bfloat16") else 1
+        return half * sum(shard.bytes for shard in self.shards)
 
     @property
     def views(self) -> int:
@@ -308,18 +314,28 @@ class FromBank:
         return len(self.places)
 
     def __getitem__(self, i: int) -> tuple[Features, Tensor]:
-        return self.__getitems__([i])[0]
+        features, labels = self.__getitems__([i])
+        return tuple(x[0] for x in features), labels[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Features, Tensor]]:
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
         """Many rows at once, as torch's loader asks for them."""
-        found: dict[int, tuple[Features, Tensor]] = {}
-        for split in self.splits:
-            mine = [i for i in indices if self.places[i][0] == split]
+        parts, order = [], []
+        for split in sorted(self.splits):
+            mine = [k for k, i in enumerate(indices) if self.places[i][0] == split]
             if mine:
-                features, labels = self._rows(split).fetch([self.places[i][1] for i in mine])
-                for k, i in enumerate(mine):
-                    found[i] = tuple(x[k] for x in features), labels[k]
-        return [found[i] for i in indices]
+                parts.append(self._rows(split).fetch([self.places[indices[k]][1] for k in mine]))
+                order += mine
+        again = torch.tensor(order).argsort()
+        layers = zip(*(features for features, _ in parts), strict=True)
+        return tuple(padded(layer)[again] for layer in layers), torch.cat([labels for _, labels in parts])[again]
+
+    def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
+        """What `__getitems__` gives is a batch already."""
+        return batch
+
+    def kept(self) -> Kept:
+        """All of its rows, in memory; of the first view."""
+        return Kept(*self.__getitems__(range(len(self))))
 
     def _rows(self, split: str) -> Rows:
         key = split, self.epoch % self.bank.views if split == "train" else 0
