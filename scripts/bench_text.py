@@ -24,9 +24,10 @@ from restuning.data import load_task, prepared
 from restuning.evaluate import loader
 from restuning.measure import saved_bytes
 from restuning.recipe import TrainConfig
-from restuning.run import RESULT, RUN, Run, build_bank, execute
+from restuning.run import RUN, Run, build_bank, execute
+from restuning.sweep import Sweep, sweep
 
-BATCH, MAX_LENGTH = 32, 128
+BATCH, MAX_LENGTH, DONE = 32, 128, "done.json"
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Row:
         return f"{self.method} (CLS)" if self.pool == "cls" else self.method
 
 
-HEADS = (0.005, 0.001, 0.0003)
+HEADS = (0.003, 0.001, 0.0003)
 ROWS = [
     Row("linear", "mean", "mean", HEADS),
     Row("bypass-mean", "mean", "mean", HEADS),
@@ -54,7 +55,7 @@ ROWS = [
     Row("lora", "mean", None, (0.001,)),
 ]
 TASKS = {"SST-2": "SST-2", "RTE": "RTE", "MNLI_10k": "MNLI_10k"}
-EPOCHS = {"SST-2": (10, 2), "RTE": (30, 5), "MNLI_10k": (20, 3)}  # from a bank, inside the backbone
+EPOCHS = {"SST-2": (5, 2), "RTE": (30, 5), "MNLI_10k": (20, 3)}  # from a bank, inside the backbone
 SEEDS = (0, 1, 2)  # from a bank; inside the backbone the first
 
 
@@ -70,9 +71,8 @@ def main() -> None:
         for tokens in ("mean", "first"):
             bank(spec, args.out / f"bank-{task}-{tokens}", tokens)
         for row in ROWS:
-            for seed in SEEDS if row.bank else SEEDS[:1]:
-                one(args, task, spec, row, seed)
-                record(args)
+            one(args, task, spec, row)
+            record(args)
 
 
 def bank(spec: str, out: Path, tokens: str) -> None:
@@ -81,26 +81,44 @@ def bank(spec: str, out: Path, tokens: str) -> None:
         build_bank(spec, out, backbone=MINILM, resume=out.exists(), progress=False, **how)
 
 
-def one(args: argparse.Namespace, task: str, spec: str, row: Row, seed: int) -> None:
-    out = args.out / f"{task}-{row.method}-{row.pool}-{seed}"
-    if (out / RESULT).exists():
+def one(args: argparse.Namespace, task: str, spec: str, row: Row) -> None:
+    """A grid from the bank, and an epoch alone for its time; or one run inside the backbone."""
+    out = folder(args, task, row)
+    if (out / DONE).exists():
         return
     at = args.out / f"bank-{task}-{row.bank}"
     epochs = EPOCHS[task][0 if row.bank else 1]
+    pool = None if row.method == "bypass-mean" else row.pool
     run = Run(
         data=spec,
         backbone=MINILM,
         method=row.method,
         bank=str(at) if row.bank else None,
-        pool=None if row.method == "bypass-mean" else row.pool,
+        pool=pool,
         max_length=MAX_LENGTH,
-        lrs=row.rates,
-        training=TrainConfig(epochs=epochs, batch_size=BATCH, seed=seed, group_by_length=row.bank is None),
+        lrs=row.rates[:1],
+        training=TrainConfig(epochs=1 if row.bank else epochs, batch_size=BATCH, group_by_length=row.bank is None),
     )
-    result = execute(run, out, resume=(out / RUN).exists())
-    more = {"saved_bytes": kept_for_backward(run), "commit": commit()}
-    (out / RESULT).write_text(json.dumps({**result, **more}, indent=2) + "\n")
-    print(f"{task}, {row.name}, seed {seed}: {result['test_accuracy']:.2f} % at lr {result['lr']}", flush=True)
+    result = execute(run, out / "run", resume=(out / "run" / RUN).exists())
+    found, rates = [result["test_accuracy"]], [result["lr"]]
+    if row.bank:
+        grid = Sweep(str(at), (row.method,), row.rates, (epochs,), SEEDS, pool, training=TrainConfig(batch_size=BATCH))
+        seeds = sweep(grid, out / "sweep", resume=(out / "sweep").exists())["methods"][row.method]["seeds"]
+        found, rates = [s["test_score"] for s in seeds], [s["lr"] for s in seeds]
+    more = {
+        "test_accuracies": found,
+        "rates": rates,
+        "epochs_trained": epochs,
+        "epoch_seconds": statistics.median(e["seconds"] for e in result.pop("epochs")),
+        "saved_bytes": kept_for_backward(run),
+        "commit": commit(),
+    }
+    (out / DONE).write_text(json.dumps({"task": task, "row": row.name, **result, **more}) + "\n")
+    print(f"{task}, {row.name}: {statistics.fmean(found):.2f} % at lr {rates}", flush=True)
+
+
+def folder(args: argparse.Namespace, task: str, row: Row) -> Path:
+    return args.out / f"{task}-{row.method}-{row.pool}"
 
 
 def kept_for_backward(run: Run) -> int:
@@ -122,19 +140,13 @@ def kept_for_backward(run: Run) -> int:
 
 def record(args: argparse.Namespace) -> None:
     """Both files, from what is done so far."""
-    rows = []
-    for task in TASKS:
-        for row in ROWS:
-            for seed in SEEDS:
-                done = args.out / f"{task}-{row.method}-{row.pool}-{seed}" / RESULT
-                if done.exists() and "commit" in (found := json.loads(done.read_text())):
-                    rows.append({"task": task, "row": row.name, "seed": seed, **found})
+    files = [folder(args, task, row) / DONE for task in TASKS for row in ROWS]
+    rows = [json.loads(file.read_text()) for file in files if file.exists()]
     args.results.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({k: v for k, v in r.items() if k != "epochs"} | {"epoch_seconds": seconds(r)}) for r in rows]
-    (args.results / "text.jsonl").write_text("\n".join(lines) + "\n")
+    (args.results / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = []
     for task in TASKS:
-        mine = [r for r in rows if r["task"] == task]
+        mine = {r["row"]: r for r in rows if r["task"] == task}
         if not mine:
             continue
         table += [
@@ -144,22 +156,20 @@ def record(args: argparse.Namespace) -> None:
             "|---|---|--:|--:|--:|---|--:|--:|--:|",
         ]
         for row in ROWS:
-            same = [r for r in mine if r["row"] == row.name]
-            if not same:
+            if (r := mine.get(row.name)) is None:
                 continue
-            found = [r["test_accuracy"] for r in same]
+            found = r["test_accuracies"]
             spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-            first = same[0]
             cells = [
                 row.name,
                 f"a bank, {row.bank if row.bank == 'mean' else 'CLS'}" if row.bank else "texts",
                 f"{statistics.fmean(found):.2f}{spread}",
                 str(len(found)),
-                str(len(first["epochs"])),
-                ", ".join(sorted({f"{r['lr']:g}" for r in same})),
-                f"{first['parameters']['trainable']:,}",
-                f"{first['saved_bytes'] / 2**20:.2f}",
-                f"{statistics.median([seconds(r) for r in same]):.1f}",
+                str(r["epochs_trained"]),
+                ", ".join(f"{rate:g}" for rate in sorted(set(r["rates"]))),
+                f"{r['parameters']['trainable']:,}",
+                f"{r['saved_bytes'] / 2**20:.2f}",
+                f"{r['epoch_seconds']:.1f}",
             ]
             table.append(f"| {' | '.join(cells)} |")
         table.append("")
@@ -178,10 +188,6 @@ Command: `python scripts/bench_text.py`; commit {first["commit"]}; torch {first[
 {torch.get_num_threads()} thread(s), other work beside it. Every figure with its settings: `text.jsonl`.
 """
     (args.results / "text.md").write_text(text)
-
-
-def seconds(result: dict) -> float:
-    return statistics.median(e["seconds"] for e in result["epochs"]) if "epochs" in result else result["epoch_seconds"]
 
 
 if __name__ == "__main__":
