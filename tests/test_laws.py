@@ -106,7 +106,7 @@ def hooks(backbone: nn.Module) -> int:
 def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = adapt(tiny, rt.Residual({op: recipe})), tiny.inputs()
     last = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert torch.equal(tuned.features(**inputs)[0], tuned._live()(last))
+    assert torch.equal(tuned.features(**inputs)[-1], tuned._live()(last))
 
 
 @each_backbone
@@ -115,7 +115,7 @@ def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
 def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert not torch.allclose(tuned.features(**inputs)[0], tuned._live()(before), atol=1e-4), "the tuner acts"
+    assert not torch.allclose(tuned.features(**inputs)[-1], tuned._live()(before), atol=1e-4), "the tuner acts"
     tuned(**inputs).square().sum().backward()
     assert all(p.grad is None for p in tuned.backbone.parameters())
     for name, p in tuned.adapters.named_parameters():
@@ -161,7 +161,7 @@ def test_the_law_written_out(name: str, block: Any, recipe: Any) -> None:
     tuners = tuned.adapters["default"].tuners
     for i, path in enumerate(tuned._sites.blocks):
         x = block(tuned.backbone.get_submodule(path), x, {op: tuners[f"{i}_{op}"] for op in OPS})
-    torch.testing.assert_close(tuned.features(**inputs)[0], x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tuned.features(**inputs)[-1], x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("h", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3)], ids=["-", "A", "F", "P"])

@@ -1,5 +1,7 @@
 """Finding operations, and saying what was looked for where there are none."""
 
+import re
+
 import pytest
 import timm
 import torch
@@ -19,17 +21,20 @@ def test_every_block_has_its_operations(tiny: Tiny) -> None:
     depth = len(sites.blocks)
     assert depth in (2, 3) and len({s.name for s in sites}) == len(sites)
     for op in ("mha", "ffn", "block") if tiny.anatomy else ("mha", "ffn", "block", "attention", *PARTS):
-        found = sites.at(op)
+        found, keys = sites.at(op), sites.anatomy.keys is not None and op == "attention"
+        heads = 1 if tiny.anatomy else 2 if keys else 4
         assert sorted({s.block for s in found}) == [s.port.block for s in found[:: len(found) // depth]]
-        assert all(s.port.depth == depth and s.port.heads == (1 if tiny.anatomy else 4) for s in found)
+        assert all(s.port.depth == depth and s.port.heads == heads for s in found)
     if not tiny.anatomy:  # every affine map and norm of the body, once
         affine = {s.writes.path for s in sites.at("affine")}
-        kinds = (nn.Linear, nn.LayerNorm, nn.Conv2d)
-        there = {name for name, m in backbone.named_modules() if isinstance(m, kinds)}
+        kinds = ("Linear", "LayerNorm", "Conv2d", "RMSNorm")
+        there = {name for name, m in backbone.named_modules() if type(m).__name__.endswith(kinds)}
+        there |= {name for name, p in backbone.named_parameters() if name.endswith("in_proj_weight")}
         beyond = {name.split("vision_model.")[-1] for name in there - affine}
-        assert beyond <= {"pooler.dense", "pre_layrnorm"} and affine <= there
+        known = re.compile(r"pooler\.dense|pre_layrnorm|ln_pre|heads?\..*|attn_pool\..*|.*self_attn\.[qk]_norm")
+        assert all(map(known.fullmatch, beyond)) and affine <= there, beyond | (affine - there)
         for site in sites.at("affine"):
-            weight = backbone.get_submodule(site.writes.path).weight
+            weight = site.affine(backbone).weight
             assert site.port.writes == len(weight) and site.op in AFFINE
 
 

@@ -18,8 +18,8 @@ from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
-from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
-from restuning.wiring.live import ALL, View
+from restuning.wiring.attach import MASK, Attachment, Taps, Tuners, gathered, tap
+from restuning.wiring.live import ALL, LAST, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import tail_of
@@ -78,9 +78,10 @@ class Tuned(nn.Module):
     ) -> None:
         """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
 
-        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools (a side path on a grid has
-        its head read all of its tokens). Raises MethodError for a
-        name in use or unfit, an unknown method, a class count below 1; SiteError for an operation that is not there.
+        pool: `cls`, `mean`, `cls+mean`, `last` (the last token that is no padding), `map` (the backbone's own pooler)
+        or `none` (every token); None: as the backbone pools (a side path on a grid has its head read all of its
+        tokens). Raises MethodError for a name in use or unfit, an unknown method, a class count below 1; SiteError for
+        an operation that is not there.
         """
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
             raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
@@ -171,7 +172,7 @@ class Tuned(nn.Module):
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
-        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        changed: dict[Site, tuple[Tensor, Tensor]] = {}
         for place, site in adapter.sites.items():
             tuner: Any = adapter.tuners[place]
             if not getattr(tuner, "merges", False) or site.op not in AFFINE:
@@ -179,18 +180,24 @@ class Tuned(nn.Module):
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
                 )
-            weight, bias = _affine(self.backbone.get_submodule(site.writes.path))
+            affine = site.affine(self.backbone)
+            weight, bias = affine.weight, affine.bias
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
             more_weight, more_bias = tuner.merged(weight, bias)
             # tuners of one site add up, each to the frozen map
-            to_weight, to_bias = changed.get(site.writes.path, (weight, bias))
-            changed[site.writes.path] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
+            to_weight, to_bias = changed.get(site, (weight, bias))
+            changed[site] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
+            alone = affine.bias is None and not _takes_bias(self.backbone, site)
+            if alone and (weight.ndim == 1 or changed[site][1].any()):
+                raise MethodError(f"adapter {name!r} cannot be merged: no bias is there to take what {place} adds")
         backbone = self.unload()
-        for path, (weight, bias) in changed.items():
-            module: Any = backbone.get_submodule(path)
-            module.weight.data.copy_(weight.detach())
-            if module.bias is not None:
-                module.bias.data.copy_(bias.detach())
+        for site, (weight, bias) in changed.items():
+            affine = site.affine(backbone)
+            affine.weight.data.copy_(weight.detach())
+            if affine.bias is not None:
+                affine.bias.data.copy_(bias.detach())
             elif bias.any():
+                module: Any = backbone.get_submodule(site.writes.path)
                 module.bias = nn.Parameter(bias.detach())
         return backbone
 
@@ -260,7 +267,8 @@ class Tuned(nn.Module):
     def from_features(self, features: Features, kept: View | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
 
-        A mean over a text's tokens, and a ladder on them, want the attention mask (b, n) ahead of the layers.
+        A mean over a text's tokens, the last of them, and a ladder on them want the attention mask (b, n) ahead of the
+        layers.
 
         kept: which tokens the features hold; None: those that `features` gives. head: whether the head is run.
         Without autograd, adapters of one shape run as one.
@@ -316,6 +324,8 @@ class Tuned(nn.Module):
         kinds: dict[str | None, list[int]] = {}
         for i, name in enumerate(rows):
             kinds.setdefault(None if name is None else kind_of(name, self._find(name)), []).append(i)
+        if len(kinds) > 1 and kwargs.get("past_key_values") is not None:
+            raise MethodError("adapter_names with past_key_values: a cache is of one kind of adapter, one pass for all")
         parts = []
         for at in kinds.values():
             own_args, own_kwargs = pick((args, kwargs), at, batch)
@@ -330,10 +340,12 @@ class Tuned(nn.Module):
         """Logits of rows whose adapters are of one kind."""
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
-            tail = tail_of(self.backbone, self._sites)
-            with tap(self.backbone, self._sites, [len(self._sites.blocks)], tail.live) as taps:
+            tail, last = tail_of(self.backbone, self._sites), len(self._sites.blocks)
+            layers = [MASK, last] if tail.live == LAST else [last]
+            with tap(self.backbone, self._sites, layers, tail.live) as taps:
                 said = self.backbone(*args, **kwargs)
-            return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
+            *mask, x = taps.features
+            return said if isinstance(said, Tensor) and said.ndim == 2 else tail(x, *mask)
         like = self._find(names[0])
         which = torch.tensor([names.index(str(name)) for name in rows], device=next(self.backbone.parameters()).device)
         alike = zip(*(self._find(name).inside for name in names), strict=True)
@@ -526,10 +538,9 @@ def name_of(backbone: nn.Module) -> str:
     return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
 
 
-def _affine(module: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an affine module; zeros where it has no bias."""
-    weight: Tensor = module.weight
-    return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
+def _takes_bias(backbone: nn.Module, site: Site) -> bool:
+    """Whether a module is called there that has the place for a bias."""
+    return site.weight is None and "bias" in backbone.get_submodule(site.writes.path)._parameters
 
 
 def _adaptation(module: nn.Module) -> Adaptation:

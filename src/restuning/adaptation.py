@@ -13,9 +13,9 @@ from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
-from restuning.wiring.live import ALL, FIRST, View
-from restuning.wiring.sites import PARTS, Site, Sites
-from restuning.wiring.tail import Tail, head_width
+from restuning.wiring.live import ALL, FIRST, LAST, View
+from restuning.wiring.sites import PARTS, Affine, Site, Sites
+from restuning.wiring.tail import Tail, head_width, seen_by
 
 
 class Adaptation(nn.Module):
@@ -47,8 +47,8 @@ class Adaptation(nn.Module):
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        self.reads_mask = padded and ("mean" in pool or isinstance(self.side, LadderNet))
-        if mixes_tokens(self.side) and self.view == FIRST:
+        self.reads_mask = padded and (pool == "last" or "mean" in pool or isinstance(self.side, LadderNet))
+        if mixes_tokens(self.side) and self.view in (FIRST, LAST):
             self.view = ALL
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
@@ -115,7 +115,8 @@ class Reader(nn.Module):
         view = self.adapter.view.of(kept)
         if view is None:
             raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
-        return tuple(x if layer < 0 else view(x) for layer in self.adapter.layers for x in (features[layer],))
+        mask = features.get(MASK)
+        return tuple(x if layer < 0 else view(x, mask) for layer in self.adapter.layers for x in (features[layer],))
 
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""
@@ -147,7 +148,7 @@ def _view(sites: Sites, method: Method, pool: str) -> View:
     """What its output can see of a layer, if nothing mixes tokens."""
     grid, prefix = grid_of(method), sites.port.grid
     if grid is None:
-        return FIRST if pool == "cls" else ALL
+        return seen_by(pool)
     if prefix is None:
         raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
     return View(grid, prefix)
@@ -183,10 +184,10 @@ def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
 
 def prune_ladder(net: LadderNet, backbone: nn.Module, sites: Sites, score: Callable[[nn.Parameter], Tensor]) -> None:
     """Give a ladder the best of the backbone's own weights by `score`; see `restuning.side.prune`."""
-    roles: list[dict[str, list[nn.Module]]] = [{} for _ in sites.blocks]
+    roles: list[dict[str, list[Affine]]] = [{} for _ in sites.blocks]
     for site in sites.all:
         if site.op in PARTS and site.block is not None:
-            roles[site.block].setdefault(site.op, []).append(backbone.get_submodule(site.writes.path))
+            roles[site.block].setdefault(site.op, []).append(site.affine(backbone))
     prune(net, roles, score)
 
 

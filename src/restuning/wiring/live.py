@@ -14,16 +14,20 @@ from restuning.tuners.grid import patches
 class View:
     """What is kept of the tokens (b, n, d) of a layer.
 
-    `all`: every token; `first`: the first alone, (b, 1, d); a number g: the first one where there are tokens before
-    the patches (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
+    `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); a number g:
+    the first one where there are tokens before the patches (`prefix` of them), and the mean of each cell of a g × g
+    grid of the patches, (b, 1 + g², d).
     """
 
     tokens: str | int = "all"
     prefix: int = 1
 
-    def __call__(self, x: Tokens) -> Tensor:
+    def __call__(self, x: Tokens, mask: Tensor | None = None) -> Tensor:
+        """mask (b, n): which tokens are no padding; of a longer one, with what came before these tokens, the end."""
         if self.tokens == "all":
             return x
+        if self.tokens == "last":
+            return last(x, mask)
         first = x[:, :1]
         if self.tokens == "first":
             return first
@@ -43,4 +47,12 @@ class View:
         return int(self.tokens) ** 2 + (self.prefix > 0)
 
 
-ALL, FIRST = View(), View("first")
+def last(x: Tokens, mask: Tensor | None) -> Tensor:
+    """The last token of each row that `mask` has, (b, 1, d), on whichever side the padding is."""
+    if mask is None:
+        return x[:, -1:]
+    ahead = mask[:, -x.shape[1] :].flip(1).bool().int().argmax(1)
+    return x.gather(1, (x.shape[1] - 1 - ahead)[:, None, None].expand(-1, 1, x.shape[2]))
+
+
+ALL, FIRST, LAST = View(), View("first"), View("last")
