@@ -106,7 +106,7 @@ def hooks(backbone: nn.Module) -> int:
 def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = adapt(tiny, rt.Residual({op: recipe})), tiny.inputs()
     last = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert torch.equal(tuned.features(**inputs)[-1], tuned._live()(last))
+    assert torch.equal(tuned.features(**inputs)[-1], tuned._live()(last, inputs.get("attention_mask")))
 
 
 @each_backbone
@@ -115,7 +115,7 @@ def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
 def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert not torch.allclose(tuned.features(**inputs)[-1], tuned._live()(before), atol=1e-4), "the tuner acts"
+    assert not torch.allclose(tuned.features(**inputs)[-1], tuned._live()(before, inputs.get("attention_mask")), atol=1e-4), "the tuner acts"
     tuned(**inputs).square().sum().backward()
     assert all(p.grad is None for p in tuned.backbone.parameters())
     for name, p in tuned.adapters.named_parameters():
@@ -304,7 +304,9 @@ def test_methods_that_are_the_backbone_at_birth(name: str, method: str) -> None:
         tail = tuned._readers["default"].tail
         with torch.no_grad():
             expected = tail(plain_features(tiny, tuned.backbone, inputs)[-1])
-            torch.testing.assert_close(tuned(**inputs), expected, rtol=0, atol=0)
+            # nn.MultiheadAttention is opened where its weights are tuned: its sums are rounded in another order
+            opened = name in ("open-clip", "torchvision") and method in ("lora", "bitfit")
+            torch.testing.assert_close(tuned(**inputs), expected, rtol=0, atol=1e-5 * opened)
 
 
 def test_mixes_of_everything_save_and_load(tmp_path: Any) -> None:

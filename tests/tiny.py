@@ -16,6 +16,8 @@ from torchvision.models import VisionTransformer as TorchvisionViT
 
 import restuning as rt
 
+torch.backends.mha.set_fastpath_enabled(False)  # it rounds otherwise, and is taken or not as gradients are wanted
+
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 4, "num_classes": 0}
 HF = {
     "hidden_size": 32,
