@@ -115,7 +115,9 @@ def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
 def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert not torch.allclose(tuned.features(**inputs)[-1], tuned._live()(before, inputs.get("attention_mask")), atol=1e-4), "the tuner acts"
+    assert not torch.allclose(
+        tuned.features(**inputs)[-1], tuned._live()(before, inputs.get("attention_mask")), atol=1e-4
+    ), "the tuner acts"
     tuned(**inputs).square().sum().backward()
     assert all(p.grad is None for p in tuned.backbone.parameters())
     for name, p in tuned.adapters.named_parameters():
