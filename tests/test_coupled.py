@@ -17,7 +17,7 @@ import restuning as rt
 from restuning.errors import MethodError
 from restuning.measure import saved_bytes
 
-BACKBONES = ("timm-vit", "timm-deit", "timm-eva", "hf-vit", "hf-dinov2", "hf-clip", "bert", "open-clip", "qwen3")
+BACKBONES = ("timm-vit", "timm-deit", "timm-eva", "hf-vit", "hf-dinov2", "hf-clip", "bert", "open-clip", "gemma3")
 INSIDE = {m for m, method in rt.methods.items() if isinstance(method, rt.Residual | rt.Mix)} - {"linear"}
 EXTRA = {
     "unbound-shallow": rt.Residual({"block": rt.PromptTuning(3, span="rest", unbound=True)}, blocks=(0,)),
@@ -32,8 +32,8 @@ PAIRS = [
     for name in BACKBONES
     for method in (*sorted(INSIDE), *EXTRA)
     if method not in REFUSED.get(name, {})
-    and not (name in ("bert", "qwen3") and "grid" in method)
-    and not (name == "qwen3" and "unbound" in method)
+    and not (name in ("bert", "gemma3") and "grid" in method)
+    and not (name == "gemma3" and "unbound" in method)
 ]
 
 

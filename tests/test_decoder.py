@@ -5,19 +5,19 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import DECODER, TINY, small
+from tiny import GROUPED, TINY, small
 from torch import Tensor, nn
 
 import restuning as rt
 from restuning.errors import MethodError, SiteError
 from restuning.wiring.live import LAST, last
 
-SHARED = {**DECODER, "num_key_value_heads": 2}
 FAMILIES: dict[str, Any] = {
-    "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**SHARED)),
-    "mistral": lambda: hf.MistralModel(hf.MistralConfig(**SHARED, sliding_window=4)),
-    "qwen2": lambda: hf.Qwen2Model(hf.Qwen2Config(**SHARED)),
-    "qwen3": lambda: hf.Qwen3Model(hf.Qwen3Config(**SHARED, head_dim=16)),
+    "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)),
+    "mistral": lambda: hf.MistralModel(hf.MistralConfig(**GROUPED, sliding_window=4)),
+    "qwen2": lambda: hf.Qwen2Model(hf.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: hf.Qwen3Model(hf.Qwen3Config(**GROUPED, head_dim=16)),
+    "gemma3": TINY["gemma3"].build,
 }
 INSIDE = ("lora", "adapter", "prefix", "bitfit", "ssf", "res-tuning", "mam-adapter")
 
@@ -119,7 +119,7 @@ def test_a_mixed_batch_has_one_cache_for_one_kind() -> None:
 @pytest.mark.parametrize("build", [hf.LlamaForSequenceClassification, hf.LlamaForCausalLM])
 def test_inside_a_larger_model(build: Any) -> None:
     torch.manual_seed(0)
-    model, inputs = build(hf.LlamaConfig(**SHARED)).eval(), padded("right")
+    model, inputs = build(hf.LlamaConfig(**GROUPED)).eval(), padded("right")
     tuned = rt.adapt(model, small("lora"), 3).eval()
     assert {s.writes.path.split(".")[0] for s in tuned._sites} == {"model"} and tuned._sites.pool == "last"
     inner = rt.adapt(model.model, "linear").eval()
@@ -159,6 +159,13 @@ def test_merging_lora_into_a_decoder() -> None:
 
 
 def test_tiny_decoders_are_of_this_family() -> None:
-    for name in ("llama", "qwen3"):
+    for name in ("llama", "gemma3"):
         port = rt.find_sites(TINY[name].backbone()).at("attention")[0].port
-        assert (port.heads, port.writes) == (2, {"llama": 16, "qwen3": 32}[name])
+        assert (port.heads, port.writes) == (2, {"llama": 16, "gemma3": 32}[name])
+
+
+def test_capped_scores_refuse_a_prefix() -> None:
+    gemma2 = hf.Gemma2Model(hf.Gemma2Config(**GROUPED, head_dim=16, attn_implementation="eager"))
+    with pytest.raises(SiteError, match="scores are capped"):
+        rt.adapt(gemma2, "prefix", 3)(**padded("right"))
+    rt.adapt(gemma2, "res-tuning", 3)(**padded("right"))

@@ -31,7 +31,9 @@ def test_every_block_has_its_operations(tiny: Tiny) -> None:
         there = {name for name, m in backbone.named_modules() if type(m).__name__.endswith(kinds)}
         there |= {name for name, p in backbone.named_parameters() if name.endswith("in_proj_weight")}
         beyond = {name.split("vision_model.")[-1] for name in there - affine}
-        known = re.compile(r"pooler\.dense|pre_layrnorm|ln_pre|heads?\..*|attn_pool\..*|.*self_attn\.[qk]_norm")
+        known = re.compile(
+            r"pooler\.dense|pre_layrnorm|ln_pre|heads?\..*|attn_pool\..*|.*self_attn\.[qk]_norm|.*\.post_\w+norm"
+        )
         assert all(map(known.fullmatch, beyond)) and affine <= there, beyond | (affine - there)
         for site in sites.at("affine"):
             weight = site.affine(backbone).weight

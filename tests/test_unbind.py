@@ -9,7 +9,7 @@ import timm.layers
 import torch
 import transformers as hf
 from timm.models.vision_transformer import VisionTransformer
-from tiny import DECODER, HF, TEXT, TINY, VIT, Tiny
+from tiny import GROUPED, HF, TEXT, TINY, VIT, Tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,8 +48,7 @@ BACKBONES = {
 
 
 def _qwen(kind: str) -> nn.Module:
-    sizes = {"num_key_value_heads": 2, "head_dim": 16, "attn_implementation": kind}
-    return hf.Qwen3Model(hf.Qwen3Config(**DECODER, **sizes))
+    return hf.Qwen3Model(hf.Qwen3Config(**GROUPED, head_dim=16, attn_implementation=kind))
 
 
 PREFIXED = {

@@ -27,7 +27,7 @@ HF = {
     "image_size": 16,
     "patch_size": 8,
 }
-DECODER = {**HF, "vocab_size": 50, "pad_token_id": 0}
+GROUPED = {**HF, "vocab_size": 50, "pad_token_id": 0, "num_key_value_heads": 2}
 TEXT = {**HF, "vocab_size": 50, "max_position_embeddings": 40, "pad_token_id": 0}
 
 
@@ -174,8 +174,8 @@ TINY: dict[str, Tiny] = {
     "hf-dinov3": Tiny(lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**HF, num_register_tokens=2)), "hf"),
     "open-clip": Tiny(OpenClip),
     "torchvision": Tiny(lambda: TorchvisionViT(16, 8, 2, 4, 32, 64)),
-    "llama": Tiny(lambda: hf.LlamaModel(hf.LlamaConfig(**DECODER, num_key_value_heads=2)), "text"),
-    "qwen3": Tiny(lambda: hf.Qwen3Model(hf.Qwen3Config(**DECODER, num_key_value_heads=2, head_dim=16)), "text"),
+    "llama": Tiny(lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)), "text"),
+    "gemma3": Tiny(lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(**GROUPED, head_dim=16)), "text"),
     "bert": Tiny(lambda: hf.BertModel(hf.BertConfig(**TEXT)), "text"),
     "roberta": Tiny(lambda: hf.RobertaModel(hf.RobertaConfig(**TEXT)), "text"),
     "own": Tiny(Keywords, "vector", OWN),
@@ -206,7 +206,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "timm-eva02": {**_ROTARY, **_GATED, "ladder-grid4": "an ungated FFN"},
     "hf-dinov3": _ROTARY,
     "llama": {**_NO_GRID, **_ROTARY, **_GATED},
-    "qwen3": {**_NO_GRID, **_ROTARY, **_GATED},
+    "gemma3": {**_NO_GRID, **_ROTARY, **_GATED},
     "bert": _NO_GRID,
     "roberta": _NO_GRID,
     "own": {**_NO_GRID, **_NO_PARTS},

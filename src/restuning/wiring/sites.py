@@ -123,7 +123,9 @@ class Anatomy:
 
     def paths(self) -> list[str]:
         """The modules that a block must have."""
-        return sorted({p.path for op in self.ops.values() for p in (op.reads, op.writes)} | {self.width})
+        return sorted(
+            {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p} | {self.width}
+        )
 
 
 def _timm_pool(root: Any) -> str:
@@ -275,12 +277,35 @@ _OPEN_CLIP = Anatomy(
     pool=_open_clip_pool,
     grid=True,
 )
+_LLAMA = Anatomy(
+    "transformers Llama, Mistral, Qwen, Phi-3",
+    blocks="layers",
+    ops={
+        "mha": Op(into("self_attn"), out_of("self_attn.o_proj"), into("input_layernorm")),
+        "ffn": Op(into("mlp"), out_of("mlp"), into("post_attention_layernorm")),
+    },
+    parts={
+        "norm1": ("input_layernorm",),
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+        "proj": ("self_attn.o_proj",),
+        "norm2": ("post_attention_layernorm",),
+        "fc1": ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+        "fc2": ("mlp.down_proj",),
+    },
+    attention="self_attn",
+    width="input_layernorm.weight",
+    heads="self_attn.config.num_attention_heads",
+    keys=("self_attn.config.num_key_value_heads", "self_attn.head_dim"),
+    norm="norm",
+    pool=_last,
+    prefix=_zero,
+)
 
 
 ANATOMIES: tuple[Anatomy, ...] = (
     replace(  # BEiT too: the weight is used with a bias that is put together on the spot
         _TIMM,
-        name="timm EVA",
+        name="timm EVA, BEiT",
         parts={**_TIMM.parts, "qkv": (Weight("attn", "attn.qkv.weight"),)},
         has=lambda block: block.attn.qkv is not None and block.attn.q_bias is not None,
     ),
@@ -364,29 +389,16 @@ ANATOMIES: tuple[Anatomy, ...] = (
         prefix=_zero,
     ),
     _CLIP,
-    Anatomy(
-        "transformers Llama, Mistral, Qwen",
-        blocks="layers",
+    replace(  # norms after the operations too: what these say is added to after them
+        _LLAMA,
+        name="transformers Gemma 2 and 3",
         ops={
-            "mha": Op(into("self_attn"), out_of("self_attn.o_proj"), into("input_layernorm")),
-            "ffn": Op(into("mlp"), out_of("mlp"), into("post_attention_layernorm")),
+            "mha": Op(into("self_attn"), out_of("post_attention_layernorm"), into("input_layernorm")),
+            "ffn": Op(into("mlp"), out_of("post_feedforward_layernorm"), into("pre_feedforward_layernorm")),
         },
-        parts={
-            "norm1": ("input_layernorm",),
-            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "proj": ("self_attn.o_proj",),
-            "norm2": ("post_attention_layernorm",),
-            "fc1": ("mlp.gate_proj", "mlp.up_proj"),
-            "fc2": ("mlp.down_proj",),
-        },
-        attention="self_attn",
-        width="input_layernorm.weight",
-        heads="self_attn.config.num_attention_heads",
-        keys=("self_attn.config.num_key_value_heads", "self_attn.head_dim"),
-        norm="norm",
-        pool=_last,
-        prefix=_zero,
+        parts={**_LLAMA.parts, "norm2": ("pre_feedforward_layernorm",)},
     ),
+    _LLAMA,
     Anatomy(  # post-norm: the residual is added inside attention.output and output, and there is no final norm
         "transformers BERT, RoBERTa, MiniLM",
         blocks="encoder.layer",

@@ -206,6 +206,8 @@ class _Seen(TorchFunctionMode):
         return out
 
     def _follow(self, name: str, args: Any, out: Tensor) -> None:
+        if name == "tanh":
+            raise SiteError("the attention's scores are capped: a prefix cannot be merged exactly")
         if name == "softmax":
             scores = args[0]
             self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
