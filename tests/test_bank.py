@@ -78,6 +78,24 @@ def test_bank_is_live(method: str, bank: Path) -> None:
     assert rt.count(away) == rt.count(live)
 
 
+@pytest.mark.parametrize("name", ["timm-siglip", "hf-siglip"])
+def test_a_bank_carries_the_pooler(name: str, tmp_path: Path) -> None:
+    live = shake(adapt(TINY[name], small("bypass"), 10)).eval()
+    task = load_task("digits", train_size=20, test_size=10)
+    preprocess = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3)
+    build(live, task, preprocess, tmp_path, dtype="float64")
+    with torch.device("meta"):
+        described = TINY[name].build()
+    away = Bank(tmp_path).tuned(described)
+    away.add_adapter("default", small("bypass"), 10)
+    away.adapters.load_state_dict(live.adapters.state_dict())
+    pixels = torch.stack([preprocess(task.train.image(i)) for i in (0, 7)])
+    features = Bank(tmp_path).rows("train").fetch([0, 7])[0]
+    torch.testing.assert_close(
+        away.from_features(tuple(x.float() for x in features)), live(pixels), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_fifty_steps_from_a_bank_are_fifty_live_ones(bank: Path) -> None:
     opened = Bank(bank)
     task = load_task("digits", train_size=120, test_size=40)

@@ -192,8 +192,8 @@ def graphs(compiled: list[int]) -> Any:
 
 IN_ONE_GRAPH = [("timm-vit", method) for method in rt.methods] + [
     (name, method)
-    for name in ("hf-vit", "hf-clip", "bert", "timm-eva02", "own")
-    for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass")
+    for name in ("hf-vit", "hf-clip", "bert", "timm-eva02", "own", "open-clip", "llama")
+    for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass", *(("lora",) if name == "open-clip" else ()))
     if method not in REFUSED.get(name, {})
 ]
 

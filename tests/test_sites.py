@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 import transformers as hf
-from tiny import HF, TEXT, TINY, Tiny
+from timm.models.vision_transformer import VisionTransformer
+from tiny import HF, TEXT, TINY, VIT, Tiny
 from torch import nn
 
 import restuning as rt
@@ -56,6 +57,12 @@ def test_widths_are_the_modules_own() -> None:
         ("timm-dinov2-registers", "cls", 3),
         ("hf-dinov2-registers", "cls", 3),
         ("bert", "cls", 0),
+        ("timm-siglip", "map", 0),
+        ("hf-siglip", "map", 0),
+        ("open-clip", "cls", 1),
+        ("torchvision", "cls", 1),
+        ("hf-dinov3", "cls", 3),
+        ("llama", "last", 0),
     ],
 )
 def test_pooling_is_the_backbones_own(name: str, pool: str, prefix: int) -> None:
@@ -63,7 +70,7 @@ def test_pooling_is_the_backbones_own(name: str, pool: str, prefix: int) -> None
     assert (sites.pool, sites.prefix) == (pool, prefix)
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "timm-eva02", "timm-dinov2-registers"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "timm-eva02", "timm-dinov2-registers", "timm-siglip"])
 def test_the_tail_is_timms(name: str) -> None:
     tiny = TINY[name]
     tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
@@ -72,14 +79,34 @@ def test_the_tail_is_timms(name: str) -> None:
 
 
 def test_the_tail_is_transformers() -> None:
-    for name in ("hf-dinov2", "hf-clip"):
+    for name in ("hf-dinov2", "hf-dinov3", "hf-clip", "hf-siglip"):
         tiny = TINY[name]
         tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
         with torch.no_grad():
             torch.testing.assert_close(tuned(**inputs), tuned.backbone(**inputs).pooler_output)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "deit3_small_patch16_224", "eva02_tiny_patch14_224"])
+def test_the_tail_is_the_models_own() -> None:
+    for name, said in (("open-clip", lambda m, y: y @ m.proj), ("torchvision", lambda m, y: m.heads(y))):
+        tiny = TINY[name]
+        tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
+        with torch.no_grad():
+            torch.testing.assert_close(said(tuned.backbone, tuned(**inputs)), tuned.backbone(**inputs))
+
+
+def test_a_siglip_without_its_head_pools_by_the_mean() -> None:
+    backbone = hf.SiglipVisionModel(hf.SiglipVisionConfig(**HF, vision_use_head=False)).eval()
+    tuned, inputs = rt.adapt(backbone, "linear"), TINY["hf-siglip"].inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(**inputs), backbone(**inputs).last_hidden_state.mean(1))
+    with pytest.raises(SiteError, match="unknown pooling 'map of the patches alone'"):
+        rt.adapt(VisionTransformer(**VIT, global_pool="map"), "linear")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch16_dinov3", "deit3_small_patch16_224", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"],
+)
 def test_timms_own_models(name: str) -> None:
     if not timm.is_model(name):
         name = "vit_small_patch14_reg4_dinov2"
