@@ -192,10 +192,11 @@ def graphs(compiled: list[int]) -> Any:
 
 IN_ONE_GRAPH = [("timm-vit", method) for method in rt.methods] + [
     (name, method)
-    for name in ("hf-vit", "hf-clip", "bert", "timm-eva02", "own", "open-clip", "llama")
-    for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass", *(("lora",) if name == "open-clip" else ()))
+    for name in ("hf-vit", "hf-clip", "bert", "timm-eva02", "own")
+    for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass")
     if method not in REFUSED.get(name, {})
 ]
+IN_ONE_GRAPH += [("open-clip", "lora"), ("llama", "prefix"), ("llama", "bypass")]
 
 
 @pytest.fixture
@@ -268,6 +269,7 @@ def test_a_copy_is_its_own() -> None:
 
 
 AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.methods if m not in REFUSED.get(n, {})]
+AUTOCAST += [(n, m) for n in ("open-clip", "llama", "gemma3") for m in ("lora", "prefix", "bypass")]
 
 
 @pytest.mark.parametrize(("name", "method"), AUTOCAST)

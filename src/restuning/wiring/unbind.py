@@ -165,6 +165,12 @@ def _additive(mask: Tensor, q: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
 
 
+def _autocast(t: Tensor) -> Tensor:
+    """As autocast gives it to the fused attention: rotary positions and norms have left other precisions."""
+    on = torch.is_autocast_enabled(t.device.type) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(torch.get_autocast_dtype(t.device.type)) if on else t
+
+
 def _full_mask(call: Call) -> Tensor | None:
     if not call.causal:
         return call.mask
@@ -232,6 +238,8 @@ class _Seen(TorchFunctionMode):
     ) -> Tensor:
         if dropout_p:
             raise SiteError("attention dropout is on: a prefix cannot be merged exactly; use train_mode=False")
+        query, key, value = map(_autocast, (query, key, value))
+        attn_mask = None if attn_mask is None else _autocast(attn_mask)
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
