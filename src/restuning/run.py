@@ -335,13 +335,13 @@ def build_bank(
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
 
-    tokens: `first`, `all`, or g for CLS and a g × g grid; None: what the backbone's own pooling sees.
+    tokens: `first`, `last`, `all`, or g for CLS and a g × g grid; None: what the backbone's own pooling sees.
     """
     model = load_backbone(backbone, weights, image_size)
-    if tokens not in (None, "first", "all") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, all, or the number of cells a side of a grid")
+    if tokens not in (None, "first", "last", "all") and not tokens.isdecimal():
+        raise RestuningError(f"tokens {tokens!r}: expected first, last, all, or the number of cells a side of a grid")
     grid = int(tokens) if tokens is not None and tokens.isdecimal() else None
-    pool = {"first": "cls", "all": "none"}.get(tokens or "")
+    pool = {"first": "cls", "last": "last", "all": "none"}.get(tokens or "")
     tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
     if torch.cuda.is_available():
         tuned.cuda()
