@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from test_laws import adapt, plain_features, shake
-from tiny import TINY, small
+from tiny import MORE, TINY, small
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,12 +80,12 @@ def test_bank_is_live(method: str, bank: Path) -> None:
 
 @pytest.mark.parametrize("name", ["timm-siglip", "hf-siglip"])
 def test_a_bank_carries_the_pooler(name: str, tmp_path: Path) -> None:
-    live = shake(adapt(TINY[name], small("bypass"), 10)).eval()
+    live = shake(adapt((TINY | MORE)[name], small("bypass"), 10)).eval()
     task = load_task("digits", train_size=20, test_size=10)
     preprocess = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3)
     build(live, task, preprocess, tmp_path, dtype="float64")
     with torch.device("meta"):
-        described = TINY[name].build()
+        described = (TINY | MORE)[name].build()
     away = Bank(tmp_path).tuned(described)
     away.add_adapter("default", small("bypass"), 10)
     away.adapters.load_state_dict(live.adapters.state_dict())

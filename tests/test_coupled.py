@@ -196,7 +196,7 @@ IN_ONE_GRAPH = [("timm-vit", method) for method in rt.methods] + [
     for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass")
     if method not in REFUSED.get(name, {})
 ]
-IN_ONE_GRAPH += [("open-clip", "lora"), ("llama", "prefix"), ("llama", "bypass")]
+IN_ONE_GRAPH += [("open-clip", "lora"), ("gemma3", "prefix")]
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_a_copy_is_its_own() -> None:
 
 
 AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.methods if m not in REFUSED.get(n, {})]
-AUTOCAST += [(n, m) for n in ("open-clip", "llama", "gemma3") for m in ("lora", "prefix", "bypass")]
+AUTOCAST += [(n, m) for n in ("open-clip", "gemma3") for m in ("lora", "prefix", "bypass")]
 
 
 @pytest.mark.parametrize(("name", "method"), AUTOCAST)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from tiny import GROUPED, TINY, small
+from tiny import GROUPED, MORE, TINY, small
 from torch import Tensor, nn
 
 import restuning as rt
@@ -160,7 +160,7 @@ def test_merging_lora_into_a_decoder() -> None:
 
 def test_tiny_decoders_are_of_this_family() -> None:
     for name in ("llama", "gemma3"):
-        port = rt.find_sites(TINY[name].backbone()).at("attention")[0].port
+        port = rt.find_sites((TINY | MORE)[name].backbone()).at("attention")[0].port
         assert (port.heads, port.writes) == (2, {"llama": 16, "gemma3": 32}[name])
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
-from tiny import TINY
+from tiny import MORE, TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,10 +115,13 @@ def test_opened_it_is_the_same_attention(mask: dict[str, Tensor], batch_first: b
 @pytest.mark.parametrize("name", ["open-clip", "torchvision", "timm-eva"])
 def test_dropout_and_any_tuner_act_there(name: str) -> None:
     """What is added is the law's, OP(x) + tuner(x, OP(x)), so it is not confined to what merges."""
-    tuned, x = rt.adapt(TINY[name].backbone(), rt.Residual({"qkv": rt.Adapter(4)}), 3), TINY[name].inputs()
+    tuned, x = (
+        rt.adapt((TINY | MORE)[name].backbone(), rt.Residual({"qkv": rt.Adapter(4)}), 3),
+        TINY["timm-vit"].inputs(),
+    )
     before = tuned(**x)
     assert not torch.allclose(shaken(tuned)(**x), before)
-    tuned = shaken(rt.adapt(TINY[name].backbone(), rt.Residual({"qkv": rt.Lora(4, dropout=0.5)}), 3))
+    tuned = shaken(rt.adapt((TINY | MORE)[name].backbone(), rt.Residual({"qkv": rt.Lora(4, dropout=0.5)}), 3))
     assert torch.equal(tuned(**x), tuned(**x))
     tuned.train()
     assert not torch.equal(tuned(**x), tuned(**x))

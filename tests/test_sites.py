@@ -7,15 +7,17 @@ import timm
 import torch
 import transformers as hf
 from timm.models.vision_transformer import VisionTransformer
-from tiny import HF, TEXT, TINY, VIT, Tiny
+from tiny import HF, MORE, TEXT, TINY, VIT, Tiny
 from torch import nn
 
 import restuning as rt
 from restuning.errors import SiteError
 from restuning.wiring.sites import AFFINE, PARTS
 
+EVERY = TINY | MORE
 
-@pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+
+@pytest.mark.parametrize("tiny", EVERY.values(), ids=EVERY)
 def test_every_block_has_its_operations(tiny: Tiny) -> None:
     backbone = tiny.backbone()
     sites = rt.find_sites(backbone, tiny.anatomy)
@@ -66,13 +68,13 @@ def test_widths_are_the_modules_own() -> None:
     ],
 )
 def test_pooling_is_the_backbones_own(name: str, pool: str, prefix: int) -> None:
-    sites = rt.find_sites(TINY[name].backbone())
+    sites = rt.find_sites(EVERY[name].backbone())
     assert (sites.pool, sites.prefix) == (pool, prefix)
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "timm-eva02", "timm-dinov2-registers", "timm-siglip"])
 def test_the_tail_is_timms(name: str) -> None:
-    tiny = TINY[name]
+    tiny = EVERY[name]
     tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
     with torch.no_grad():
         torch.testing.assert_close(tuned(**inputs), tuned.backbone(**inputs))
@@ -80,7 +82,7 @@ def test_the_tail_is_timms(name: str) -> None:
 
 def test_the_tail_is_transformers() -> None:
     for name in ("hf-dinov2", "hf-dinov3", "hf-clip", "hf-siglip"):
-        tiny = TINY[name]
+        tiny = EVERY[name]
         tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
         with torch.no_grad():
             torch.testing.assert_close(tuned(**inputs), tuned.backbone(**inputs).pooler_output)
@@ -88,7 +90,7 @@ def test_the_tail_is_transformers() -> None:
 
 def test_the_tail_is_the_models_own() -> None:
     for name, said in (("open-clip", lambda m, y: y @ m.proj), ("torchvision", lambda m, y: m.heads(y))):
-        tiny = TINY[name]
+        tiny = EVERY[name]
         tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
         with torch.no_grad():
             torch.testing.assert_close(said(tuned.backbone, tuned(**inputs)), tuned.backbone(**inputs))

@@ -159,7 +159,6 @@ TINY: dict[str, Tiny] = {
     "timm-vit": Tiny(lambda: VisionTransformer(**VIT)),
     "timm-vit-mean": Tiny(lambda: VisionTransformer(**VIT, global_pool="avg", class_token=False)),
     "timm-vit-layerscale": Tiny(lambda: VisionTransformer(**VIT, init_values=0.3, drop_path_rate=0.5)),
-    "timm-siglip": Tiny(lambda: VisionTransformer(**VIT, global_pool="map", class_token=False)),
     "timm-deit": Tiny(lambda: VisionTransformerDistilled(**VIT)),
     "timm-dinov2-registers": Tiny(lambda: VisionTransformer(**VIT, init_values=0.2, reg_tokens=2, no_embed_class=True)),
     "timm-eva": Tiny(lambda: _eva(init_values=0.2, global_pool="token")),
@@ -171,15 +170,20 @@ TINY: dict[str, Tiny] = {
     ),
     "hf-clip": Tiny(lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**HF)), "hf"),
     "hf-siglip": Tiny(lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**HF)), "hf"),
-    "hf-dinov3": Tiny(lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**HF, num_register_tokens=2)), "hf"),
     "open-clip": Tiny(OpenClip),
-    "torchvision": Tiny(lambda: TorchvisionViT(16, 8, 2, 4, 32, 64)),
-    "llama": Tiny(lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)), "text"),
     "gemma3": Tiny(lambda: hf.Gemma3TextModel(hf.Gemma3TextConfig(**GROUPED, head_dim=16)), "text"),
     "bert": Tiny(lambda: hf.BertModel(hf.BertConfig(**TEXT)), "text"),
     "roberta": Tiny(lambda: hf.RobertaModel(hf.RobertaConfig(**TEXT)), "text"),
     "own": Tiny(Keywords, "vector", OWN),
 }
+
+MORE: dict[str, Tiny] = {
+    "timm-siglip": Tiny(lambda: VisionTransformer(**VIT, global_pool="map", class_token=False)),
+    "hf-dinov3": Tiny(lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**HF, num_register_tokens=2)), "hf"),
+    "torchvision": Tiny(lambda: TorchvisionViT(16, 8, 2, 4, 32, 64)),
+    "llama": Tiny(lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)), "text"),
+}
+"""Of families that are in TINY by a near relative: for the tests of what they do not share."""
 
 
 def small(method: str) -> Any:

@@ -339,7 +339,7 @@ def build_bank(
     """
     model = load_backbone(backbone, weights, image_size)
     if tokens not in (None, "first", "last", "all") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, last, all, or the number of cells a side of a grid")
+        raise RestuningError(f"tokens {tokens!r}: expected first, all, last, or the number of cells a side of a grid")
     grid = int(tokens) if tokens is not None and tokens.isdecimal() else None
     pool = {"first": "cls", "last": "last", "all": "none"}.get(tokens or "")
     tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)

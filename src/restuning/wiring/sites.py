@@ -122,10 +122,10 @@ class Anatomy:
     grid: bool = False
 
     def paths(self) -> list[str]:
-        """The modules that a block must have."""
-        return sorted(
-            {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p} | {self.width}
-        )
+        """What a block must have."""
+        points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p}
+        weights = {c.weight for found in self.parts.values() for c in found if isinstance(c, Weight)}
+        return sorted(points | weights | {self.width})
 
 
 def _timm_pool(root: Any) -> str:
