@@ -49,7 +49,7 @@ def test_the_last_token_that_is_attended_to() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("method", ["linear", "bypass", "lst", *INSIDE])
+@pytest.mark.parametrize("method", ["linear", "bypass", "lst", "lora", "prefix", "res-tuning"])
 def test_a_row_says_the_same_alone_and_padded(name: str, side: str, method: str) -> None:
     tuned = tuned_on(name, rt.Ladder(4, init="random") if method == "lst" else small(method), num_classes=3)
     inputs = padded(side)

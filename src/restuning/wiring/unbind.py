@@ -320,7 +320,7 @@ class _Mapped(TorchFunctionMode):
         if func is not F.linear or (args[1] if len(args) > 1 else kwargs["weight"]) is not self.weight:
             return out
         self.found = True
-        return self.change(args[0], out)
+        return self.change(args[0] if args else kwargs["input"], out)
 
 
 Mode = TypeVar("Mode", _Seen, _Mapped)
