@@ -64,7 +64,7 @@ def test_bank_is_live(method: str, bank: Path) -> None:
     model = FromFeatures(away, opened.view, opened.layers)
     task = load_task("digits", train_size=120, test_size=40)
     preprocess = Preprocess.from_dict(opened.preprocessing)
-    pixels = torch.stack([preprocess(task.train.image(i)) for i in (3, 60, 119)])
+    pixels = torch.stack([preprocess(task.train.item(i)) for i in (3, 60, 119)])
     features, labels = opened.rows("train").fetch([3, 60, 119])
     assert labels.tolist() == [task.train.labels[i] for i in (3, 60, 119)]
     a, b = model([f.float() for f in features]), live(pixels)
@@ -101,7 +101,7 @@ def test_fifty_steps_from_a_bank_are_fifty_live_ones(bank: Path) -> None:
     task = load_task("digits", train_size=120, test_size=40)
     preprocess = Preprocess.from_dict(opened.preprocessing)
     backbone = rt.load_backbone("restuning-micro").double()
-    pixels = torch.stack([preprocess(task.train.image(i)) for i in range(32)]).double()
+    pixels = torch.stack([preprocess(task.train.item(i)) for i in range(32)]).double()
     labels = torch.tensor([task.train.labels[i] for i in range(32)])
     live = rt.adapt(backbone, "bypass", 10)
     taps = [t.double() for t in opened.rows("train").fetch(range(32))[0]]
@@ -137,7 +137,7 @@ def test_training_from_a_bank_is_training_from_images(tmp_path: Path, capsys: py
         assert main(["train", "--bank", str(tmp_path / dtype), *run, "--out", folder]) == 0
         away = json.loads(capsys.readouterr().out)
         assert abs(away["test_loss"] - live["test_loss"]) < (1e-5 if dtype == "float32" else 0.02)
-        assert away["images"] == live["images"] and away["parameters"] == live["parameters"]
+        assert away["examples"] == live["examples"] and away["parameters"] == live["parameters"]
         assert main(["evaluate", folder, "--test-size", "40", "--json"]) == 0
         assert abs(json.loads(capsys.readouterr().out)["accuracy"] - away["test_accuracy"]) <= 2.5
     sizes = [sum(f.stat().st_size for f in (tmp_path / d).glob("*-*.safetensors")) for d in ("float32", "float16")]
@@ -249,7 +249,7 @@ def test_what_does_not_fit(bank: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "no bank" in refused(*train, str(tmp_path / "nowhere"), "--method", "bypass")
     assert not (tmp_path / "run").exists()
     assert "holds a finished bank" in refused("bank", *DATA, "--out", str(first))
-    assert "expected first, all" in refused("bank", *DATA, "--tokens", "some", "--out", str(tmp_path / "x"))
+    assert "expected first, mean, all" in refused("bank", *DATA, "--tokens", "some", "--out", str(tmp_path / "x"))
     assert "views 0" in refused("bank", *DATA, "--views", "0", "--out", str(tmp_path / "x"))
     (first / "manifest.json").rename(first / "partial.json")
     partial = json.loads((first / "partial.json").read_text())

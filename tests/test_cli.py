@@ -81,7 +81,7 @@ def test_many_adapters_and_their_embeddings(photos: Path, tmp_path: Path, capsys
     for out in adapters:
         assert call("predict", out, photos / "red", "--top", "2", "--json") == 0
         for row in json.loads(capsys.readouterr().out):
-            (same,) = (r for r in together if (r["image"], r["adapter"]) == (row["image"], row["adapter"]))
+            (same,) = (r for r in together if (r["input"], r["adapter"]) == (row["input"], row["adapter"]))
             assert [c["class"] for c in same["top"]] == [c["class"] for c in row["top"]]
             for a, b in zip(same["top"], row["top"], strict=True):
                 assert a["probability"] == pytest.approx(b["probability"], abs=2e-6)
@@ -115,8 +115,8 @@ def test_rate_is_chosen_on_validation(photos: Path, tmp_path: Path) -> None:
     argv = ["--data", f"folder:{photos}", "--method", "linear", "--lr", ".01", "1e-7", "--epochs", "20", "--quiet"]
     assert call("train", *argv, "--out", tmp_path / "out") == 0
     result = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert result["lr"] == 0.01 and set(result["validation_accuracy"]) == {"0.01", "1e-07"}
-    assert result["images"]["val"] == 0, "the last training is on training and validation images together"
+    assert result["lr"] == 0.01 and set(result["validation_score"]) == {"0.01", "1e-07"}
+    assert result["examples"]["val"] == 0, "the last training is on training and validation images together"
 
 
 def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
@@ -245,8 +245,8 @@ def test_params_and_lists(capsys: pytest.CaptureFixture[str]) -> None:
         "qkv",
     }
     assert call("data", "digits", "--check", "--json") == 0
-    images = json.loads(capsys.readouterr().out)["images"]
-    assert sum(map(sum, images.values())) == 1797
+    labels = json.loads(capsys.readouterr().out)["labels"]
+    assert sum(map(sum, labels.values())) == 1797
     for command in ("train", "search", "evaluate", "predict", "methods", "sites", "params", "data", "bench"):
         with pytest.raises(SystemExit) as stop:
             call(command, "--help")

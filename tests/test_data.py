@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from restuning.data import Images, Prepared, Preprocess, check, load_images, load_task
+from restuning.data import Items, Prepared, Preprocess, check, load_images, load_task
 from restuning.data.sprites import draw
 from restuning.errors import DataError
 
@@ -78,9 +78,9 @@ def test_sizes_below_one(photos: Path, sizes: dict[str, int]) -> None:
 
 
 def test_sizes_beyond_what_there_is(photos: Path) -> None:
-    assert "at most the 40 images" in error(f"folder:{photos}", train_size=41)
-    assert "at most the 49 images" in error(f"folder:{photos}", test_size=50)
-    assert "fewer than the 10 training images" in error(f"folder:{photos}", train_size=10, val_size=10)
+    assert "at most the 40 that" in error(f"folder:{photos}", train_size=41)
+    assert "at most the 49 that" in error(f"folder:{photos}", test_size=50)
+    assert "fewer than the 10 to train on" in error(f"folder:{photos}", train_size=10, val_size=10)
 
 
 def test_bad_folders(tmp_path: Path, photos: Path) -> None:
@@ -110,19 +110,19 @@ def test_bad_images(photos: Path, damage: str) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "1", "CMYK", "LA"])
 def test_modes(tmp_path: Path, mode: str) -> None:
     suffix = "tif" if mode == "CMYK" else "png"
-    image = load_images(save(tmp_path / f"a.{suffix}", mode=mode)).image(0)
+    image = load_images(save(tmp_path / f"a.{suffix}", mode=mode)).item(0)
     assert image.mode == "RGB" and image.size == (20, 12)
 
 
 def test_transparency_is_white_sixteen_bits_scale_and_exif_turns(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert load_images(tmp_path / "clear.png").image(0).getpixel((0, 0)) == (255, 255, 255)
+    assert load_images(tmp_path / "clear.png").item(0).getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((4, 4), 32_896, dtype="uint16")).save(tmp_path / "deep.png")
-    assert load_images(tmp_path / "deep.png").image(0).getpixel((0, 0)) == (128, 128, 128)
+    assert load_images(tmp_path / "deep.png").item(0).getpixel((0, 0)) == (128, 128, 128)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "turned.jpg", exif=exif)
-    assert load_images(tmp_path / "turned.jpg").image(0).size == (4, 8)
+    assert load_images(tmp_path / "turned.jpg").item(0).size == (4, 8)
 
 
 @pytest.mark.parametrize("packed", ["tar", "tar.gz", "tar.xz"])
@@ -133,7 +133,7 @@ def test_tar_is_the_folder(photos: Path, tmp_path: Path, packed: str) -> None:
     a, b = load_task(f"folder:{photos}", train_size=20), load_task(f"tar:{path}", train_size=20)
     assert a.classes == b.classes and list(a.train.labels) == list(b.train.labels)
     for i in range(len(a.train)):
-        assert a.train.image(i).tobytes() == b.train.image(i).tobytes()
+        assert a.train.item(i).tobytes() == b.train.item(i).tobytes()
 
 
 def test_bad_tars(tmp_path: Path, photos: Path) -> None:
@@ -150,7 +150,7 @@ def test_bad_tars(tmp_path: Path, photos: Path) -> None:
 def test_digits() -> None:
     task = load_task("digits")
     assert (len(task.train), len(task.test), len(task.classes)) == (1438, 359, 10)
-    assert task.train.image(0).size == (8, 8)
+    assert task.train.item(0).size == (8, 8)
 
 
 @pytest.mark.parametrize(("kind", "values"), [("location", 32), ("orientation", 40)])
@@ -186,9 +186,9 @@ def test_sprites_are_where_and_how_the_label_says() -> None:
 
 def test_sprites_are_the_same_everywhere() -> None:
     task = load_task("sprites:location", train_size=50)
-    digest = hashlib.sha256(b"".join(task.train.image(i).tobytes() for i in range(50))).hexdigest()
+    digest = hashlib.sha256(b"".join(task.train.item(i).tobytes() for i in range(50))).hexdigest()
     again = load_task("sprites:location", train_size=50)
-    assert digest == hashlib.sha256(b"".join(again.train.image(i).tobytes() for i in range(50))).hexdigest()
+    assert digest == hashlib.sha256(b"".join(again.train.item(i).tobytes() for i in range(50))).hexdigest()
     assert [task.train.names[i] for i in range(3)] == [again.train.names[i] for i in range(3)]
 
 
@@ -200,7 +200,7 @@ def test_hub_data_sets(tmp_path: Path) -> None:
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "good"))
     task = load_task(f"hf:{tmp_path / 'good'}")
     assert task.classes == ("dark", "light") and len(task.test) == 10
-    assert task.test.image(3).getpixel((0, 0)) == (60, 60, 60)
+    assert task.test.item(3).getpixel((0, 0)) == (60, 60, 60)
     bad = rows.cast_column("kind", datasets.Value("int64")).map(
         lambda r, i: {"kind": 7 if i == 3 else 0}, with_indices=True
     )
@@ -224,7 +224,7 @@ def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_preprocessing(photos: Path) -> None:
-    image = load_task(f"folder:{photos}").train.image(0)
+    image = load_task(f"folder:{photos}").train.item(0)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
     bicubic = v2.InterpolationMode.BICUBIC
     steps = [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
@@ -239,7 +239,7 @@ def test_preprocessing(photos: Path) -> None:
 
 
 def test_augmentation_is_a_function_of_epoch_and_index(photos: Path) -> None:
-    images: Images = load_task(f"folder:{photos}").train
+    images: Items = load_task(f"folder:{photos}").train
     a, b = Prepared(images, PLAIN, augment=True, seed=3), Prepared(images, PLAIN, augment=True, seed=3)
     state = torch.random.get_rng_state()
     first = [a[i][0] for i in range(4)]
@@ -248,7 +248,7 @@ def test_augmentation_is_a_function_of_epoch_and_index(photos: Path) -> None:
     a.set_epoch(1)
     assert not torch.equal(a[0][0], first[0])
     plain = Prepared(images, PLAIN)
-    assert torch.equal(plain[0][0], plain[0][0]) and torch.equal(plain[0][0], PLAIN(images.image(0)))
+    assert torch.equal(plain[0][0], plain[0][0]) and torch.equal(plain[0][0], PLAIN(images.item(0)))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the folder of shared data is not beside this checkout")
@@ -259,4 +259,4 @@ def test_augmentation_is_a_function_of_epoch_and_index(photos: Path) -> None:
 def test_real_tars(tar: str, classes: int, images: int) -> None:
     task = load_task(f"tar:{SHARED / tar}")
     assert len(task.classes) == classes and len(task.train) + len(task.test) == images
-    assert task.train.image(0).mode == "RGB"
+    assert task.train.item(0).mode == "RGB"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import restuning as rt
 from restuning.bank import FromFeatures
-from restuning.bank.stack import Point, accuracies, train
+from restuning.bank.stack import Point, scores, train
 from restuning.errors import MethodError
 from restuning.recipe import TrainConfig
 from restuning.stack import Stack
@@ -73,7 +73,7 @@ def test_training_side_by_side_is_training_one_by_one(method: Any) -> None:
     rows = [torch.randperm(44)[:20] for _ in points]
     right = [m([t[r] for t in x]).argmax(1) == y[r] for m, r in zip(alone, rows, strict=True)]
     expected = [100 * float(r.double().mean()) for r in right]
-    assert accuracies(stack, x, y, rows, batch_size=7) == pytest.approx(expected)
+    assert scores(stack, x, y, rows, batch_size=7) == pytest.approx(expected)
 
 
 def test_other_tasks_and_other_numbers_of_classes() -> None:

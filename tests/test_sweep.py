@@ -34,16 +34,16 @@ def test_a_sweep_is_its_runs(bank: str, tmp_path: Path, capsys: pytest.CaptureFi
             alone = json.loads(capsys.readouterr().out)
             row = found[method]["seeds"][k]
             assert row["lr"] == alone["lr"]
-            both = zip(row["validation_accuracy"].values(), alone["validation_accuracy"].values(), strict=True)
+            both = zip(row["validation_score"].values(), alone["validation_score"].values(), strict=True)
             assert all(a == pytest.approx(b) for a, b in both)
-            assert row["test_accuracy"] == pytest.approx(alone["test_accuracy"], abs=1.7)  # one image of 60
+            assert row["test_score"] == pytest.approx(alone["test_accuracy"], abs=1.7)  # one image of 60
             saved = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), out / f"{method}-seed{seed}")
             one = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), folder)
             for p, q in zip(saved.adapters.parameters(), one.adapters.parameters(), strict=True):
                 assert ((p - q).norm() / q.norm()).item() < 1e-3
     assert main(["evaluate", str(out / "bypass-grid2-seed3"), "--test-size", "60", "--json"]) == 0
     accuracy = json.loads(capsys.readouterr().out)["accuracy"]
-    assert accuracy == pytest.approx(found["bypass-grid2"]["seeds"][1]["test_accuracy"], abs=1.7)
+    assert accuracy == pytest.approx(found["bypass-grid2"]["seeds"][1]["test_score"], abs=1.7)
 
 
 def test_a_sweep_goes_on_where_it_was(

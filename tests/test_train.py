@@ -19,8 +19,9 @@ from torch import nn
 
 from restuning import recipe
 from restuning.errors import CheckpointError, MissingExtra, RestuningError
-from restuning.evaluate import evaluate, predict_logits
-from restuning.train import HasEpoch, TrainConfig, fit
+from restuning.evaluate import HasEpoch, evaluate, predict_logits
+from restuning.objective import objective
+from restuning.train import TrainConfig, fit
 
 pytest.importorskip("accelerate")
 
@@ -105,7 +106,7 @@ def test_only_the_trainable_change_and_it_learns() -> None:
     assert not torch.equal(model.alpha, before.alpha)
     assert [e.epoch for e in history.epochs] == list(range(8)) and history.stopped == "finished"
     assert history.epochs[-1].loss < history.epochs[0].loss
-    assert history.epochs[-1].val_accuracy > 80 and history.epochs[-1].accuracy > 80
+    assert history.epochs[-1].val_score > 80 and history.epochs[-1].accuracy > 80
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -140,7 +141,10 @@ def test_tuple_inputs_and_another_loss() -> None:
 
     model = Two()
     smooth = nn.CrossEntropyLoss(label_smoothing=0.1)
-    assert len(fit(model, Pairs(), Pairs(), replace(CONFIG, epochs=1), loss=smooth).epochs) == 1
+    assert (
+        len(fit(model, Pairs(), Pairs(), replace(CONFIG, epochs=1), objective=replace(objective(), loss=smooth)).epochs)
+        == 1
+    )
     assert predict_logits(model, Pairs(), 5)[0].shape == (22, 3)
 
 
@@ -358,7 +362,9 @@ def test_a_torn_step_is_not_saved(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(net(), Points(), None, CONFIG, state=tmp_path / "state.pt", loss=interrupted)
+        fit(
+            net(), Points(), None, CONFIG, state=tmp_path / "state.pt", objective=replace(objective(), loss=interrupted)
+        )
     tensors = torch.load(tmp_path / "state.pt", weights_only=True)["tensors"]
     assert tensors["norm.num_batches_tracked"] == 0  # the forward pass had counted one
 
@@ -522,7 +528,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, accumulate: int, bad: float) 
     model, state = net(), tmp_path / "state.pt"
     config = replace(CONFIG, accumulate=accumulate, epochs=2)
     with pytest.raises(RestuningError) as error:
-        fit(model, Points(), None, config, state=state, loss=loss)
+        fit(model, Points(), None, config, state=state, objective=replace(objective(), loss=loss))
     step = 2 // accumulate
     assert str(error.value).startswith(f"epoch 1, step {step}: the loss is {bad} at lr 0.0") and "\n" not in str(
         error.value
@@ -542,7 +548,14 @@ def test_broken_parameters_are_not_saved(tmp_path: Path) -> None:
 
     state = tmp_path / "state.pt"
     with pytest.raises(RestuningError, match=r"alpha is no longer finite"):
-        fit(net(), Points(), None, replace(CONFIG, save_seconds=1e-9), state=state, loss=loss)
+        fit(
+            net(),
+            Points(),
+            None,
+            replace(CONFIG, save_seconds=1e-9),
+            state=state,
+            objective=replace(objective(), loss=loss),
+        )
     assert all(t.isfinite().all() for t in torch.load(state, weights_only=True)["tensors"].values())
 
 
@@ -577,7 +590,7 @@ def test_early_stopping(tmp_path: Path, patience: int | None, epochs: int, stopp
     config = replace(CONFIG, epochs=epochs, patience=patience, batch_size=10)
     history = fit(model, Points(), Zeros(10), config, state=tmp_path / "state.pt")
     assert history.stopped == stopped
-    assert [e.val_accuracy for e in history.epochs] == ([100, 100] + [0] * 9)[: 3 if patience == 2 else 5]
+    assert [e.val_score for e in history.epochs] == ([100, 100] + [0] * 9)[: 3 if patience == 2 else 5]
     assert model.validations == (1 if patience else 5)  # the first of the best epochs stands, or the last epoch
     assert model.norm.num_batches_tracked == 3 * (1 if patience else 5)
     again = Fades()
@@ -621,7 +634,7 @@ def test_tensorboard(tmp_path: Path) -> None:
     history = fit(net(), Points(), Points(), CONFIG, state=tmp_path / "s.pt", resume=True, tracker=tmp_path / "board")
     events = EventAccumulator(str(tmp_path / "board"))
     events.Reload()
-    assert set(events.Tags()["scalars"]) == {"train/loss", "train/accuracy", "val/accuracy", "lr"}
+    assert set(events.Tags()["scalars"]) == {"train/loss", "train/accuracy", "val/score", "lr"}
     points = events.Scalars("train/loss")
     assert [p.step for p in points] == [0, 1, 2]
     assert [p.value for p in points] == pytest.approx([e.loss for e in history.epochs])
@@ -659,7 +672,7 @@ except KeyboardInterrupt:
     torch.distributed.barrier()
 model = net(0, norm=False)
 history = fit(model, Points(), Points(9), config, state=folder / "state.pt", resume=True)
-torch.save({"model": model.state_dict(), "rows": [[e.loss, e.accuracy, e.val_accuracy] for e in history.epochs]},
+torch.save({"model": model.state_dict(), "rows": [[e.loss, e.accuracy, e.val_score] for e in history.epochs]},
            folder / f"{rank}.pt")
 torch.distributed.destroy_process_group()
 """
@@ -677,7 +690,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     config = replace(CONFIG, accumulate=2, batch_size=3, clip=1.0, patience=3)
     model = net(0, norm=False)
     history = fit(model, Points(), Points(9), config)
-    rows = [[e.loss, e.accuracy, e.val_accuracy] for e in history.epochs]
+    rows = [[e.loss, e.accuracy, e.val_score] for e in history.epochs]
     for rank in "01":
         other = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert max((model.state_dict()[k] - v).abs().max().item() for k, v in other["model"].items()) < 1e-6

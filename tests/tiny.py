@@ -197,7 +197,7 @@ def small(method: str) -> Any:
     return rt.resize(rt.methods[method], 3)
 
 
-_GRID = ("convpass", "dtl-plus", "side-tuning", "bypass-mean", "bypass-grid2", "bypass-grid4", "ladder-grid4")
+_GRID = ("convpass", "dtl-plus", "side-tuning", "bypass-grid2", "bypass-grid4", "ladder-grid4")
 _NO_GRID = dict.fromkeys(_GRID, "grid of patches|reads images")
 _ROTARY = dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "rotary")
 _GATED = {"lst": "an ungated FFN"}

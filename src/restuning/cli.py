@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -73,6 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     for name in ("train", "val", "test"):
         train.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    _text_flags(train)
+    train.add_argument(
+        "--class-weights", choices=["balanced"], help="weigh classes in the loss so that each counts as much"
+    )
+    train.add_argument(
+        "--group-by-length", action="store_true", default=None, help="batches of texts of about one length"
+    )
     train.add_argument("--augment", action="store_true", default=None, help="RandomResizedCrop and flip")
     train.add_argument(
         "--crop", action="store_true", default=None, help="the backbone's centre crop, not the whole image"
@@ -92,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default no)")
     train.add_argument("--accumulate", type=int, help="batches per step (default 1)")
     train.add_argument("--clip", type=float, help="largest gradient norm (default none)")
-    train.add_argument("--patience", type=int, help="stop after so many epochs without a better validation accuracy")
+    train.add_argument("--patience", type=int, help="stop after so many epochs without a better validation score")
     train.add_argument("--workers", type=int, help="processes that load images (default 0)")
     train.add_argument("--seed", type=int, help="(default 0)")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
@@ -109,9 +117,10 @@ def _parser() -> argparse.ArgumentParser:
     bank.add_argument("--resume", action="store_true", help="continue the bank in --out, to the same bytes")
     bank.add_argument("--data", required=True, help=_DATA)
     _backbone_flags(bank)
+    _text_flags(bank)
     bank.add_argument("--crop", action="store_true", help="the backbone's centre crop, not the whole image")
     bank.add_argument(
-        "--tokens", help="first, last, all, or G for CLS and a G x G grid (default: what the pooling sees)"
+        "--tokens", help="first, last, mean, all, or G for CLS and a G x G grid (default: what the pooling sees)"
     )
     bank.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], default="float32")
     bank.add_argument("--views", type=int, default=1, metavar="K", help="augmented views of each training image")
@@ -153,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--resume", action="store_true", help="continue the search in --out")
     search.add_argument("--data", required=True, help=_DATA)
     _backbone_flags(search)
+    _text_flags(search)
     search.add_argument("--limit", type=int, default=360_000, help="most tuner parameters (default 360,000)")
     search.add_argument("--population", type=int, default=16, help="subnets in a generation (default 16)")
     search.add_argument("--generations", type=int, default=4, help="(default 4)")
@@ -194,18 +204,24 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--test-size", type=int, metavar="N", help=_SIZES["test"])
     evaluate.add_argument("--weights", help="the backbone's weights, if not those of its run.json")
     evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--per-class", action="store_true", help="the metrics of every class too")
+    evaluate.add_argument("--confusion", type=Path, metavar="FILE", help="a picture of what was taken for what")
 
     predict = add(
         "predict",
         _predict,
-        "Classify an image or a folder of images with one or several saved adapters of one backbone.",
+        "Classify an image, a folder of images, a text or a file of texts with saved adapters of one backbone.",
         "restuning predict runs/photos runs/sprites picture.jpg --top 3",
     )
     predict.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of saved adapters")
-    predict.add_argument("image", type=Path, metavar="IMAGE", help="an image, or a folder of images")
+    predict.add_argument(
+        "input",
+        metavar="INPUT",
+        help="an image, a folder of images, a .txt of a text a line (pairs by a tab), or a text",
+    )
     predict.add_argument("--top", type=int, default=1, metavar="K", help="how many classes to print (default 1)")
     predict.add_argument(
-        "--embeddings", type=Path, metavar="FILE", help="write what every head reads, (images, d), as safetensors"
+        "--embeddings", type=Path, metavar="FILE", help="write what every head reads, (items, d), as safetensors"
     )
     predict.add_argument("--weights", help="the backbone's weights, if not those of a run.json")
 
@@ -235,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
     data = add(
         "data",
         _data,
-        "Describe a data set: splits, classes, images; check every image.",
+        "Describe a data set: splits, classes, how many there are of each; check every image.",
         "restuning data tar:photos.tar",
     )
     data.add_argument("data", metavar="SPEC", help=_DATA)
@@ -246,22 +262,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_DATA = "folder:PATH, tar:PATH, digits, sprites:location, sprites:orientation or hf:NAME"
+_DATA = (
+    "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location or sprites:orientation"
+)
 _BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank")
 _SIZES = {
-    "train": "images to train on, those held out for validation among them (default all)",
-    "val": "images held out of them for validation (default 0; a fifth if a rate is to be chosen)",
-    "test": "images to test on (default all, or a fifth where there is no test split)",
+    "train": "items to train on, those held out for validation among them (default all)",
+    "val": "items held out of them for validation (default 0: the data's own, or a fifth where a rate is to be chosen)",
+    "test": "items to test on (default all, or a fifth where there is no test split)",
 }
 
 
 def _backbone_flags(parser: argparse.ArgumentParser, weights: bool = True) -> None:
-    parser.add_argument("--backbone", help="restuning-micro (default, bundled), a timm model, or hf:FOLDER")
+    parser.add_argument(
+        "--backbone", help="restuning-micro (default, bundled), a timm model, hf:FOLDER, or all-MiniLM-L6-v2"
+    )
     if weights:
         parser.add_argument(
             "--weights", help="file of pretrained weights, or 'random' (default: bundled, or from the hub)"
         )
         parser.add_argument("--image-size", type=int, help="pixels a side (default: the backbone's own)")
+
+
+def _text_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tokenizer", help="a tokenizer's folder or hub id (default: the backbone's own)")
+    parser.add_argument(
+        "--max-length", type=int, help="tokens that texts are cut to (default: longer ones are refused)"
+    )
 
 
 def _blocks(text: str) -> tuple[int, ...]:
@@ -310,7 +337,8 @@ def _train(args: argparse.Namespace) -> None:
         print(json.dumps(result))
     else:
         print(
-            f"test accuracy {result['test_accuracy']:.2f} % on {result['images']['test']} images; saved in {args.out}"
+            f"test {result['metric']} {result['test_' + result['metric']]:.2f} "
+            f"on {result['examples']['test']} examples; saved in {args.out}"
         )
 
 
@@ -327,6 +355,8 @@ def _bank(args: argparse.Namespace) -> None:
         weights=args.weights,
         image_size=args.image_size,
         crop=args.crop,
+        tokenizer=args.tokenizer,
+        max_length=args.max_length,
         tokens=args.tokens,
         sizes={f"{name}_size": getattr(args, f"{name}_size") for name in ("train", "test")}
         | {"val_size": args.val_size or 0, "seed": args.seed},
@@ -362,7 +392,7 @@ def _sweep(args: argparse.Namespace) -> None:
     rows = [
         [
             name,
-            "diverged" if m["test_accuracy"] is None else f"{m['test_accuracy']:.2f} ± {m['spread']:.2f}",
+            "diverged" if m["test_score"] is None else f"{m['test_score']:.2f} ± {m['spread']:.2f}",
             f"{m['parameters']['tuners']:,}",
             str(m["points"]),
             f"{m['seconds']:.1f}",
@@ -370,7 +400,7 @@ def _sweep(args: argparse.Namespace) -> None:
         ]
         for name, m in found["methods"].items()
     ]
-    _table(["method", "test accuracy", "parameters", "points", "seconds", "chosen (lr/epochs by seed)"], rows)
+    _table(["method", "test score", "parameters", "points", "seconds", "chosen (lr/epochs by seed)"], rows)
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -395,7 +425,7 @@ def _search(args: argparse.Namespace) -> None:
         print(json.dumps(found))
     else:
         print(
-            f"validation accuracy {found['validation_accuracy']:.2f} % with {found['parameters']:,} parameters; "
+            f"validation score {found['validation_score']:.2f} with {found['parameters']:,} parameters; "
             f"restuning train --method {args.out / METHOD} trains it"
         )
 
@@ -424,42 +454,62 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from restuning.data import Prepared, check, load_task
-    from restuning.evaluate import evaluate
-    from restuning.run import RUN, card_preprocess, load_tuned, read_run
+    from restuning.data import check, load_task, prepared
+    from restuning.evaluate import predict_logits
+    from restuning.objective import confusion, objective
+    from restuning.run import RUN, card_reading, load_tuned, read_run
 
     tuned = load_tuned(args.adapter, args.weights)
     card = tuned.card()
     run = read_run(args.adapter / RUN) if (args.adapter / RUN).exists() else None
     if args.data is None and run is None:
         raise RestuningError(f"--data is missing, and {args.adapter} has no {RUN} that names it")
+    asked = objective(card.kind)
+    if args.confusion is not None and card.kind not in ("single-label", "per-token"):
+        raise RestuningError(f"--confusion: a {card.kind} task has none")
     spec = args.data or (run.data if run else "")
     test_size = args.test_size or (run.test_size if run and spec == run.data else None)
     test = (task := load_task(spec, test_size=test_size)).test
-    if tuple(task.classes) != tuple(card.classes or ()):
+    if (tuple(task.classes), task.kind) != (tuple(card.classes or ()), card.kind):
         raise RestuningError(
-            f"{spec} has {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "
-            f"{len(card.classes or ())} ({', '.join((card.classes or ())[:3])}, …): expected the same"
+            f"{spec} is {task.kind} of {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "
+            f"{card.kind} of {len(card.classes or ())} ({', '.join((card.classes or ())[:3])}, …): expected the same"
         )
     check(test)
-    pixels = Prepared(test, card_preprocess(args.adapter, card.preprocessing))
-    metrics = {name: round(value, 4) for name, value in evaluate(tuned, pixels, args.batch_size)}
+    logits, labels = predict_logits(
+        tuned, prepared(test, card_reading(args.adapter, card.preprocessing)), args.batch_size
+    )
+    metrics = {name: round(value, 4) for name, value in asked.metrics(logits, labels)}
+    each = {name: [round(v, 4) for v in t.tolist()] for name, t in asked.each(logits, labels).items()}
+    if args.confusion is not None:
+        from restuning.figures import matrix
+
+        matrix(confusion(logits, labels).tolist(), task.classes, args.confusion)
     if args.json:
-        print(json.dumps({"data": spec, "images": len(test), **metrics}))
-    else:
-        print(f"{len(test)} images: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+        said = {"data": spec, "examples": len(test), **metrics}
+        print(json.dumps({**said, "classes": list(task.classes), "per_class": each} if args.per_class else said))
+        return
+    print(f"{len(test)} examples: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    if args.per_class:
+        rows = [[c, *(f"{values[i]:g}" for values in each.values())] for i, c in enumerate(task.classes)]
+        _table(["class", *each], rows)
 
 
 def _predict(args: argparse.Namespace) -> None:
     from restuning.predict import predict
 
-    rows = predict(args.adapters, args.image, args.top, args.weights, args.embeddings)
+    rows = predict(args.adapters, args.input, args.top, args.weights, args.embeddings)
     if args.json:
         print(json.dumps(rows))
         return
     for row in rows:
-        top = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
-        print(f"{row['image']}  {row['adapter']}  {top}")
+        if "values" in row:
+            said = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
+        elif "words" in row:
+            said = " ".join(f"{word['word']}/{word['class']}" for word in row["words"])
+        else:
+            said = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
+        print(f"{row['input']}  {row['adapter']}  {said}")
 
 
 def _methods(args: argparse.Namespace) -> None:
@@ -556,24 +606,29 @@ def _data(args: argparse.Namespace) -> None:
     task = load_task(
         args.data, train_size=args.train_size, val_size=args.val_size or 0, test_size=args.test_size, seed=args.seed
     )
-    splits = {
-        name: images for name, images in (("train", task.train), ("val", task.val), ("test", task.test)) if images
-    }
+    splits = {name: items for name, items in (("train", task.train), ("val", task.val), ("test", task.test)) if items}
     if args.check:
-        for images in splits.values():
-            check(images)
-    counts = {
-        name: [sum(1 for label in images.labels if int(label) == i) for i in range(len(task.classes))]
-        for name, images in splits.items()
-    }
+        for items in splits.values():
+            check(items)
+    counts = {name: _counts(task.kind, items.labels, len(task.classes)) for name, items in splits.items()}
+    sizes = {name: len(items) for name, items in splits.items()}
     if args.json:
-        print(json.dumps({"data": args.data, "classes": list(task.classes), "images": counts, "checked": args.check}))
+        said = {"data": args.data, "kind": task.kind, "classes": list(task.classes), "examples": sizes}
+        print(json.dumps({**said, "labels": counts, "checked": args.check}))
         return
-    total = [f"{name} {sum(n)}" for name, n in counts.items()]
-    print(
-        f"{args.data}: {len(task.classes)} classes; images: {', '.join(total)}{'; all readable' if args.check else ''}"
-    )
-    _table(["class", *counts], [[c, *(str(n[i]) for n in counts.values())] for i, c in enumerate(task.classes)])
+    total = ", ".join(f"{name} {n}" for name, n in sizes.items())
+    print(f"{args.data}: {task.kind}, {len(task.classes)} classes; {total}{'; all readable' if args.check else ''}")
+    about = "mean" if task.kind == "regression" else "class"
+    _table([about, *counts], [[c, *(f"{n[i]:g}" for n in counts.values())] for i, c in enumerate(task.classes)])
+
+
+def _counts(kind: str, labels: Sequence[Any], classes: int) -> list[float]:
+    """How many items (or words) there are of each class; under regression, the targets' means."""
+    if kind in ("multi-label", "regression"):
+        sums = [sum(label[i] for label in labels) for i in range(classes)]
+        return [s / len(labels) for s in sums] if kind == "regression" else sums
+    flat = Counter(v for label in labels for v in (label if kind == "per-token" else [label]))
+    return [flat[i] for i in range(classes)]
 
 
 def _table(columns: list[str], rows: list[list[str]]) -> None:

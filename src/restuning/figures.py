@@ -75,6 +75,35 @@ def pyplot() -> Any:
     return plt
 
 
+def matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) -> None:
+    """A confusion matrix, rows (what it is) in percent, as a picture; numbers where there is room.
+
+    Raises RestuningError where `file` cannot be written, MissingExtra without matplotlib.
+    """
+    if file.suffix not in (".png", ".pdf", ".svg"):
+        raise RestuningError(f"{file}: expected a .png, a .pdf or a .svg")
+    plt, n = pyplot(), len(classes)
+    shares = [[100 * c / max(sum(row), 1) for c in row] for row in counts]
+    side = min(4 + 0.35 * n, 16)
+    figure, axis = plt.subplots(figsize=(side, side), layout="constrained")
+    axis.imshow(shares, cmap="Greys", vmin=0, vmax=100)
+    axis.set(xlabel="taken for", ylabel="is", title="confusion, percent of each row")
+    if n <= 40:
+        axis.set_xticks(range(n), classes, rotation=90)
+        axis.set_yticks(range(n), classes)
+    for i, j in ((i, j) for i in range(n) for j in range(n) if n <= 20 and counts[i][j]):
+        axis.text(
+            j, i, f"{shares[i][j]:.0f}", ha="center", va="center", color="white" if shares[i][j] > 50 else "black"
+        )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=file.suffix.lstrip("."), dpi=120)
+    plt.close(figure)
+    try:
+        write_whole(file, buffer.getvalue())
+    except OSError as error:
+        raise RestuningError(f"cannot write {file}: {error.strerror}") from error
+
+
 def _memory(plt: Any, records: Sequence[Record]) -> Any:
     """Like the paper's Figure 4: memory against parameters."""
     figure, axes = plt.subplots(1, 2, figsize=(13.5, 5))

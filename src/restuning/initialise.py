@@ -1,16 +1,14 @@
 """What begins from data: a ladder pruned by Fisher information, a side network distilled from its backbone."""
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
 
-from restuning.adapt import Tuned
+from restuning.adapt import Tuned, arguments
 from restuning.adaptation import Adaptation, parts_of, prune_ladder
-from restuning.evaluate import Examples, to_device
+from restuning.evaluate import Examples, loader, to_device
 from restuning.methods import Ladder, SideTuning
+from restuning.objective import objective
 from restuning.side import LadderNet, SideNet
 from restuning.wiring.attach import tap
 
@@ -52,12 +50,12 @@ def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0)
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        for i in picked:
-            inputs, label = examples[i]
+        for inputs, label in loader(examples, sampler=picked):
             with torch.enable_grad(), tap(backbone, tuned._sites, [adapter.depth]) as taps:
-                backbone(to_device(inputs[None], device))
+                call, named = arguments((to_device(inputs, device),), {})
+                backbone(*call, **named)
                 logits = adapter.head(tuned._readers[tuned._active()[0]].tail(taps.features[0]))
-                loss = F.cross_entropy(logits, torch.tensor([label], device=device))
+                loss = objective(adapter.card.kind).loss(logits, label.to(device))
             for weight, grad in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                 if grad is not None:
                     sums[weight] += grad.square() / len(picked)
@@ -73,7 +71,7 @@ def _distil(tuned: Tuned, adapter: Adaptation, side: SideNet, examples: Examples
     device = next(tuned.parameters()).device
     order = torch.Generator().manual_seed(seed)
     side.net.train()
-    for inputs, _ in DataLoader(cast(Dataset[Any], examples), 32, shuffle=True, generator=order):
+    for inputs, _ in loader(examples, 32, shuffle=True, generator=order):
         pixels, x = tuned.features(to_device(inputs, device))
         loss = F.mse_loss(side.net(pixels), tuned._readers[tuned._active()[0]].tail(x).detach())
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""Several saved adapters on one image, or on a folder of them."""
+"""Several saved adapters on one image or text, or on many of them."""
 
 import json
 from collections.abc import Sequence
@@ -7,27 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from restuning.adapt import Tuned
-from restuning.data import Prepared, load_images
-from restuning.errors import CheckpointError, RestuningError
+from restuning.data import Items, Preprocess, Texts, load_images, prepared
+from restuning.errors import CheckpointError, DataError, RestuningError, line
+from restuning.evaluate import loader, padded
 from restuning.files import write_whole
-from restuning.run import card_preprocess, load_tuned
+from restuning.objective import IGNORED
+from restuning.run import card_reading, load_tuned
 from restuning.saved import Card
 
 
 def predict(
     adapters: Sequence[Path],
-    image: Path,
+    given: str,
     top: int = 1,
     weights: str | None = None,
     embeddings: Path | None = None,
 ) -> list[dict[str, Any]]:
-    """One row for each image and adapter: the `top` classes with their probabilities.
+    """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
+    with their classes under per-token.
 
-    Adapters that leave the backbone's features alone share one pass of the backbone, those of one shape run as one;
-    others take a pass each. embeddings: a .safetensors file for what the heads read, (images, d) for each adapter.
+    given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
+    parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
+    shape run as one; others take a pass each. embeddings: a .safetensors file for what the heads read, (items, d) for
+    each adapter.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
@@ -40,16 +44,20 @@ def predict(
         tuned.set_adapter(name)
         (shared if tuned.reads_features else alone).append(name)
     groups = [*([shared] if shared else []), *([name] for name in alone)]
-    images = load_images(image)
-    preprocess = card_preprocess(adapters[0], cards["default"].preprocessing)
+    how = card_reading(adapters[0], cards["default"].preprocessing)
+    words = cards["default"].kind == "per-token"
+    items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, words)
+    examples = prepared(items, how, cache=False)
     said: dict[str, list[Tensor]] = {name: [] for name in names}
     read: dict[str, list[Tensor]] = {name: [] for name in names}
+    begins: list[Tensor] = []
     tuned.eval()
     with torch.inference_mode():
-        for pixels, _ in DataLoader(Prepared(images, preprocess, cache=False), batch_size=32):
+        for inputs, labels in loader(examples, 32):
+            begins.append(labels)
             for group in groups:
                 tuned.set_adapter(group)
-                features = tuned.features(pixels)
+                features = tuned.features(inputs)
                 for found, head in ((said, True), (read, False)):
                     if head or embeddings is not None:
                         out = tuned.from_features(features, head=head)
@@ -58,24 +66,54 @@ def predict(
     if embeddings is not None:
         from safetensors.torch import save
 
-        tensors = {str(folder): torch.cat(read[name]) for name, folder in names.items()}
+        tensors = {str(folder): padded(read[name]) for name, folder in names.items()}
         try:
-            write_whole(embeddings, save(tensors, {"images": json.dumps(list(images.names))}))
+            write_whole(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
         except OSError as error:
             raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
-    best = {name: _ranked(torch.cat(said[name]).softmax(-1), cards[name], top) for name in names}
+    rows = {
+        name: _said(padded(said[name]), cards[name], top, items, padded(begins, IGNORED) if words else None)
+        for name in names
+    }
     return [
-        {"image": path, "adapter": str(folder), "top": best[name][i]}
-        for i, path in enumerate(images.names)
+        {"input": path, "adapter": str(folder), **rows[name][i]}
+        for i, path in enumerate(items.names)
         for name, folder in names.items()
     ]
 
 
-def _ranked(probabilities: Tensor, card: Card, top: int) -> list[list[dict[str, Any]]]:
-    classes = card.classes or [str(c) for c in range(probabilities.shape[1])]
-    best = probabilities.topk(min(top, len(classes)))
+def _texts(given: str, words: bool) -> Texts:
+    """One text, or those of a .txt file; split into words where labels are by token."""
+    if given.endswith(".txt"):
+        try:
+            lines = [one for one in Path(given).read_text(encoding="utf-8").splitlines() if one.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{given} cannot be read as UTF-8 text: {line(error)}") from error
+    else:
+        lines = [given] if given.strip() else []
+    if not lines:
+        raise DataError(f"{given!r}: there is no text")
+    texts: list[tuple[Any, ...]] = [(one.split(),) if words else tuple(one.split("\t")) for one in lines]
+    if len({len(text) for text in texts}) > 1:
+        raise DataError(f"{given}: some lines are pairs, parted by a tab, and some are not")
+    return Texts(texts, [0] * len(lines), lines)
+
+
+def _said(logits: Tensor, card: Card, top: int, items: Items, begins: Tensor | None) -> list[dict[str, Any]]:
+    """Rows of one adapter. begins: which tokens begin a word (not IGNORED)."""
+    classes = card.classes or [str(c) for c in range(logits.shape[-1])]
+    if card.kind == "regression":
+        return [{"values": dict(zip(classes, row, strict=True))} for row in logits.tolist()]
+    if begins is not None:
+        picked = [logits[i].argmax(-1)[begins[i] != IGNORED].tolist() for i in range(len(logits))]
+        return [
+            {"words": [{"word": w, "class": classes[c]} for w, c in zip(items.item(i)[0], row, strict=False)]}
+            for i, row in enumerate(picked)
+        ]
+    p = logits.sigmoid() if card.kind == "multi-label" else logits.softmax(-1)
+    best = p.topk(min(top, len(classes)))
     return [
-        [{"class": classes[c], "probability": round(p, 6)} for c, p in zip(indices, values, strict=True)]
+        {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in zip(indices, values, strict=True)]}
         for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
@@ -91,6 +129,8 @@ def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[st
         names[f"adapter_{i}"] = folder
         if tuned.card().preprocessing != wanted:
             raise CheckpointError(
-                f"{folder} wants its images otherwise than {adapters[0]}: predict with them one by one"
+                f"{folder} reads its items otherwise than {adapters[0]}: predict with them one by one"
             )
+        if "per-token" in (kinds := {tuned.card(name).kind for name in names}) and len(kinds) > 1:
+            raise CheckpointError(f"{folder}: labels by token and others: predict with them one by one")
     return tuned, names

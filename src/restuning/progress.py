@@ -14,18 +14,19 @@ from restuning.errors import MissingExtra
 
 @dataclass(frozen=True)
 class Epoch:
-    """Loss and accuracy (percent) over the training examples as they were met; lr is the last step's."""
+    """Loss and accuracy (percent; None under regression) over the training examples as they were met; val_score: the
+    objective's first metric on the validation examples; lr is the last step's."""
 
     epoch: int
     loss: float
-    accuracy: float
-    val_accuracy: float | None
+    accuracy: float | None
+    val_score: float | None
     lr: float
     seconds: float
 
     def curves(self) -> dict[str, float]:
-        validation = {} if self.val_accuracy is None else {"val/accuracy": self.val_accuracy}
-        return {"train/loss": self.loss, "train/accuracy": self.accuracy, "lr": self.lr, **validation}
+        found = {"train/accuracy": self.accuracy, "val/score": self.val_score}
+        return {"train/loss": self.loss, "lr": self.lr, **{k: v for k, v in found.items() if v is not None}}
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ class Place:
     history: list[Epoch] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
 
-    def text(self, epochs: int) -> str:
+    def text(self, epochs: int, accuracy: bool = True) -> str:
         parts = [f"epoch {self.epoch + 1}/{epochs}", f"loss {self.loss / self.seen:.4f}"]
-        parts.append(f"accuracy {100 * self.correct / self.seen:.1f}%")
-        if self.history and self.history[-1].val_accuracy is not None:
-            parts.append(f"val {self.history[-1].val_accuracy:.1f}%")
+        parts += [f"accuracy {100 * self.correct / self.seen:.1f}%"] if accuracy else []
+        if self.history and self.history[-1].val_score is not None:
+            parts.append(f"val {self.history[-1].val_score:.2f}")
         return "  ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class TrainConfig:
     clip: float | None = None
     seed: int = 0
     patience: int | None = None
+    group_by_length: bool = False
     workers: int = 0
     save_seconds: float = 60
 
@@ -40,13 +42,17 @@ class TrainConfig:
             raise RestuningError(f"precision is {self.precision!r}: expected no, bf16 or fp16")
         for f in fields(self):
             value, whole = getattr(self, f.name), f.type in (int, int | None)
-            if f.name == "precision" or (value is None and f.default is None):
+            if f.name in ("precision", "group_by_length") or (value is None and f.default is None):
                 continue
             kind = "a whole number" if whole else "a number"
             bound = "of 0 or more" if f.name in _MAY_BE_ZERO else "above 0"
             good = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
             if not good or value < 0 or (value == 0 and f.name not in _MAY_BE_ZERO):
                 raise RestuningError(f"{f.name} is {value!r}: expected {kind} {bound}")
+
+
+GROUP = 50
+"""Batches that are drawn together where texts of a length are grouped."""
 
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
@@ -70,8 +76,17 @@ def seed_of(*place: int) -> int:
     return random.Random(repr(place)).getrandbits(63)
 
 
-def data_order(examples: int, batch_size: int, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of an epoch, over all processes."""
+def data_order(
+    examples: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The batches of an epoch, over all processes. lengths: of the examples, of which those in a batch are alike then:
+    every 50 batches are drawn as one and sorted."""
     generator = torch.Generator().manual_seed(seed_of(seed, epoch))
     order: list[int] = torch.randperm(examples, generator=generator).tolist()
-    return [order[i : i + batch_size] for i in range(0, examples, batch_size)]
+    if lengths is not None:
+        many = GROUP * batch_size
+        order = [i for at in range(0, examples, many) for i in sorted(order[at : at + many], key=lengths.__getitem__)]
+    batches = [order[i : i + batch_size] for i in range(0, examples, batch_size)]
+    if lengths is not None:
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return batches

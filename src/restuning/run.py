@@ -8,22 +8,23 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
-from restuning.backbones import MICRO, describe_backbone, load_backbone, preprocessing_of
+from restuning.backbones import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
 from restuning.bank import LIMIT, Bank, FromBank, FromFeatures, build, bytes_each, keep
-from restuning.data import Images, Prepared, Preprocess, Task, check, load_task, split
+from restuning.data import Items, Preprocess, Reading, Task, check, load_task, prepared, reading, split
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
 from restuning.files import locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
 from restuning.methods import Bypass, Method, find_method, on_blocks, resize
+from restuning.objective import Objective, balanced, objective
 from restuning.progress import bar
 from restuning.recipe import TrainConfig
 from restuning.train import fit
@@ -33,9 +34,11 @@ RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that decides a run's outcome. `bank`: a folder of kept features, read in place of images and backbone.
-    Several rates in `lrs`: chosen on validation, then trained again on
-    training and validation images together (VTAB-1k's protocol), tested once, at the last epoch."""
+    """Everything that decides a run's outcome. `bank`: a folder of kept features, read in place of items and backbone.
+
+    Several rates in `lrs`: chosen on the data's own validation split; where there is none (or with `val_size`) on
+    training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
+    """
 
     data: str
     method: str | Mapping[str, Any] = "res-tuning"
@@ -51,6 +54,9 @@ class Run:
     test_size: int | None = None
     augment: bool = False
     crop: bool = False
+    tokenizer: str | None = None
+    max_length: int | None = None
+    class_weights: Literal["balanced"] | None = None
     keep_features: bool = True
     lrs: tuple[float, ...] = (1e-3,)
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -61,6 +67,8 @@ class Run:
         for lr in self.lrs:
             replace(self.training, lr=lr)
         find_method(self.method)
+        if self.class_weights not in (None, "balanced"):
+            raise RestuningError(f"class weights {self.class_weights!r}: expected balanced, or none")
 
     @property
     def spec(self) -> str | Method:
@@ -120,14 +128,16 @@ def execute(
         load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
         whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
         if bank is None:
-            for images in filter(None, (whole.train, whole.val, whole.test)):
-                check(images)
-            task: _Prepared = _FromImages(run, whole)
+            for items in filter(None, (whole.train, whole.val, whole.test)):
+                check(items)
+            task: _Prepared = _FromItems(run, whole)
         else:
             task = _FromBank(run, whole, bank)
         lr, trials = run.lrs[0], {}
         if len(run.lrs) > 1:
-            held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
+            held = whole
+            if whole.val is None or run.val_size:
+                held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: trials[str(rate)])
         model, tuned = task.model(whole.train)
@@ -139,17 +149,18 @@ def execute(
             state=out / "state.pt",
             resume=resume,
             progress=progress,
+            objective=_objective(run, whole),
             tracker=out / "tensorboard" if tensorboard else None,
         )
-        metrics = dict(evaluate(model, task.read(tuned, whole.test), run.training.batch_size))
+        metrics = dict(evaluate(model, task.read(tuned, whole.test), run.training.batch_size, kind=whole.kind))
         result = {
-            "test_accuracy": metrics.pop("accuracy"),
+            "metric": next(iter(metrics)),
             **{f"test_{name}": value for name, value in metrics.items()},
             "lr": lr,
-            "validation_accuracy": trials,
+            "validation_score": trials,
             "epochs": [asdict(epoch) for epoch in history.epochs],
             "stopped": history.stopped,
-            "images": {"train": len(whole.train), "val": len(whole.val or ()), "test": len(whole.test)},
+            "examples": {"train": len(whole.train), "val": len(whole.val or ()), "test": len(whole.test)},
             "classes": len(whole.classes),
             "parameters": count(tuned),
             "kept_features": isinstance(model, FromFeatures),
@@ -164,7 +175,7 @@ def execute(
 
 
 def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool) -> dict[str, float]:
-    """Validation accuracy of every rate, at the last epoch; those already measured are not measured again."""
+    """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
     trials: dict[str, float] = json.loads(file.read_text()) if resume and file.exists() else {}
     assert held.val is not None
@@ -181,64 +192,79 @@ def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, pr
             state=state,
             resume=resume,
             progress=progress,
+            objective=_objective(run, held),
         )
-        trials[str(lr)] = dict(evaluate(model, task.read(tuned, held.val), run.training.batch_size))["accuracy"]
+        examples = task.read(tuned, held.val)
+        trials[str(lr)] = next(evaluate(model, examples, run.training.batch_size, kind=held.kind))[1]
         write_whole(file, _json(trials))
         state.unlink(missing_ok=True)
     return trials
 
 
-class _Prepared(Protocol):
-    """Models of a run, and images as they read them."""
+def _objective(run: Run, task: Task) -> Objective:
+    weights = balanced(task.kind, task.train.labels, len(task.classes)) if run.class_weights else None
+    return objective(task.kind, weights)
 
-    def model(self, train: Images) -> tuple[nn.Module, Tuned]:
+
+class _Prepared(Protocol):
+    """Models of a run, and items as they read them."""
+
+    def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
         ...
 
-    def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples: ...
+    def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples: ...
 
 
-class _FromImages:
-    """Images as pixels, or (where nothing is tuned inside a frozen backbone, and pixels never change) the features
-    that the backbone made of them, computed once."""
+class _FromItems:
+    """Items as pixels or tokens, or (where nothing is tuned inside a frozen backbone, and they never change) the
+    features that the backbone made of them, computed once."""
 
     def __init__(self, run: Run, whole: Task) -> None:
         self.run, self.whole = run, whole
         self.backbone = load_backbone(run.backbone, run.weights, run.image_size)
-        self.preprocess = preprocessing_of(self.backbone, run.image_size, run.crop)
+        self.how = reading_of(self.backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
         self.fits: bool | None = None
+        self.plain: dict[tuple[str, ...], Examples] = {}
         self.kept: dict[tuple[str, ...], Examples] = {}
         state = self.backbone.state_dict()
         self.came = {k: v.clone() for k, v in state.items()} if run.method == "full" else None
 
-    def model(self, train: Images) -> tuple[nn.Module, Tuned]:
+    def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         if self.came is not None:
             self.backbone.load_state_dict(self.came)
         tuned = Tuned(self.backbone, backbone_name=self.run.backbone)
-        _adapted(tuned, self.run, self.whole, self.preprocess)
+        _adapted(tuned, self.run, self.whole, self.how)
         if torch.cuda.is_available():
             tuned.cuda()
         if needs_data(tuned):
-            initialise(tuned, Prepared(train, self.preprocess), self.run.training.seed)
+            initialise(tuned, self._examples(train), self.run.training.seed)
         return (FromFeatures(tuned) if self._keeps(tuned) else tuned), tuned
 
-    def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples:
-        pixels = Prepared(images, self.preprocess, augment, self.run.training.seed)
+    def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
+        if augment:
+            return prepared(items, self.how, True, self.run.training.seed)
         if not self._keeps(tuned):
-            return pixels
-        key = tuple(images.names)
+            return self._examples(items)
+        key = tuple(items.names)
         if key not in self.kept:
-            self.kept[key] = keep(tuned, pixels, self.run.training.batch_size)
+            self.kept[key] = keep(tuned, self._examples(items), self.run.training.batch_size)
         return self.kept[key]
 
+    def _examples(self, items: Items) -> Examples:
+        key = tuple(items.names)
+        if key not in self.plain:
+            self.plain[key] = prepared(items, self.how)
+        return self.plain[key]
+
     def _keeps(self, tuned: Tuned) -> bool:
-        if not self.run.keep_features or self.run.augment or not tuned.reads_features:
+        if not self.run.keep_features or self.run.augment or not tuned.reads_features or self.whole.kind == "per-token":
             return False
         if self.fits is None:
             whole = self.whole
-            images = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
-            self.fits = bytes_each(tuned, self.preprocess(whole.train.image(0))) * images <= LIMIT
+            items = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
+            self.fits = bytes_each(tuned, self._examples(whole.train)) * items <= LIMIT
         return self.fits
 
 
@@ -248,25 +274,26 @@ class _FromBank:
     def __init__(self, run: Run, whole: Task, bank: Bank) -> None:
         self.run, self.whole, self.bank = run, whole, bank
 
-    def model(self, train: Images) -> tuple[nn.Module, Tuned]:
+    def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         tuned = self.bank.tuned(describe_backbone(self.run.backbone))
-        _adapted(tuned, self.run, self.whole, Preprocess.from_dict(self.bank.preprocessing))
+        _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing))
         self.bank.accepts(tuned)
         return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
 
-    def read(self, tuned: Tuned, images: Images, augment: bool = False) -> Examples:
-        return FromBank(self.bank, images)
+    def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
+        return FromBank(self.bank, items)
 
 
-def _adapted(tuned: Tuned, run: Run, whole: Task, preprocess: Preprocess) -> None:
+def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
     tuned.add_adapter(
         "default",
         run.spec,
         len(whole.classes),
         pool=run.pool,
         classes=whole.classes,
-        preprocessing=preprocess.to_dict(),
+        preprocessing=how.to_dict(),
+        kind=whole.kind,
     )
 
 
@@ -328,6 +355,8 @@ def build_bank(
     weights: str | None = None,
     image_size: int | None = None,
     crop: bool = False,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
     tokens: str | None = None,
     sizes: Mapping[str, int | None],
     progress: bool = True,
@@ -335,12 +364,13 @@ def build_bank(
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
 
-    tokens: `first`, `last`, `all`, or g for CLS and a g × g grid; None: what the backbone's own pooling sees.
+    tokens: `first`, `last`, `all`, `mean` (of a text), or g for CLS and a g × g grid; None: what the backbone's pooling
+    sees.
     """
     model = load_backbone(backbone, weights, image_size)
-    if tokens not in (None, "first", "last", "all") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, all, last, or the number of cells a side of a grid")
-    grid = int(tokens) if tokens is not None and tokens.isdecimal() else None
+    if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
+        raise RestuningError(f"tokens {tokens!r}: expected first, last, mean, all, or the cells a side of a grid")
+    grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     pool = {"first": "cls", "last": "last", "all": "none"}.get(tokens or "")
     tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
     if torch.cuda.is_available():
@@ -349,11 +379,11 @@ def build_bank(
     with bar(100, progress) as show:
 
         def seen(done: int, of: int) -> None:
-            show(100 * done // of, f"{done} of {of} images")
+            show(100 * done // of, f"{done} of {of}")
 
-        source = {"backbone": backbone, "weights": weights, "image_size": image_size, "crop": crop}
-        preprocess = preprocessing_of(model, image_size, crop)
-        return build(tuned, task, preprocess, out, about={"source": source}, seen=seen, **settings)
+        how: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
+        source = {"backbone": backbone, "weights": weights, **how}
+        return build(tuned, task, reading_of(model, **how), out, about={"source": source}, seen=seen, **settings)
 
 
 def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None = None) -> Tuned:
@@ -366,19 +396,19 @@ def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None 
     card, _ = read(folder)
     if weights is None and (folder / RUN).exists():
         weights = read_run(folder / RUN).weights
-    preprocess = card_preprocess(folder, card.preprocessing)
+    how = card_reading(folder, card.preprocessing)
     if onto is None:
         onto = load_backbone(str(card.backbone["name"]), weights)
-        if preprocessing_of(onto).size != preprocess.size:
-            onto = load_backbone(str(card.backbone["name"]), weights, preprocess.size[0])
+        if isinstance(how, Preprocess) and preprocessing_of(onto).size != how.size:
+            onto = load_backbone(str(card.backbone["name"]), weights, how.size[0])
     return Tuned.from_pretrained(onto, folder)
 
 
-def card_preprocess(folder: Path, data: Mapping[str, Any] | None) -> Preprocess:
-    """The preprocessing that an adapter was trained with."""
+def card_reading(folder: Path, data: Mapping[str, Any] | None) -> Reading:
+    """How items were read that an adapter was trained with."""
     if data is None:
         raise CheckpointError(f"{folder} names no preprocessing: it was not trained by the command line")
-    return Preprocess.from_dict(dict(data))
+    return reading(data)
 
 
 def versions() -> dict[str, str]:

@@ -30,6 +30,7 @@ class Card:
     num_classes: int | None
     classes: Sequence[str] | None = None
     preprocessing: Mapping[str, Any] | None = None
+    kind: str = "single-label"
 
 
 def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
@@ -70,6 +71,7 @@ def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
         found = data.get("format", data.get("peft_type", "none")) if isinstance(data, dict) else "none"
         raise CheckpointError(f"{config} is not of this library: its format is {found!r}, expected {FORMAT!r}")
     names = [f.name for f in fields(Card)]
+    data = {"kind": Card.kind, **data}  # older files hold adapters of this one kind
     missing = [name for name in names if name not in data]
     if missing:
         raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")

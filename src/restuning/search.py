@@ -14,12 +14,13 @@ from torch.func import functional_call
 from restuning._types import Port, Recipe
 from restuning.adapt import adapt
 from restuning.adaptation import Adaptation
-from restuning.backbones import load_backbone, preprocessing_of
-from restuning.data import Prepared, load_task
+from restuning.backbones import load_backbone, reading_of
+from restuning.data import load_task, prepared
 from restuning.errors import MethodError, RestuningError
 from restuning.evaluate import Examples, evaluate
 from restuning.files import write_whole
 from restuning.methods import Method, Mix, Residual, resize, to_dict
+from restuning.objective import objective
 from restuning.run import Run, claimed
 from restuning.train import fit
 from restuning.tuners import Adapter, Lora, PromptTuning
@@ -193,9 +194,16 @@ class Supernet(nn.Module):
 
 
 def evolve(
-    net: Supernet, val: Examples, *, population: int, generations: int, seed: int, batch_size: int
+    net: Supernet,
+    val: Examples,
+    *,
+    population: int,
+    generations: int,
+    seed: int,
+    batch_size: int,
+    kind: str = "single-label",
 ) -> Iterator[list[tuple[float, Subnet]]]:
-    """Generation by generation, the best subnets within the limit, best first: (validation accuracy, subnet)."""
+    """Generation by generation, the best subnets within the limit, best first: (validation score, subnet)."""
     rng, space = random.Random(f"evolution {seed}"), net.space
     seen: dict[str, tuple[float, Subnet]] = {}
 
@@ -203,12 +211,12 @@ def evolve(
         key = json.dumps(subnet)
         if key not in seen:
             net.use(subnet)
-            seen[key] = dict(evaluate(net, val, batch_size))["accuracy"], subnet
+            seen[key] = next(evaluate(net, val, batch_size, kind=kind))[1], subnet
 
     for _ in range(population):
         look(space.within(space.any(rng), rng))
     for generation in range(generations + 1):
-        # of equal accuracy the smaller one; sizes are many, accuracies on few images are not
+        # of equal score the smaller one; sizes are many, scores on few items are not
         best = sorted(seen.values(), key=lambda found: (-found[0], space.parameters(found[1])))[
             : max(2, population // 4)
         ]
@@ -238,7 +246,7 @@ def search(
         raise RestuningError(f"population {population}, generations {generations}: expected at least 2 and 0")
     with claimed(out, run, resume):
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
-        preprocess = preprocessing_of(backbone, run.image_size, run.crop)
+        how = reading_of(backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
         config = replace(run.training, lr=run.lrs[0], accumulate=_SANDWICH)
         task = load_task(
             run.data, train_size=run.train_size, val_size=run.val_size, test_size=run.test_size, seed=config.seed
@@ -247,18 +255,25 @@ def search(
             raise RestuningError("a search chooses on validation images, and there are none: give --val-size")
         torch.manual_seed(config.seed)
         net = Supernet(backbone, (1, 5, 10), limit, config.seed, num_classes=len(task.classes), pool=run.pool)
-        train, val = Prepared(task.train, preprocess, run.augment, config.seed), Prepared(task.val, preprocess)
-        fit(net, train, None, config, state=out / SUPERNET, resume=resume, progress=progress)
+        train, val = prepared(task.train, how, run.augment, config.seed), prepared(task.val, how)
+        asked = objective(task.kind)
+        fit(net, train, None, config, state=out / SUPERNET, resume=resume, progress=progress, objective=asked)
         net.eval()
         best: list[tuple[float, Subnet]] = []
         history = []
         for best in evolve(
-            net, val, population=population, generations=generations, seed=config.seed, batch_size=config.batch_size
+            net,
+            val,
+            population=population,
+            generations=generations,
+            seed=config.seed,
+            batch_size=config.batch_size,
+            kind=task.kind,
         ):
             history.append(best[0][0])
-        accuracy, subnet = best[0]
+        score, subnet = best[0]
         found = {
-            "validation_accuracy": accuracy,
+            "validation_score": score,
             "parameters": net.space.parameters(subnet),
             "limit": limit,
             "subnet": subnet,

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,12 +14,14 @@ import torch
 from torch import Tensor
 
 from restuning.bank import Bank, FromFeatures
-from restuning.bank.stack import Point, accuracies, train
-from restuning.data import Images, Task, split
+from restuning.bank.stack import Point, scores, train
+from restuning.data import Items, Task, split
 from restuning.errors import RestuningError
+from restuning.evaluate import padded
 from restuning.files import locked, write_whole
 from restuning.measure import count
 from restuning.methods import find_method, to_dict
+from restuning.objective import objective
 from restuning.recipe import TrainConfig
 from restuning.run import RESULT, RUN, Run, from_bank, on_bank, versions
 from restuning.stack import Stack
@@ -68,7 +71,7 @@ class Sweep:
 def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]:
     """Run the grid; sweep.json and, for every method and seed, the winner as a run's folder in `out`.
 
-    For each seed the point with the best validation accuracy is trained again on training and validation images and
+    For each seed the point with the best validation score is trained again on training and validation items and
     tested once, at its last epoch: what `restuning train --bank` gives with that seed and these rates. A method that
     is done is not done again on `resume`. Returns what sweep.json holds.
     """
@@ -102,11 +105,12 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     grid = list(itertools.product(settings.seeds, settings.lrs, settings.epochs))
     whole, held = ({s: _task(settings, bank, s, hold) for s in settings.seeds} for hold in (False, True))
     models = {seed: on_bank(settings.run(method, seed), whole[seed], bank) for seed in settings.seeds}
-    layers = models[settings.seeds[0]]().tuned._layers()
+    layers = models[settings.seeds[0]]().tuned._layers(bank.view)
+    asked = objective(whole[settings.seeds[0]].kind)
     features, labels, offsets = _everything(bank, layers)
 
-    def rows(images: Images) -> Tensor:
-        places = (name.removesuffix("]").rpartition("[") for name in images.names)
+    def rows(items: Items) -> Tensor:
+        places = (name.removesuffix("]").rpartition("[") for name in items.names)
         return torch.tensor([offsets[split] + int(i) for split, _, i in places])
 
     def config(lr: float, epochs: int, seed: int) -> TrainConfig:
@@ -116,27 +120,27 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     if len(grid) > len(settings.seeds):
         stack = Stack([_only(models[seed](), layers) for seed, _, _ in grid])
         points = [Point(config(lr, epochs, seed), rows(held[seed].train)) for seed, lr, epochs in grid]
-        finite = train(stack, features, labels, points)
-        validated = accuracies(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid])
-        trials = {p: a if good else 0.0 for p, a, good in zip(grid, validated, finite, strict=True)}
+        finite = train(stack, features, labels, points, asked)
+        validated = scores(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid], asked)
+        trials = {p: a if good and a == a else -math.inf for p, a, good in zip(grid, validated, finite, strict=True)}
     pairs = list(itertools.product(settings.lrs, settings.epochs))
-    # of equal accuracy the first, as in a run
-    best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), 0.0)) for s in settings.seeds}  # type: ignore[misc]
+    # of equal score the first, as in a run
+    best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), -math.inf)) for s in settings.seeds}  # type: ignore[misc]
     winners = {seed: _only(models[seed](), layers) for seed in settings.seeds}
     stack = Stack(list(winners.values()))
     points = [Point(config(*best[seed], seed), rows(whole[seed].train)) for seed in settings.seeds]
-    finite = train(stack, features, labels, points)
+    finite = train(stack, features, labels, points, asked)
     stack.write_back()
-    tested = accuracies(stack, features, labels, [rows(whole[seed].test) for seed in settings.seeds])
+    tested = scores(stack, features, labels, [rows(whole[seed].test) for seed in settings.seeds], asked)
     seeds = []
-    for seed, accuracy, good in zip(settings.seeds, tested, finite, strict=True):
+    for seed, score, good in zip(settings.seeds, tested, finite, strict=True):
         lr, epochs = best[seed]
         row = {
             "seed": seed,
             "lr": lr,
             "epochs": epochs,
-            "test_accuracy": accuracy if good else None,
-            "validation_accuracy": {f"{r:g}, {e} epochs": trials[seed, r, e] for s, r, e in trials if s == seed},
+            "test_score": score if good else None,
+            "validation_score": {f"{r:g}, {e} epochs": trials[seed, r, e] for s, r, e in trials if s == seed},
         }
         seeds.append(row)
         folder = out / f"{Path(method).stem}-seed{seed}"
@@ -147,7 +151,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         write_whole(folder / RESULT, _json({**row, "settings": run.to_dict(), "versions": versions()}))
     found = [a for a, good in zip(tested, finite, strict=True) if good]
     return {
-        "test_accuracy": statistics.fmean(found) if found else None,
+        "test_score": statistics.fmean(found) if found else None,
         "spread": statistics.stdev(found) if len(found) > 1 else 0.0,
         "parameters": count(winners[settings.seeds[0]].tuned),
         "points": len(grid),
@@ -163,10 +167,12 @@ def _task(settings: Sweep, bank: Bank, seed: int, hold: bool) -> Task:
     whole = split(spec, source, **sizes, val_size=0)  # type: ignore[arg-type]
     if not hold:
         return whole
+    if whole.val is not None and not settings.val_size:
+        return whole
     return split(spec, source, **sizes, val_size=settings.val_size or max(1, len(whole.train) // 5))  # type: ignore[arg-type]
 
 
-def _val(task: Task) -> Images:
+def _val(task: Task) -> Items:
     assert task.val is not None
     return task.val
 
@@ -179,7 +185,7 @@ def _everything(bank: Bank, layers: Sequence[int]) -> tuple[tuple[Tensor, ...], 
         offsets[name], start = start, start + len(rows)
         parts.append(rows.fetch(range(len(rows))))
     at = [bank.layers.index(layer) for layer in layers]
-    features = tuple(torch.cat([part[0][i] for part in parts]) for i in at)
+    features = tuple(padded([part[0][i] for part in parts]) for i in at)
     return features, torch.cat([part[1] for part in parts]), offsets
 
 

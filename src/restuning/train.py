@@ -11,12 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch import nn
 
 from restuning.checkpoint import (
     changing_tensors,
@@ -28,7 +26,9 @@ from restuning.checkpoint import (
     write_state,
 )
 from restuning.errors import MissingExtra, RestuningError
-from restuning.evaluate import Examples, predict_logits, to_device
+from restuning.evaluate import Examples, HasEpoch, HasLengths, loader, padded, predict_logits, to_device
+from restuning.objective import IGNORED, Objective
+from restuning.objective import objective as objective_of
 from restuning.progress import Epoch as Epoch
 from restuning.progress import History as History
 from restuning.progress import Place, bar, board
@@ -40,16 +40,6 @@ if TYPE_CHECKING:
 
 _DO_NOT_CHANGE_THE_RESULT = ("workers", "save_seconds")
 
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits [b, c], labels [b]) → the mean over the batch."""
-
-
-@runtime_checkable
-class HasEpoch(Protocol):
-    """A data set whose augmentation is a function of the epoch."""
-
-    def set_epoch(self, epoch: int) -> None: ...
-
 
 @dataclass
 class _Run:
@@ -60,7 +50,7 @@ class _Run:
     train: Examples
     val: Examples | None
     config: TrainConfig
-    loss: Loss
+    objective: Objective
     state: Path | None
     place: Place = field(default_factory=Place)
     torn: bool = False  # inside a step: what is in memory is not a state to keep
@@ -75,7 +65,7 @@ class _Run:
 
     def stale(self) -> bool:
         """Whether the last `patience` epochs brought nothing better."""
-        seen = [e.val_accuracy or 0.0 for e in self.place.history]
+        seen = [_or_worst(e.val_score) for e in self.place.history]
         return bool(self.config.patience and seen and len(seen) - 1 - seen.index(max(seen)) >= self.config.patience)
 
     def epoch(self, show: Callable[[int, str], None]) -> Epoch:
@@ -84,12 +74,13 @@ class _Run:
         if isinstance(self.train, HasEpoch):
             self.train.set_epoch(place.epoch)
         self.model.train()
-        order = data_order(len(self.train), config.batch_size, config.seed, place.epoch)
+        lengths = self.train.lengths if config.group_by_length and isinstance(self.train, HasLengths) else None
+        order = data_order(len(self.train), config.batch_size, config.seed, place.epoch, lengths)
         order = order[place.step * config.accumulate :]
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        loader = iter(
-            DataLoader(
-                cast(Dataset[Any], self.train),
+        batches_of = iter(
+            loader(
+                self.train,
                 # a process left without an example reads one for nothing: all must take part in the step
                 batch_sampler=[batch[rank::world] or batch[:1] for batch in order],
                 num_workers=config.workers,
@@ -101,7 +92,7 @@ class _Run:
             sizes = [len(batch) for batch in order[start : start + config.accumulate]]
             step = place.epoch * self.steps + place.step
             torch.manual_seed(seed_of(config.seed, step, rank))
-            batches = [next(loader) for _ in sizes]
+            batches = [next(batches_of) for _ in sizes]
             with uninterrupted():
                 self.torn = True
                 loss, correct = self.step(batches, sizes, self.lr(step))
@@ -112,19 +103,19 @@ class _Run:
                 self.torn = False
             if time.monotonic() - self.saved >= config.save_seconds:
                 self.save()
-            show(step + 1, place.text(config.epochs))
-        val_accuracy = None if self.val is None else self.accuracy(self.val)
+            show(step + 1, place.text(config.epochs, self.objective.right is not None))
+        val_score = None if self.val is None else self.score(self.val)
         with uninterrupted():
             place.seconds += time.perf_counter() - tick
             row = Epoch(
                 place.epoch,
                 place.loss / place.seen,
-                100 * place.correct / place.seen,
-                val_accuracy,
+                None if self.objective.right is None else 100 * place.correct / place.seen,
+                val_score,
                 self.lr((place.epoch + 1) * self.steps - 1),
                 place.seconds,
             )
-            better = all((val_accuracy or 0.0) > (e.val_accuracy or 0.0) for e in place.history)
+            better = all(_or_worst(val_score) > _or_worst(e.val_score) for e in place.history)
             best = changing_tensors(self.model) if config.patience and better else place.best
             self.place = Place(place.epoch + 1, history=[*place.history, row], best=best)
             self.save()
@@ -144,8 +135,9 @@ class _Run:
             labels = labels.to(accelerator.device, non_blocking=True)
             with accelerator.no_sync(self.shell) if i + 1 < len(batches) else nullcontext():
                 logits = self.shell(to_device(inputs, accelerator.device))
-                loss = self.loss(logits, labels)
-                correct = (logits[:own].argmax(-1) == labels[:own]).sum()
+                loss = self.objective.loss(logits, labels)
+                right = self.objective.right
+                correct = loss.new_zeros(()) if right is None else right(logits[:own], labels[:own]).sum()
                 # summed over the processes before the backward pass, so that all of them stop at a bad loss together
                 sums = accelerator.reduce(torch.stack([loss.detach().float() * own, correct.float()]), "sum")
                 batch_loss, batch_correct = sums.tolist()
@@ -164,14 +156,18 @@ class _Run:
         self.optimizer.step()
         return total_loss, total_correct
 
-    def accuracy(self, dataset: Examples) -> float:
-        """Percent, each process on its share."""
+    def score(self, dataset: Examples) -> float:
+        """The objective's first metric, each process on its share."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        share = Subset(cast(Dataset[Any], dataset), range(rank, len(dataset), world))
+        share = range(rank, len(dataset), world)
         with self.accelerator.autocast():
-            logits, labels = predict_logits(self.model, share, self.config.batch_size, self.config.workers)
-        correct = (logits.argmax(-1) == labels).sum().to(self.accelerator.device)
-        return 100 * int(self.accelerator.reduce(correct, "sum").item()) / len(dataset)
+            found = [predict_logits(self.model, dataset, self.config.batch_size, self.config.workers, share)]
+        if world > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+        logits, labels = padded([a for a, _ in found]), padded([b for _, b in found], IGNORED)
+        return next(self.objective.metrics(logits, labels))[1]
 
     def facts(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
@@ -205,6 +201,11 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**row) for row in state["place"].pop("history")]
         self.place = Place(**state["place"], history=history)
+
+
+def _or_worst(score: float | None) -> float:
+    """A score to compare; none, or one that is no number (a constant's correlation), is the worst."""
+    return -math.inf if score is None or math.isnan(score) else score
 
 
 @contextmanager
@@ -244,7 +245,7 @@ def fit(
     *,
     state: Path | None = None,
     resume: bool = False,
-    loss: Loss = F.cross_entropy,
+    objective: Objective | None = None,
     tracker: Path | None = None,
     progress: bool = True,
     accelerator: "Accelerator | None" = None,
@@ -259,13 +260,15 @@ def fit(
         raise RestuningError("resume needs a state file: state is None")
     if config.patience is not None and val is None:
         raise RestuningError(f"patience is {config.patience}, and there is no validation set to be patient about")
+    if config.group_by_length and not isinstance(train, HasLengths):
+        raise RestuningError("group_by_length is for texts, and these examples have no length")
     groups = parameter_groups(model, config.weight_decay)
     with _accelerated(config.precision, accelerator) as accelerator:
         for name, dataset in (("train", train), ("val", val)):
             if dataset is not None and len(dataset) < accelerator.num_processes:
                 raise RestuningError(f"{name} has {len(dataset)} examples for {accelerator.num_processes} processes")
         shell, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(groups, lr=config.lr))
-        run = _Run(model, shell, optimizer, accelerator, train, val, config, loss, state)
+        run = _Run(model, shell, optimizer, accelerator, train, val, config, objective or objective_of(), state)
         if resume and state is not None and state.exists():
             run.load(state)
             accelerator.wait_for_everyone()  # nobody writes what another still reads

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.errors import MethodError
+from restuning.objective import Objective, objective
 from restuning.recipe import TrainConfig, data_order, learning_rate
 from restuning.stack import Stack
 
@@ -21,14 +21,18 @@ class Point:
     rows: Tensor
 
     def __post_init__(self) -> None:
-        if self.config.clip is not None or self.config.patience is not None or self.config.accumulate != 1:
-            raise MethodError("a stack trains by the plain recipe: no clipping, patience or accumulation")
+        c = self.config
+        if c.clip is not None or c.patience is not None or c.accumulate != 1 or c.group_by_length:
+            raise MethodError("a stack trains by the plain recipe: no clipping, patience, accumulation or grouping")
 
 
-def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Point]) -> list[bool]:
+def train(
+    stack: Stack, features: Features, labels: Tensor, points: Sequence[Point], asked: Objective | None = None
+) -> list[bool]:
     """Train all modules at once, each exactly as `restuning.train.fit` would train it alone.
 
-    features: ((rows, tokens, width), …) shared by all points; labels: (rows,), or (N, rows) for other tasks on them.
+    features: ((rows, tokens, width), …) shared by all points; labels: (rows, …), or (N, rows, …) for other tasks on
+    them. asked: the tasks' objective; None: of single labels.
     Points must have as many examples as one another, and one batch size. Returns which of them ended in finite values.
     """
     counts = {(len(p.rows), p.config.batch_size) for p in points}
@@ -39,7 +43,9 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
     stack.tensors = {name: t.detach() for name, t in stack.tensors.items()}
     trained = {n: stack.tensors[n] for n, p in stack.model.named_parameters() if p.requires_grad}
     optimizer = _AdamW(trained, [p.config for p in points])
-    labels = labels.expand(len(points), -1)
+    asked = asked or objective()
+    loss_of = torch.vmap(asked.loss)
+    labels = _of_each(labels, asked, len(points))
     everyone = torch.arange(len(points), device=labels.device)[:, None]
     for epoch in range(max(p.config.epochs for p in points)):
         orders = [data_order(examples, batch_size, p.config.seed, epoch) for p in points]
@@ -52,8 +58,8 @@ def train(stack: Stack, features: Features, labels: Tensor, points: Sequence[Poi
                 for t in trained.values():
                     t.requires_grad_(True)
                 logits = stack(batch, own=not together)
-                loss = F.cross_entropy(logits.flatten(0, 1), labels[everyone, at].flatten(), reduction="sum")
-                grads = torch.autograd.grad(loss / at.shape[1], list(trained.values()))
+                loss = loss_of(logits, labels[everyone, at]).sum()
+                grads = torch.autograd.grad(loss, list(trained.values()))
             optimizer.step(grads, lrs)
     for t in trained.values():
         t.requires_grad_(False)
@@ -102,15 +108,25 @@ class _AdamW:
 
 
 @torch.no_grad()
-def accuracies(
-    stack: Stack, features: Features, labels: Tensor, rows: Sequence[Tensor], batch_size: int = 256
+def scores(
+    stack: Stack,
+    features: Features,
+    labels: Tensor,
+    rows: Sequence[Tensor],
+    asked: Objective | None = None,
+    batch_size: int = 256,
 ) -> list[float]:
-    """Accuracy in percent of every module on its own rows (equally many) of the shared features."""
-    at, labels = torch.stack(list(rows)).to(labels.device), labels.expand(len(stack), -1)
-    everyone = torch.arange(len(stack), device=labels.device)[:, None]
-    correct = torch.zeros(len(stack), device=labels.device)
+    """The objective's first metric of every module on its own rows (equally many) of the shared features."""
+    asked = asked or objective()
+    at, labels = torch.stack(list(rows)).to(labels.device), _of_each(labels, asked, len(stack))
+    parts = []
     for part in torch.split(at, batch_size, 1):
         together = bool((part == part[0]).all())
-        logits = stack(tuple(x[part[0]] if together else x[part] for x in features), own=not together)
-        correct += (logits.argmax(-1) == labels[everyone, part]).sum(1)
-    return [float(c) for c in 100 * correct / at.shape[1]]
+        parts.append(stack(tuple(x[part[0]] if together else x[part] for x in features), own=not together))
+    return [next(asked.metrics(own, labels[i, at[i]]))[1] for i, own in enumerate(torch.cat(parts, 1))]
+
+
+def _of_each(labels: Tensor, asked: Objective, count: int) -> Tensor:
+    """Labels of the rows, (N, rows, …), where they may be shared by all N."""
+    shared = labels.ndim == (1 if asked.kind == "single-label" else 2)
+    return labels.expand(count, *labels.shape) if shared else labels

@@ -1,7 +1,7 @@
 """A bank on disk: a frozen backbone's live features, tapped once, read at random ever after.
 
 A folder of safetensors shards, memory-mapped when read: `train-0-00000.safetensors` holds rows 0 … of the first view of
-the training images, one tensor a layer, (rows, tokens, width), and `labels`. `tail.safetensors` holds what follows the
+the training items, one tensor a layer, (rows, tokens, width), and `labels`. `tail.safetensors` holds what follows the
 features in the backbone; `manifest.json`, written last, says what all of it is made of.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,13 @@ from restuning._types import Features
 from restuning._version import __version__
 from restuning.adapt import Tuned
 from restuning.adaptation import parts_of
-from restuning.data import Images, Prepared, Preprocess, Source, Task
+from restuning.bank.kept import tapped
+from restuning.data import Items, Reading, Source, Task, prepared
 from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, line
+from restuning.evaluate import Examples, HasEpoch, padded
 from restuning.files import locked, write_whole
 from restuning.methods import Ladder
 from restuning.wiring.live import View
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
@@ -53,7 +52,7 @@ class Shard:
 def build(
     tuned: Tuned,
     task: Task,
-    preprocess: Preprocess,
+    preprocess: Reading,
     out: Path,
     *,
     dtype: str = "float32",
@@ -64,17 +63,21 @@ def build(
     resume: bool = False,
     seen: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
-    """Tap the backbone on every image of `task` once (training images `views` times, augmented, if more than 1).
+    """Tap the backbone on every item of `task` once (training images `views` times, augmented, if more than 1).
 
     tuned: a backbone with one adapter active that reads features, whose layers and tokens are kept. Killed, it goes on
-    with `resume` and ends in the same bytes. `seen(done, of)` counts images. Returns the manifest.
-    Raises RestuningError for an output folder that is in use or holds something else, or a disk that is full.
+    with `resume` and ends in the same bytes. `seen(done, of)` counts items. Returns the manifest.
+    Where every token of texts is kept, the shorter ones of a shard are padded, and the attention mask is kept too.
+    Raises RestuningError for labels by token, for an output folder that is in use or holds something else, or a disk
+    that is full.
     """
     if dtype not in DTYPES:
         raise RestuningError(f"unknown dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     if views < 1:
         raise RestuningError(f"views {views}: expected at least 1")
-    splits = {name: images for name in ("train", "val", "test") if (images := getattr(task, name)) is not None}
+    if task.kind == "per-token":
+        raise RestuningError(f"{task.spec}: a bank keeps one label for each item, and these are by token")
+    splits = {name: items for name in ("train", "val", "test") if (items := getattr(task, name)) is not None}
     plan = {
         "format": FORMAT,
         "version": __version__,
@@ -84,7 +87,8 @@ def build(
         "data": {
             "spec": task.spec,
             "classes": list(task.classes),
-            "splits": {name: _hash_of_data(images) for name, images in splits.items()},
+            "kind": task.kind,
+            "splits": {name: _hash_of_data(items) for name, items in splits.items()},
         },
         "layers": [int(layer) for layer in tuned._layers()],
         "view": asdict(tuned._live()),
@@ -98,19 +102,20 @@ def build(
     try:
         with locked(out):
             done = _begin(out, plan, resume)
-            total = sum(len(images) * (views if name == "train" else 1) for name, images in splits.items())
+            total = sum(len(items) * (views if name == "train" else 1) for name, items in splits.items())
             count = 0
             _write(out / TAIL, _tail_state(tuned))
-            for name, images in splits.items():
+            for name, items in splits.items():
                 for view in range(views if name == "train" else 1):
-                    pixels = Prepared(images, preprocess, views > 1 and name == "train", seed, cache=False)
-                    pixels.set_epoch(view)
-                    for start in range(0, len(images), SHARD_ROWS):
-                        rows = range(start, min(start + SHARD_ROWS, len(images)))
+                    examples = prepared(items, preprocess, views > 1 and name == "train", seed, cache=False)
+                    if isinstance(examples, HasEpoch):
+                        examples.set_epoch(view)
+                    for start in range(0, len(items), SHARD_ROWS):
+                        rows = range(start, min(start + SHARD_ROWS, len(items)))
                         file = f"{name}-{view}-{start // SHARD_ROWS:05d}.safetensors"
                         shard = done.get(file)
                         if shard is None or not _intact(out, shard):
-                            tensors = _tapped(tuned, pixels, rows, DTYPES[dtype], batch_size)
+                            tensors = _tapped(tuned, examples, rows, DTYPES[dtype], batch_size)
                             data = _write(out / file, tensors)
                             shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
                         shards.append(shard)
@@ -180,9 +185,11 @@ class Bank:
         return Rows(self, split, view)
 
     def source(self) -> Source:
-        """Labels and names of its images, from which `restuning.data` draws splits as it does from images."""
+        """Labels and names of its items, from which `restuning.data` draws splits as it does from images and texts."""
         made = {name: Banked(self.rows(name), name) for name in self.splits}
-        return Source(tuple(self.manifest["data"]["classes"]), made["train"], made.get("val"), made.get("test"))
+        data = self.manifest["data"]
+        kind = data.get("kind", Source.kind)  # older banks hold this one kind
+        return Source(tuple(data["classes"]), made["train"], made.get("val"), made.get("test"), kind)
 
     def accepts(self, tuned: Tuned) -> None:
         """Raises CheckpointError if the active adapters need more of the backbone than what is kept here."""
@@ -194,9 +201,6 @@ class Bank:
                     f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
                     "weights; use init='random', or train without a bank"
                 )
-        missing = sorted(set(tuned._layers()) - set(self.layers))
-        if missing:
-            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
         for name in tuned.active_adapters:
             wanted = tuned._find(name).view
             if wanted.of(self.view) is None:
@@ -204,6 +208,9 @@ class Bank:
                     f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
                     f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
                 )
+        missing = sorted(set(tuned._layers(self.view)) - set(self.layers))
+        if missing:
+            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
 
     def tuned(self, described: nn.Module) -> Tuned:
         """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to
@@ -247,7 +254,7 @@ class Rows:
         self.bank = bank
         self.shards = [s for s in bank.shards if (s.split, s.view) == (split, view)]
         if not self.shards:
-            raise CheckpointError(f"{bank.path} has no view {view} of the {split} images")
+            raise CheckpointError(f"{bank.path} has no view {view} of the {split} split")
         self.starts = [0]
         for shard in self.shards:
             self.starts.append(self.starts[-1] + shard.rows)
@@ -255,15 +262,15 @@ class Rows:
     def __len__(self) -> int:
         return self.starts[-1]
 
-    def labels(self) -> list[int]:
-        return [int(y) for shard in self.shards for y in self.bank.shard(shard.file)["labels"]]
+    def labels(self) -> list[Any]:
+        return [y for shard in self.shards for y in self.bank.shard(shard.file)["labels"].tolist()]
 
-    def __getitem__(self, i: int) -> tuple[Features, int]:
+    def __getitem__(self, i: int) -> tuple[Features, Tensor]:
         features, labels = self.fetch([i])
-        return tuple(x[0] for x in features), int(labels[0])
+        return tuple(x[0] for x in features), labels[0]
 
     def fetch(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
-        """Features ((b, tokens, width), …) in float32 and labels (b,)."""
+        """Features ((b, tokens, width), …) in float32 and labels (b,) or (b, c)."""
         where = torch.as_tensor(indices)
         at = torch.searchsorted(torch.tensor(self.starts[1:]), where, right=True)
         layers: list[list[Tensor]] = [[] for _ in self.bank.layers]
@@ -278,20 +285,20 @@ class Rows:
         back = torch.cat(order).argsort()
         # what is kept in half precision is read in single; double stays double
         return (
-            tuple(_wide(torch.cat(kept)[back]) for kept in layers),
+            tuple(_wide(padded(kept)[back]) for kept in layers),
             torch.cat(labels)[back],
         )
 
 
 class FromBank:
-    """Images of a bank's splits as a data set of features; each epoch reads the next of the views."""
+    """Items of a bank's splits as a data set of features; each epoch reads the next of the views."""
 
-    def __init__(self, bank: Bank, images: Images) -> None:
-        places = [name.removesuffix("]").rpartition("[") for name in images.names]
+    def __init__(self, bank: Bank, items: Items) -> None:
+        places = [name.removesuffix("]").rpartition("[") for name in items.names]
         self.splits = {split for split, _, _ in places}
         self.bank, self.epoch = bank, 0
         self.places = [(split, int(i)) for split, _, i in places]
-        self.labels = list(images.labels)
+        self.labels = list(items.labels)
         self.rows: dict[tuple[str, int], Rows] = {}
 
     def set_epoch(self, epoch: int) -> None:
@@ -300,18 +307,18 @@ class FromBank:
     def __len__(self) -> int:
         return len(self.places)
 
-    def __getitem__(self, i: int) -> tuple[Features, int]:
+    def __getitem__(self, i: int) -> tuple[Features, Tensor]:
         return self.__getitems__([i])[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Features, int]]:
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Features, Tensor]]:
         """Many rows at once, as torch's loader asks for them."""
-        found: dict[int, tuple[Features, int]] = {}
+        found: dict[int, tuple[Features, Tensor]] = {}
         for split in self.splits:
             mine = [i for i in indices if self.places[i][0] == split]
             if mine:
                 features, labels = self._rows(split).fetch([self.places[i][1] for i in mine])
                 for k, i in enumerate(mine):
-                    found[i] = tuple(x[k] for x in features), int(labels[k])
+                    found[i] = tuple(x[k] for x in features), labels[k]
         return [found[i] for i in indices]
 
     def _rows(self, split: str) -> Rows:
@@ -321,15 +328,15 @@ class FromBank:
         return self.rows[key]
 
 
-class Banked(Images):
-    """The images of a bank's split, of which labels and places are known, and pixels are not."""
+class Banked(Items):
+    """The items of a bank's split, of which labels and places are known, and pixels or words are not."""
 
     def __init__(self, rows: Rows, split: str) -> None:
         self.labels = rows.labels()
         self.names = [f"{split}[{i}]" for i in range(len(self.labels))]
 
-    def image(self, i: int) -> "Image":
-        raise DataError(f"{self.names[i]}: a bank holds features, not images")
+    def item(self, i: int) -> Any:
+        raise DataError(f"{self.names[i]}: a bank holds features, not what they were made of")
 
 
 def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]:
@@ -353,22 +360,13 @@ def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]
     return shards
 
 
-@torch.no_grad()
-def _tapped(tuned: Tuned, pixels: Prepared, rows: range, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
-    device = next(tuned.parameters()).device
-    batches, labels = [], []
-    for start in range(rows.start, rows.stop, batch_size):
-        items = [pixels[i] for i in range(start, min(start + batch_size, rows.stop))]
-        features = tuned.features(torch.stack([x for x, _ in items]).to(device))
-        batches.append([x.to("cpu", dtype) for x in features])
-        labels += [label for _, label in items]
-    kept = {
-        str(layer): torch.cat(parts) for layer, parts in zip(tuned._layers(), zip(*batches, strict=True), strict=True)
-    }
+def _tapped(tuned: Tuned, examples: Examples, rows: range, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
+    features, labels = tapped(tuned, examples, rows, batch_size, dtype)
+    kept = {str(layer): x for layer, x in zip(tuned._layers(), features, strict=True)}
     for layer, x in kept.items():
         if not x.isfinite().all():
             raise RestuningError(f"layer {layer} has values that {dtype} cannot hold: choose another dtype")
-    return {**kept, "labels": torch.tensor(labels)}
+    return {**kept, "labels": labels}
 
 
 def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
@@ -415,11 +413,11 @@ def _hash_of_weights(backbone: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _hash_of_data(images: Images) -> dict[str, Any]:
+def _hash_of_data(items: Items) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for name, label in zip(images.names, images.labels, strict=True):
-        digest.update(f"{name} {int(label)}\n".encode())
-    return {"count": len(images), "sha256": digest.hexdigest()}
+    for name, label in zip(items.names, items.labels, strict=True):
+        digest.update(f"{name} {label}\n".encode())
+    return {"count": len(items), "sha256": digest.hexdigest()}
 
 
 def _json(data: Any) -> bytes:

@@ -1,19 +1,25 @@
 """Data sets as tasks, by `kind:rest`; each kind is one file and one row of KINDS."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 from restuning.data.digits import load_digits
 from restuning.data.folder import load_folder
 from restuning.data.folder import load_images as load_images
 from restuning.data.hub import load_hub
 from restuning.data.sprites import load_sprites
+from restuning.data.table import load_table
 from restuning.data.tar import load_tar
-from restuning.data.task import Images as Images
+from restuning.data.task import Items as Items
 from restuning.data.task import Source as Source
 from restuning.data.task import Task as Task
 from restuning.data.task import check as check
 from restuning.data.task import split as split
+from restuning.data.text import Texts as Texts
+from restuning.data.text import load_glue, load_text
+from restuning.data.tokens import Tokenise as Tokenise
+from restuning.data.tokens import Tokenised as Tokenised
 from restuning.data.transforms import Prepared as Prepared
 from restuning.data.transforms import Preprocess as Preprocess
 from restuning.errors import DataError
@@ -24,16 +30,41 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "digits": load_digits,
     "sprites": load_sprites,
     "hf": load_hub,
+    "table": load_table,
+    "text": load_text,
+    "glue": load_glue,
 }
+
+Reading: TypeAlias = Preprocess | Tokenise
+"""How items become what a backbone reads."""
+
+
+def reading(data: Mapping[str, Any]) -> Reading:
+    """The inverse of `to_dict`, of either. Raises DataError if it cannot be read."""
+    return Tokenise.from_dict(data) if "tokenizer" in data else Preprocess.from_dict(data)
+
+
+def prepared(
+    items: Items, how: Reading, augment: bool = False, seed: int = 0, cache: bool = True
+) -> Prepared | Tokenised:
+    """Items as examples, (inputs, label). augment, seed and cache are images'; see `Prepared`.
+
+    Raises DataError for texts where images are read, and images where texts are.
+    """
+    texts = len(items) > 0 and isinstance(items.item(0), tuple)
+    if texts != isinstance(how, Tokenise):
+        raise DataError(f"{items.names[0]} is {'a text' if texts else 'an image'}, which this backbone does not read")
+    return Tokenised(items, how) if isinstance(how, Tokenise) else Prepared(items, how, augment, seed, cache)
 
 
 def load_task(
     spec: str, *, train_size: int | None = None, val_size: int = 0, test_size: int | None = None, seed: int = 0
 ) -> Task:
-    """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation` or `hf:NAME[:CONFIG]`.
+    """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation`, `table:PATH`, `text:PATH`,
+    `glue:NAME` or `hf:NAME[:CONFIG]`.
 
-    Where there is no test split, `test_size` images (a fifth) are drawn first, the same at every call. `train_size`
-    images (all) are then drawn by `seed`, and `val_size` of these held out for validation; with 0, the source's own
+    Where there is no test split, `test_size` items (a fifth) are drawn first, the same at every call. `train_size`
+    items (all) are then drawn by `seed`, and `val_size` of these held out for validation; with 0, the source's own
     validation split stands. Every draw is by class. Raises DataError for an unknown kind, for data that cannot be
     used, and for sizes below 1 or beyond what there is.
     """

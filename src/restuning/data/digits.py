@@ -2,21 +2,21 @@
 
 from typing import TYPE_CHECKING, Any
 
-from restuning.data.task import Images, Source
+from restuning.data.task import Items, Source
 from restuning.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-class Arrays(Images):
+class Arrays(Items):
     """Grey images (n, h, w) in uint8."""
 
     def __init__(self, pixels: Any, labels: list[int], name: str) -> None:
         self.pixels, self.labels = pixels, labels
         self.names = [f"{name}[{i}]" for i in range(len(labels))]
 
-    def image(self, i: int) -> "Image":
+    def item(self, i: int) -> "Image":
         from PIL import Image
 
         return Image.fromarray(self.pixels[i]).convert("RGB")

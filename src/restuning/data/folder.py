@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from restuning.data.decode import SUFFIXES, decode
-from restuning.data.task import Images, Source
+from restuning.data.task import Items, Source
 from restuning.errors import DataError
 
 if TYPE_CHECKING:
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 SPLITS = ("train", "val", "test")
 
 
-class Files(Images):
+class Files(Items):
     """Images in files."""
 
     def __init__(self, paths: Sequence[Path], labels: Sequence[int]) -> None:
         self.names, self.labels = [str(p) for p in paths], labels
 
-    def image(self, i: int) -> "Image":
+    def item(self, i: int) -> "Image":
         try:
             with open(self.names[i], "rb") as file:
                 return decode(file, self.names[i])
@@ -41,7 +41,7 @@ def load_folder(path: str) -> Source:
     return source_of(str(root.absolute()), found, Files)
 
 
-def load_images(path: Path) -> Images:
+def load_images(path: Path) -> Items:
     """One image, or all of a folder (not of those below it), without labels: every label is 0."""
     if path.is_dir():
         files = _files(path)

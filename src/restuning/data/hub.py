@@ -1,4 +1,4 @@
-"""`hf:NAME[:CONFIG]`: a Hugging Face data set, by hub name or from a folder."""
+"""`hf:NAME[:CONFIG][?text=COLUMN&…]`: a Hugging Face data set of images or texts, by hub name or from a folder."""
 
 import io
 from contextlib import nullcontext
@@ -6,24 +6,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from restuning.data.decode import decode
-from restuning.data.task import Images, Source
+from restuning.data.table import LABELS, Table, settings_of
+from restuning.data.task import Items, Source
+from restuning.data.text import SETTINGS, TEXTS, source_of
 from restuning.errors import DataError, MissingExtra, line
 from restuning.hub import hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SPLITS = {"train": ("train",), "val": ("validation", "val", "valid"), "test": ("test",)}
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "validation_matched"), "test": ("test",)}
 
 
-class Rows(Images):
+class Rows(Items):
     """Rows of a `datasets.Dataset` whose image column is not decoded."""
 
     def __init__(self, rows: Any, column: str, labels: list[int], name: str) -> None:
         self.rows, self.column, self.labels = rows, column, labels
         self.names = [f"{name}[{i}]" for i in range(len(labels))]
 
-    def image(self, i: int) -> "Image":
+    def item(self, i: int) -> "Image":
         value = self.rows[i][self.column]
         if value is None:
             raise DataError(f"{self.names[i]} has no image")
@@ -34,11 +36,16 @@ class Rows(Images):
 
 
 def load_hub(rest: str) -> Source:
-    """Raises DataError for a data set that cannot be had, lacks an image or a label column, or has other labels."""
+    """Labels of text data sets are of any kind; see `restuning.data.table.labels_of`. Where the test labels are hidden,
+    texts are tested on the validation split, as GLUE is reported.
+
+    Raises DataError for a data set that cannot be had, lacks an image (or text) or a label column, or has other labels.
+    """
     try:
         import datasets
     except ImportError as error:
         raise MissingExtra("datasets", "data") from error
+    rest, settings = settings_of(rest, SETTINGS)
     name, _, config = rest.partition(":")
     try:
         if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
@@ -50,11 +57,49 @@ def load_hub(rest: str) -> Source:
         raise DataError(f"the data set {rest!r} cannot be had: {line(error)}") from error
     if not isinstance(found, dict):
         found = {"train": found}
-    splits = {ours: found[s] for ours, theirs in SPLITS.items() for s in theirs if s in found}
+    splits: dict[str, Any] = {}
+    for ours, theirs in SPLITS.items():
+        for s in theirs:
+            if s in found and ours not in splits:
+                splits[ours] = found[s]
     if "train" not in splits:
         raise DataError(f"{rest}: no training split among {', '.join(map(str, found)) or 'none'}")
     features = splits["train"].features
-    image = _one(rest, "image", [n for n, f in features.items() if isinstance(f, datasets.Image)], features)
+    images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
+    texts = settings.get("text") in features or any(n in features for n in TEXTS)
+    return _texts(rest, splits, settings) if texts and not images else _images(rest, splits, images)
+
+
+def _texts(rest: str, splits: dict[str, Any], settings: dict[str, str]) -> Source:
+    import datasets
+
+    features = splits["train"].features
+    column = settings.get("label") or next((n for n in LABELS if n in features), "")
+    feature = features.get(column)
+    inner = getattr(feature, "feature", feature)  # of a list of labels
+    names = inner.names if isinstance(inner, datasets.ClassLabel) else None
+    tables = {}
+    for split, rows in splits.items():
+        if split == "test" and column in rows.features and set(rows.unique(column) if feature is inner else ()) == {-1}:
+            continue  # a hub's hidden test labels
+        kept = rows.to_list()
+        if names is not None:
+            for row in kept:
+                value = row[column]
+                many = [names[v] if 0 <= v < len(names) else v for v in (value if isinstance(value, list) else [value])]
+                row[column] = many if isinstance(value, list) else many[0]
+        where = f"{rest}/{split}"
+        tables[split] = Table(where, tuple(rows.features), kept, [f"{where}[{i}]" for i in range(len(kept))])
+    if "test" not in tables and "val" in tables:
+        tables["test"] = tables.pop("val")
+    return source_of(tables, settings, names)
+
+
+def _images(rest: str, splits: dict[str, Any], images: list[str]) -> Source:
+    import datasets
+
+    features = splits["train"].features
+    image = _one(rest, "image", images, features)
     named = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
     plain = [n for n in ("label", "labels", "class", "target") if n in features]
     label = _one(rest, "label", named or plain, features)

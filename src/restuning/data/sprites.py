@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor
 
-from restuning.data.task import Images, Source
+from restuning.data.task import Items, Source
 from restuning.errors import DataError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class _Names(Sequence[str]):
         return _Names(self.indices[i]) if isinstance(i, slice) else f"sprite {int(self.indices[i])}"
 
 
-class Sprites(Images):
+class Sprites(Items):
     """The sprites with these indices, drawn when read."""
 
     def __init__(self, indices: Tensor, factor: int) -> None:
@@ -50,7 +50,7 @@ class Sprites(Images):
         self.labels = (self.factors[:, factor] * BINS // SIZES[factor]).tolist()
         self.names = _Names(indices)
 
-    def image(self, i: int) -> "Image":
+    def item(self, i: int) -> "Image":
         shape, scale, turn, x, y = self.factors[i].tolist()
         return draw(shape, 0.5 + 0.5 * scale / 5, 2 * math.pi * turn / 39, x / 31, y / 31)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from restuning.data.decode import SUFFIXES, decode
 from restuning.data.folder import SPLITS, source_of
-from restuning.data.task import Images, Source
+from restuning.data.task import Items, Source
 from restuning.errors import DataError, line
 
 if TYPE_CHECKING:
@@ -19,14 +19,14 @@ Member = tuple[str, str, int, int]
 """tar, name, offset, size; for a compressed tar the offset is that of the unpacked stream."""
 
 
-class Members(Images):
+class Members(Items):
     """Images in a tar, read at their offsets; each process opens the file for itself."""
 
     def __init__(self, members: Sequence[Member], labels: Sequence[int]) -> None:
         self.members, self.labels = members, labels
         self.names = [f"{tar}:{name}" for tar, name, _, _ in members]
 
-    def image(self, i: int) -> "Image":
+    def item(self, i: int) -> "Image":
         tar, _, offset, size = self.members[i]
         return decode(io.BytesIO(_read(tar, offset, size)), self.names[i])
 

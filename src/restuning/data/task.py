@@ -1,71 +1,78 @@
-"""A data set as a task: classes, and training, validation and test images drawn the same way at every call."""
+"""A data set as a task: classes, and training, validation and test items drawn the same way at every call."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 
 from restuning.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
+class Items(ABC, Dataset[tuple[Any, Any]]):
+    """Labelled RGB images, or texts. `names[i]` says where item i comes from; `labels` never decodes an image.
 
-class Images(ABC, Dataset[tuple["Image", int]]):
-    """Labelled RGB images. `names[i]` says where image i comes from; `labels` never decodes an image."""
+    A label is an index into the task's classes; under `multi-label` a 0 or 1 for each of them, under `regression`
+    the targets, under `per-token` an index for each word.
+    """
 
     names: Sequence[str]
-    labels: Sequence[int]
+    labels: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     @abstractmethod
-    def image(self, i: int) -> "Image":
-        """Image i, RGB. Raises DataError if it cannot be decoded."""
+    def item(self, i: int) -> Any:
+        """An RGB image; or a text: one string or two, or one list of words. Raises DataError for an image that cannot
+        be decoded."""
 
-    def __getitem__(self, i: int) -> tuple["Image", int]:
-        return self.image(i), int(self.labels[i])
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        return self.item(i), self.labels[i]
 
 
-class View(Images):
-    """Some images of others, in the order of `indices`."""
+class View(Items):
+    """Some items of others, in the order of `indices`."""
 
-    def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, list(indices)
-        self.names = [images.names[i] for i in self.indices]
-        self.labels = [int(images.labels[i]) for i in self.indices]
+    def __init__(self, items: Items, indices: Sequence[int]) -> None:
+        self.items, self.indices = items, list(indices)
+        self.names = [items.names[i] for i in self.indices]
+        self.labels = [items.labels[i] for i in self.indices]
 
-    def image(self, i: int) -> "Image":
-        return self.images.image(self.indices[i])
+    def item(self, i: int) -> Any:
+        return self.items.item(self.indices[i])
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader found: its own splits, as far as it has them."""
+    """What a loader found: its own splits, as far as it has them. kind: as `Task` has it."""
 
     classes: tuple[str, ...]
-    train: Images
-    val: Images | None = None
-    test: Images | None = None
+    train: Items
+    val: Items | None = None
+    test: Items | None = None
+    kind: str = "single-label"
 
 
 @dataclass(frozen=True)
 class Task:
-    """`spec` names the data; labels are indices into `classes`."""
+    """`spec` names the data; kind: `single-label`, `multi-label`, `regression` or `per-token` (see `Items`).
+
+    Under regression, `classes` names the targets.
+    """
 
     spec: str
     classes: tuple[str, ...]
-    train: Images
-    val: Images | None
-    test: Images
+    train: Items
+    val: Items | None
+    test: Items
+    kind: str = "single-label"
 
 
 def split(spec: str, source: Source, train_size: int | None, val_size: int, test_size: int | None, seed: int) -> Task:
-    """Draw the splits by class. The test images depend on neither `train_size` nor `seed`."""
+    """Draw the splits, by class where an item has one. The test items depend on neither `train_size` nor `seed`."""
     for name, size in (("train_size", train_size), ("val_size", val_size or None), ("test_size", test_size)):
         if size is not None and size < 1:
             raise DataError(f"{spec}: {name} is {size}, expected at least 1")
@@ -73,7 +80,7 @@ def split(spec: str, source: Source, train_size: int | None, val_size: int, test
         count = max(1, len(source.train) // 5) if test_size is None else test_size
         _enough(spec, "test_size", count, len(source.train) - 1)
         tested, rest = _draw(source.train, range(len(source.train)), count, seed=0)
-        test: Images = View(source.train, tested)
+        test: Items = View(source.train, tested)
     else:
         rest = list(range(len(source.train)))
         test = source.test
@@ -86,23 +93,24 @@ def split(spec: str, source: Source, train_size: int | None, val_size: int, test
     val = source.val
     if val_size:
         if val_size >= len(rest):
-            raise DataError(f"{spec}: val_size is {val_size}, expected fewer than the {len(rest)} training images")
+            raise DataError(f"{spec}: val_size is {val_size}, expected fewer than the {len(rest)} to train on")
         held, rest = _draw(source.train, rest, val_size, seed)
         val = View(source.train, held)
-    return Task(spec, source.classes, View(source.train, rest), val, test)
+    return Task(spec, source.classes, View(source.train, rest), val, test, source.kind)
 
 
 def _enough(spec: str, name: str, size: int, there: int) -> None:
     if size > there:
-        raise DataError(f"{spec}: {name} is {size}, expected at most the {there} images that there are for it")
+        raise DataError(f"{spec}: {name} is {size}, expected at most the {there} that there are for it")
 
 
-def _draw(images: Images, among: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
+def _draw(items: Items, among: Sequence[int], count: int, seed: int) -> tuple[list[int], list[int]]:
     """`count` of `among`, each class by its share (largest remainders; one of each where possible); and the rest."""
     order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed)).tolist()
     by_class: dict[int, list[int]] = {}
     for i in (among[k] for k in order):
-        by_class.setdefault(int(images.labels[i]), []).append(i)
+        label = items.labels[i]
+        by_class.setdefault(label if isinstance(label, int) else 0, []).append(i)
     share = {c: count * len(members) / len(among) for c, members in by_class.items()}
     floor = 1 if count >= len(by_class) else 0
     take = {c: min(len(by_class[c]), max(floor, int(s))) for c, s in share.items()}
@@ -120,7 +128,7 @@ def _draw(images: Images, among: Sequence[int], count: int, seed: int) -> tuple[
     return [i for i in shuffled if i in drawn], [i for i in shuffled if i not in drawn]
 
 
-def check(images: Images) -> None:
+def check(items: Items) -> None:
     """Decode every image once. Raises DataError at the first that cannot be used."""
-    for i in range(len(images)):
-        images.image(i)
+    for i in range(len(items)):
+        items.item(i)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from restuning.data.task import Images
+from restuning.data.task import Items
 from restuning.errors import DataError, MissingExtra
 
 if TYPE_CHECKING:
@@ -77,12 +77,12 @@ def _v2() -> Any:
     return v2
 
 
-class Prepared(Dataset[tuple[Tensor, int]]):
+class Prepared(Dataset[tuple[Tensor, Any]]):
     """Images as (float32 (3, h, w), label). Augmentation is a function of (seed, epoch, index) alone; without it,
     pixels are kept in memory (uint8, at most 2 GiB) once they are decoded and resized."""
 
     def __init__(
-        self, images: Images, preprocess: Preprocess, augment: bool = False, seed: int = 0, cache: bool = True
+        self, images: Items, preprocess: Preprocess, augment: bool = False, seed: int = 0, cache: bool = True
     ) -> None:
         self.images, self.preprocess, self.augment, self.seed = images, preprocess, augment, seed
         height, width = preprocess.size
@@ -96,16 +96,17 @@ class Prepared(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        label = int(self.images.labels[i])
+    def __getitem__(self, i: int) -> tuple[Tensor, Any]:
+        label = self.images.labels[i]
+        label = torch.tensor(label) if isinstance(label, list) else int(label)
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 # a large odd multiplier each, so that neighbouring epochs and images share no seed
                 torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + i)
-                return self.preprocess.augmented(self.images.image(i)), label
+                return self.preprocess.augmented(self.images.item(i)), label
         pixels = self.cached.get(i)
         if pixels is None:
-            pixels = self.preprocess.pixels(self.images.image(i))
+            pixels = self.preprocess.pixels(self.images.item(i))
             if self.cache:
                 self.cached[i] = pixels
         return self.preprocess.normalise(pixels), label

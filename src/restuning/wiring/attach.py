@@ -295,10 +295,11 @@ class Taps:
         self.wanted = sorted(set(layers))
         self.view = view
         self.kept: dict[int, Tensor] = {}
+        self.given: Tensor | None = None  # the attention mask
         self.memory: Tensor | None = None
 
     def keep(self, layer: int, x: Tensor) -> None:
-        seen = self.view(x, self.kept.get(MASK))
+        seen = self.view(x, self.given)
         if x.requires_grad or seen is x:  # a slice would hold the memory of all
             self.kept[layer] = seen.clone() if self.view.tokens in ("first", "last") else seen
             return
@@ -317,7 +318,8 @@ class Taps:
         given = inspect.signature(m.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
         if given is not None and given.ndim != 2:
             raise MethodError(f"an attention mask {tuple(given.shape)}: expected (b, n), to tell tokens from padding")
-        if given is not None:
+        self.given = given
+        if given is not None and MASK in self.wanted:
             self.kept[MASK] = given
 
 
@@ -326,6 +328,8 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = A
     """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
     taps = Taps(layers, view)
     with ExitStack() as stack:
+        if view.by_mask or MASK in taps.wanted:
+            stack.enter_context(_before(backbone, taps.mask))
         for layer in taps.wanted:
             if layer == INPUT:
 
@@ -335,7 +339,6 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = A
                 stack.enter_context(_before(backbone, whole))
                 continue
             if layer == MASK:
-                stack.enter_context(_before(backbone, taps.mask))
                 continue
             point = Point(sites.blocks[max(layer - 1, 0)], "out" if layer else "in")
             stack.enter_context(_on_read(backbone, point, partial(taps.keep, layer), first=True)())

@@ -14,20 +14,22 @@ from restuning.tuners.grid import patches
 class View:
     """What is kept of the tokens (b, n, d) of a layer.
 
-    `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); a number g:
-    the first one where there are tokens before the patches (`prefix` of them), and the mean of each cell of a g × g
-    grid of the patches, (b, 1 + g², d).
+    `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); `mean`: the
+    mean of those that are none, (b, 1, d); a number g: the first one where there are tokens before the patches
+    (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
     """
 
     tokens: str | int = "all"
     prefix: int = 1
 
     def __call__(self, x: Tokens, mask: Tensor | None = None) -> Tensor:
-        """mask (b, n): which tokens are no padding; of a longer one, with what came before these tokens, the end."""
+        """mask (b, n): which tokens are no padding; None: all. Of a longer one, with what a cache holds, the end."""
         if self.tokens == "all":
             return x
         if self.tokens == "last":
             return last(x, mask)
+        if self.tokens == "mean":
+            return mean_of(x, mask)[:, None]
         first = x[:, :1]
         if self.tokens == "first":
             return first
@@ -40,11 +42,16 @@ class View:
             return ALL
         if kept.tokens == "all":
             return self
-        return self if self.tokens == "first" and kept.prefix else None
+        return self if self.tokens == "first" and kept.tokens != "mean" and kept.prefix else None
+
+    @property
+    def by_mask(self) -> bool:
+        """Whether padding must be told from tokens."""
+        return self.tokens in ("last", "mean")
 
     def count(self) -> int:
         """How many tokens a grid leaves."""
-        return int(self.tokens) ** 2 + (self.prefix > 0)
+        return 1 if self.tokens == "mean" else int(self.tokens) ** 2 + (self.prefix > 0)
 
 
 def last(x: Tokens, mask: Tensor | None) -> Tensor:
@@ -55,4 +62,12 @@ def last(x: Tokens, mask: Tensor | None) -> Tensor:
     return x.gather(1, (x.shape[1] - 1 - ahead)[:, None, None].expand(-1, 1, x.shape[2]))
 
 
-ALL, FIRST, LAST = View(), View("first"), View("last")
+def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
+    """The mean of the tokens (b, n, d) → (b, d) that are no padding by mask (b, n)."""
+    if mask is None:
+        return x.mean(1)
+    weight = mask[..., None].to(x.dtype)
+    return (x * weight).sum(1) / weight.sum(1)
+
+
+ALL, FIRST, LAST, MEAN = View(), View("first"), View("last", 0), View("mean", 0)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from restuning._types import Tokens
 from restuning.errors import SiteError
-from restuning.wiring.live import ALL, FIRST, LAST, View, last
+from restuning.wiring.live import ALL, FIRST, LAST, View, last, mean_of
 from restuning.wiring.sites import Sites
 
 POOLS = ("cls", "mean", "cls+mean", "last", "map", "none")
@@ -43,11 +43,7 @@ class Tail:
         return out.flatten(1) if self.pool == "flat" else out
 
     def _mean(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        x = x[:, self.prefix :]
-        if mask is None:
-            return x.mean(1)
-        weight = mask[:, self.prefix :, None].to(x.dtype)
-        return (x * weight).sum(1) / weight.sum(1)
+        return mean_of(x[:, self.prefix :], None if mask is None else mask[:, self.prefix :])
 
     @property
     def live(self) -> View:

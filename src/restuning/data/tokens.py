@@ -1,0 +1,129 @@
+"""A text → the token ids that a backbone reads."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from restuning.data.task import Items
+from restuning.errors import DataError, MissingExtra, line
+from restuning.hub import hub
+from restuning.objective import IGNORED
+
+
+@dataclass(frozen=True)
+class Tokenise:
+    """tokenizer: a folder or a hub id. limit: tokens that the model reads at most; vocabulary: ids that it knows;
+    pad: its own padding id, if it says. max_length: texts are cut to so many tokens; None: longer ones are refused."""
+
+    tokenizer: str
+    limit: int
+    vocabulary: int
+    pad: int | None = None
+    max_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_length is not None and not 2 < self.max_length <= self.limit:
+            raise DataError(
+                f"max length {self.max_length}: expected more than 2 tokens, and at most the model's {self.limit}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Tokenise":
+        """The inverse of `to_dict`. Raises DataError if it is incomplete."""
+        try:
+            return cls(**{f.name: data[f.name] for f in fields(cls)})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"a tokenisation that cannot be read: {error}") from error
+
+    def load(self) -> Any:
+        """The tokenizer. Raises DataError if it cannot be had, or is another model's."""
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise MissingExtra("transformers", "transformers") from error
+        try:
+            with nullcontext() if Path(self.tokenizer).is_dir() else hub():
+                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        except Exception as error:
+            raise DataError(f"no tokenizer at {self.tokenizer!r}: {line(error)}; name one with --tokenizer") from error
+        if len(tokenizer) > self.vocabulary:
+            raise DataError(
+                f"the tokenizer {self.tokenizer!r} does not fit the model: it has {len(tokenizer):,} tokens, the model "
+                f"knows {self.vocabulary:,}"
+            )
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token  # a decoder's; the mask tells padding from the end
+        elif self.pad is not None and tokenizer.pad_token_id != self.pad:
+            raise DataError(
+                f"the tokenizer {self.tokenizer!r} does not fit the model: it pads with {tokenizer.pad_token_id}, "
+                f"the model with {self.pad}"
+            )
+        return tokenizer
+
+
+class Tokenised(Dataset[tuple[dict[str, list[int]], Any]]):
+    """Texts as ({input_ids, attention_mask, …}, label); `collate` pads a batch to its own longest text.
+
+    The label of a text by words is one for each token: its word's at the first token of a word, −100 elsewhere.
+    Raises DataError for a text beyond the model's length.
+    """
+
+    def __init__(self, items: Items, how: Tokenise) -> None:
+        tokenizer = how.load()
+        texts = [items.item(i) for i in range(len(items))]
+        words = bool(texts) and isinstance(texts[0][0], list)
+        self.fields = tokenizer(
+            *(list(column) for column in zip(*texts, strict=True)),
+            truncation=how.max_length is not None,
+            max_length=how.max_length,
+            is_split_into_words=words,
+            verbose=False,
+        )
+        self.lengths = [len(ids) for ids in self.fields["input_ids"]]
+        for name, count in zip(items.names, self.lengths, strict=True):
+            if count > how.limit:
+                raise DataError(
+                    f"{name}: {count} tokens, and the model reads at most {how.limit}: cut texts with "
+                    f"--max-length {how.limit}"
+                )
+        self.labels: Sequence[Any] = items.labels
+        if words:
+            self.labels = [_aligned(self.fields.word_ids(i), labels) for i, labels in enumerate(items.labels)]
+        self.pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+        self.side = tokenizer.padding_side
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, i: int) -> tuple[dict[str, list[int]], Any]:
+        return {name: values[i] for name, values in self.fields.items()}, self.labels[i]
+
+    def collate(self, examples: Sequence[tuple[dict[str, list[int]], Any]]) -> tuple[dict[str, Tensor], Tensor]:
+        """Tensors (b, n) for the longest text of the batch; labels (b,), (b, c) or (b, n)."""
+        inputs = {
+            name: self._padded([fields[name] for fields, _ in examples], self.pads.get(name, 0)) for name in self.fields
+        }
+        labels = [label for _, label in examples]
+        by_token = isinstance(labels[0], list) and isinstance(labels[0][0], int)
+        return inputs, self._padded(labels, IGNORED) if by_token else torch.tensor(labels)
+
+    def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+
+
+def _aligned(words: Sequence[int | None], labels: Any) -> list[int]:
+    """The label of each token. Texts to predict have none: `labels` is 0 then, and stands for every word."""
+    first = [word is not None and (i == 0 or words[i - 1] != word) for i, word in enumerate(words)]
+    each = [labels[w] if isinstance(labels, list) else labels for w in (w or 0 for w in words)]
+    return [label if begins else IGNORED for label, begins in zip(each, first, strict=True)]
