@@ -89,7 +89,7 @@ def test_a_bank_carries_the_pooler(name: str, tmp_path: Path) -> None:
     away = Bank(tmp_path).tuned(described)
     away.add_adapter("default", small("bypass"), 10)
     away.adapters.load_state_dict(live.adapters.state_dict())
-    pixels = torch.stack([preprocess(task.train.image(i)) for i in (0, 7)])
+    pixels = torch.stack([preprocess(task.train.item(i)) for i in (0, 7)])
     features = Bank(tmp_path).rows("train").fetch([0, 7])[0]
     torch.testing.assert_close(
         away.from_features(tuple(x.float() for x in features)), live(pixels), rtol=1e-4, atol=1e-5
