@@ -360,7 +360,7 @@ def test_a_bank_of_texts_is_live(
     """Logits and gradients from what was kept are those of the texts themselves; or it is refused."""
     backbone, task, how = rt.load_backbone(f"hf:{model}"), load_task(f"text:{moods}"), reading(model)
     keeper = rt.adapt(
-        backbone, rt.Bypass(grid=1 if tokens == "mean" else None), pool={"first": "cls", "all": "none"}.get(tokens)
+        backbone, rt.Bypass(grid=1 if tokens == "mean" else None), pool={"first": "cls", "all": "cls+mean"}.get(tokens)
     )
     build(keeper, task, how, tmp_path / "bank", batch_size=8)
     bank = Bank(tmp_path / "bank")
@@ -443,7 +443,7 @@ def test_other_kinds_of_task(
     model: Path, tmp_path: Path, kind: str, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = []
-    for text, label in rows(96):
+    for text, label in rows(240):
         words = text.split()
         row = {"tokens": words} if kind == "per-token" else {"text": text}
         lines.append(json.dumps({**row, "label": KINDS[kind](label, len(words))}))
@@ -467,7 +467,7 @@ def test_other_kinds_of_task(
         "8",
     ]
     more = [] if kind == "regression" else ["--class-weights", "balanced"]
-    assert call(*train, *more, "--patience", "9", "--quiet", "--out", tmp_path / "a", "--json") == 0
+    assert call(*train, *more, "--patience", "25", "--quiet", "--out", tmp_path / "a", "--json") == 0
     result = json.loads(capsys.readouterr().out)
     metric = {"multi-label": "map", "regression": "r2", "per-token": "accuracy"}[kind]
     assert result["metric"] == metric

@@ -49,8 +49,8 @@ class Adaptation(nn.Module):
         if mixes_tokens(self.side) and self.view in (FIRST, LAST, MEAN) and not grid_of(method):
             self.view = ALL
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        self.masked = padded and self.view != FIRST
-        self.reads_mask = self.masked and self.view == ALL
+        self.reads_mask = padded and self.view == ALL and ("mean" in pool or isinstance(self.side, LadderNet))
+        self.masked = padded and (self.reads_mask or self.view.by_mask)
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)

@@ -17,7 +17,7 @@ from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
 from restuning.bank import LIMIT, Bank, FromBank, FromFeatures, build, bytes_each, keep
-from restuning.data import Items, Preprocess, Reading, Task, check, load_task, prepared, reading, split
+from restuning.data import Items, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
 from restuning.files import locked, write_whole
@@ -370,8 +370,12 @@ def build_bank(
     model = load_backbone(backbone, weights, image_size)
     if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
         raise RestuningError(f"tokens {tokens!r}: expected first, last, mean, all, or the cells a side of a grid")
+    reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
+    how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
-    pool = {"first": "cls", "last": "last", "all": "none"}.get(tokens or "")
+    # a mean over all tokens of a text has their mask kept too
+    all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
+    pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
     tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
     if torch.cuda.is_available():
         tuned.cuda()
@@ -381,9 +385,8 @@ def build_bank(
         def seen(done: int, of: int) -> None:
             show(100 * done // of, f"{done} of {of}")
 
-        how: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
-        source = {"backbone": backbone, "weights": weights, **how}
-        return build(tuned, task, reading_of(model, **how), out, about={"source": source}, seen=seen, **settings)
+        source = {"backbone": backbone, "weights": weights, **reads}
+        return build(tuned, task, how, out, about={"source": source}, seen=seen, **settings)
 
 
 def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None = None) -> Tuned:
