@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import restuning as rt
 from restuning.errors import MethodError, SiteError
 from restuning.wiring import unbind
+from restuning.wiring.live import ALL
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -130,8 +131,8 @@ def by_the_book(tuned: rt.Tuned, inputs: dict[str, Tensor]) -> Tensor:
     handle = last.register_forward_hook(lambda m, args, out: kept.append(out if isinstance(out, Tensor) else out[0]))
     tuned.backbone(**inputs)
     handle.remove()
-    mask = [inputs.get("attention_mask", torch.ones(3, 7))] if len(tuned._layers()) > 1 else []  # a mean leaves it out
-    return tuned.from_features((*mask, kept[0]))
+    mask = inputs.get("attention_mask", torch.ones(kept[0].shape[:2]))
+    return tuned.from_features((mask, kept[0]) if tuned._find("default").masked else (kept[0],), ALL)
 
 
 def outcome(tuned: rt.Tuned, inputs: dict[str, Tensor], bound: bool = False) -> dict[str, Tensor]:

@@ -369,7 +369,7 @@ def build_bank(
     """
     model = load_backbone(backbone, weights, image_size)
     if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, last, mean, all, or the cells a side of a grid")
+        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")
     reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
     how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
