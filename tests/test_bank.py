@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from test_laws import adapt, plain_features, shake
-from tiny import TINY, small
+from tiny import MORE, TINY, small
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -76,6 +76,24 @@ def test_bank_is_live(method: str, bank: Path) -> None:
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
     assert sum(p.numel() for p in away.backbone.parameters()) == 256, "a LayerNorm is all that is left"
     assert rt.count(away) == rt.count(live)
+
+
+@pytest.mark.parametrize("name", ["timm-siglip", "hf-siglip"])
+def test_a_bank_carries_the_pooler(name: str, tmp_path: Path) -> None:
+    live = shake(adapt((TINY | MORE)[name], small("bypass"), 10)).eval()
+    task = load_task("digits", train_size=20, test_size=10)
+    preprocess = Preprocess((16, 16), (0.5,) * 3, (0.5,) * 3)
+    build(live, task, preprocess, tmp_path, dtype="float64")
+    with torch.device("meta"):
+        described = (TINY | MORE)[name].build()
+    away = Bank(tmp_path).tuned(described)
+    away.add_adapter("default", small("bypass"), 10)
+    away.adapters.load_state_dict(live.adapters.state_dict())
+    pixels = torch.stack([preprocess(task.train.item(i)) for i in (0, 7)])
+    features = Bank(tmp_path).rows("train").fetch([0, 7])[0]
+    torch.testing.assert_close(
+        away.from_features(tuple(x.float() for x in features)), live(pixels), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_fifty_steps_from_a_bank_are_fifty_live_ones(bank: Path) -> None:

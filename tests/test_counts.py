@@ -126,6 +126,32 @@ def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
             assert c["total"] == 85_798_656 + c["trainable"]
 
 
+def test_clip_vit_l_14(tmp_path: Path) -> None:
+    """By arithmetic, at width 1024 and 24 blocks; the body is OpenAI's vision tower without its projection."""
+    vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+    config = {"model_type": "clip", "vision_config": {**vision, "image_size": 224, "patch_size": 14}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    clip = describe_backbone(f"hf:{tmp_path}")
+    assert len(rt.find_sites(clip).blocks) == 24 and rt.find_sites(clip).port.writes == 1024
+    d, depth, head, r = 1024, 24, 1025 * 100, 10
+    body = 2 * 2 * d + 3 * 14 * 14 * d + d + 257 * d + depth * (4 * d + 4 * (d * d + d) + 2 * 4 * d * d + 5 * d)
+    adapter = (2 * d + 1) * r + d
+    expected = {
+        "linear": 0,
+        "res-tuning": depth * 2 * (adapter + d),
+        "res-tuning-tri": depth * (3 * adapter + 2 * d),
+        "bypass-none": depth,
+        "bypass": depth * (1 + 2 * adapter),
+        "prefix": depth * 2 * 10 * d,
+    }
+    three_maps_or_one = {clip: 3 * (d + d), describe_backbone("vit_large_patch14_clip_224"): d + 3 * d}
+    for model, widths in three_maps_or_one.items():
+        for method, tuners in {**expected, "lora": depth * 8 * widths}.items():
+            counts = rt.count(rt.adapt(model, method, 100))
+            assert counts["tuners"] == tuners and counts["head"] == head
+            assert counts["total"] == body + tuners + head
+
+
 def test_beside_the_papers_own_counts(capsys: pytest.CaptureFixture[str]) -> None:
     """Every printed figure agrees, or says why not; and the figures are those of the paper."""
     assert main(["params", "--paper", "--json"]) == 0

@@ -17,7 +17,7 @@ import restuning as rt
 from restuning.errors import MethodError
 from restuning.measure import saved_bytes
 
-BACKBONES = ("timm-vit", "timm-deit", "timm-eva", "hf-vit", "hf-dinov2", "hf-clip", "bert")
+BACKBONES = ("timm-vit", "timm-deit", "timm-eva", "hf-vit", "hf-dinov2", "hf-clip", "bert", "open-clip", "gemma3")
 INSIDE = {m for m, method in rt.methods.items() if isinstance(method, rt.Residual | rt.Mix)} - {"linear"}
 EXTRA = {
     "unbound-shallow": rt.Residual({"block": rt.PromptTuning(3, span="rest", unbound=True)}, blocks=(0,)),
@@ -31,7 +31,9 @@ PAIRS = [
     (name, method)
     for name in BACKBONES
     for method in (*sorted(INSIDE), *EXTRA)
-    if method not in REFUSED.get(name, {}) and not (name == "bert" and "grid" in method)
+    if method not in REFUSED.get(name, {})
+    and not (name in ("bert", "gemma3") and "grid" in method)
+    and not (name == "gemma3" and "unbound" in method)
 ]
 
 
@@ -194,6 +196,7 @@ IN_ONE_GRAPH = [("timm-vit", method) for method in rt.methods] + [
     for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass")
     if method not in REFUSED.get(name, {})
 ]
+IN_ONE_GRAPH += [("open-clip", "lora"), ("gemma3", "prefix")]
 
 
 @pytest.fixture
@@ -266,6 +269,7 @@ def test_a_copy_is_its_own() -> None:
 
 
 AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.methods if m not in REFUSED.get(n, {})]
+AUTOCAST += [(n, m) for n in ("open-clip", "gemma3") for m in ("lora", "prefix", "bypass")]
 
 
 @pytest.mark.parametrize(("name", "method"), AUTOCAST)

@@ -167,7 +167,7 @@ MERGES = {
 }
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "hf-vit", "hf-clip", "bert"])
+@pytest.mark.parametrize("name", ["timm-vit", "hf-clip", "hf-siglip", "bert", "open-clip"])
 @pytest.mark.parametrize("method", MERGES)
 def test_merged_weights_are_the_tuners(name: str, method: str) -> None:
     tiny, inputs = TINY[name], TINY[name].inputs()

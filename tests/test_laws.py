@@ -9,7 +9,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import REFUSED, TINY, Tiny, small
+from tiny import MORE, REFUSED, TINY, Tiny, small
 from torch import Tensor, nn
 
 import restuning as rt
@@ -106,7 +106,7 @@ def hooks(backbone: nn.Module) -> int:
 def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = adapt(tiny, rt.Residual({op: recipe})), tiny.inputs()
     last = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert torch.equal(tuned.features(**inputs)[0], tuned._live()(last))
+    assert torch.equal(tuned.features(**inputs)[-1], tuned._live()(last, inputs.get("attention_mask")))
 
 
 @each_backbone
@@ -115,7 +115,9 @@ def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
 def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recipe: Any) -> None:
     tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert not torch.allclose(tuned.features(**inputs)[0], tuned._live()(before), atol=1e-4), "the tuner acts"
+    assert not torch.allclose(
+        tuned.features(**inputs)[-1], tuned._live()(before, inputs.get("attention_mask")), atol=1e-4
+    ), "the tuner acts"
     tuned(**inputs).square().sum().backward()
     assert all(p.grad is None for p in tuned.backbone.parameters())
     for name, p in tuned.adapters.named_parameters():
@@ -161,7 +163,7 @@ def test_the_law_written_out(name: str, block: Any, recipe: Any) -> None:
     tuners = tuned.adapters["default"].tuners
     for i, path in enumerate(tuned._sites.blocks):
         x = block(tuned.backbone.get_submodule(path), x, {op: tuners[f"{i}_{op}"] for op in OPS})
-    torch.testing.assert_close(tuned.features(**inputs)[0], x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tuned.features(**inputs)[-1], x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("h", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3)], ids=["-", "A", "F", "P"])
@@ -255,11 +257,14 @@ def test_unload_gives_the_backbone_back_as_it_came(tiny: Tiny) -> None:
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("method", rt.methods)
+EVERY = [(name, method) for name in TINY for method in rt.methods]
+EVERY += [(name, m) for name in MORE for m in ("lora", "prefix", "ssf", "noah", "lst", "bypass", "res-tuning-tri")]
+
+
+@pytest.mark.parametrize(("name", "method"), EVERY)
 def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -> None:
     """Refused in words, or: live is unpruned, only the adapter learns, and loading gives it back to the bit."""
-    tiny = TINY[name]
+    tiny = (TINY | MORE)[name]
     if method in REFUSED.get(name, {}):
         with pytest.raises(RestuningError, match=REFUSED[name][method]):
             adapt(tiny, small(method), 3)(**tiny.inputs())
@@ -283,6 +288,8 @@ def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -
             for layer, x in enumerate(plain_features(tiny, tuned.backbone, inputs)):
                 if layer in every:  # every token, where fewer were tapped
                     every[layer] = x
+            if tuned._find("default").masked:
+                every = {MASK: inputs["attention_mask"], **every}
             tuned._live = lambda: ALL
             if MASK in tuned._layers():  # of all tokens of a text, which are no padding
                 every = {MASK: inputs["attention_mask"], **every}
@@ -306,7 +313,9 @@ def test_methods_that_are_the_backbone_at_birth(name: str, method: str) -> None:
         tail = tuned._readers["default"].tail
         with torch.no_grad():
             expected = tail(plain_features(tiny, tuned.backbone, inputs)[-1])
-            torch.testing.assert_close(tuned(**inputs), expected, rtol=0, atol=0)
+            # nn.MultiheadAttention is opened where its weights are tuned: its sums are rounded in another order
+            opened = name == "open-clip" and method in ("lora", "bitfit")
+            torch.testing.assert_close(tuned(**inputs), expected, rtol=0, atol=1e-5 * opened)
 
 
 def test_mixes_of_everything_save_and_load(tmp_path: Any) -> None:
@@ -376,7 +385,7 @@ def test_any_mixture_counts_saves_and_loads(method: Any, tmp_path_factory: Any) 
 
 
 def test_taps_are_what_the_blocks_say() -> None:
-    for tiny in TINY.values():
+    for tiny in (TINY | MORE).values():
         backbone, inputs = tiny.backbone(), tiny.inputs()
         sites = rt.find_sites(backbone, tiny.anatomy)
         with torch.no_grad(), tap(backbone, sites, range(len(sites.blocks) + 1)) as taps:
@@ -386,7 +395,7 @@ def test_taps_are_what_the_blocks_say() -> None:
 
 
 def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
-    tried = {rt.find_sites(t.backbone(), t.anatomy).anatomy.name for t in TINY.values()}
+    tried = {rt.find_sites(t.backbone(), t.anatomy).anatomy.name for t in (TINY | MORE).values()}
     other = 4 if int(transformers.__version__.split(".")[0]) >= 5 else 5
     assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}
 

@@ -37,7 +37,11 @@ def alone(tuned: rt.Tuned, name: str | None, inputs: dict[str, Tensor]) -> Any:
         with tuned.disable_adapter():
             said = tuned(**inputs)
         if not isinstance(said, Tensor):
-            said = said.pooler_output if type(tuned.backbone).__name__ == "CLIPVisionModel" else said[0][:, 0]
+            if tuned._sites.pool == "last":
+                ends = inputs["attention_mask"].sum(1) - 1
+                return said[0][range(len(ends)), ends]
+            kinds = ("CLIPVisionModel", "SiglipVisionModel")
+            said = said.pooler_output if type(tuned.backbone).__name__ in kinds else said[0][:, 0]
         return said
     tuned.set_adapter(name)
     return tuned(**inputs)

@@ -1,35 +1,45 @@
 """Finding operations, and saying what was looked for where there are none."""
 
+import re
+
 import pytest
 import timm
 import torch
 import transformers as hf
-from tiny import HF, TEXT, TINY, Tiny
+from timm.models.vision_transformer import VisionTransformer
+from tiny import HF, MORE, TEXT, TINY, VIT, Tiny
 from torch import nn
 
 import restuning as rt
 from restuning.errors import SiteError
 from restuning.wiring.sites import AFFINE, PARTS
 
+EVERY = TINY | MORE
 
-@pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
+
+@pytest.mark.parametrize("tiny", EVERY.values(), ids=EVERY)
 def test_every_block_has_its_operations(tiny: Tiny) -> None:
     backbone = tiny.backbone()
     sites = rt.find_sites(backbone, tiny.anatomy)
     depth = len(sites.blocks)
     assert depth in (2, 3) and len({s.name for s in sites}) == len(sites)
     for op in ("mha", "ffn", "block") if tiny.anatomy else ("mha", "ffn", "block", "attention", *PARTS):
-        found = sites.at(op)
+        found, keys = sites.at(op), sites.anatomy.keys is not None and op == "attention"
+        heads = 1 if tiny.anatomy else 2 if keys else 4
         assert sorted({s.block for s in found}) == [s.port.block for s in found[:: len(found) // depth]]
-        assert all(s.port.depth == depth and s.port.heads == (1 if tiny.anatomy else 4) for s in found)
+        assert all(s.port.depth == depth and s.port.heads == heads for s in found)
     if not tiny.anatomy:  # every affine map and norm of the body, once
         affine = {s.writes.path for s in sites.at("affine")}
-        kinds = (nn.Linear, nn.LayerNorm, nn.Conv2d)
-        there = {name for name, m in backbone.named_modules() if isinstance(m, kinds)}
+        kinds = ("Linear", "LayerNorm", "Conv2d", "RMSNorm")
+        there = {name for name, m in backbone.named_modules() if type(m).__name__.endswith(kinds)}
+        there |= {name for name, p in backbone.named_parameters() if name.endswith("in_proj_weight")}
         beyond = {name.split("vision_model.")[-1] for name in there - affine}
-        assert beyond <= {"pooler.dense", "pre_layrnorm"} and affine <= there
+        known = re.compile(
+            r"pooler\.dense|pre_layrnorm|ln_pre|heads?\..*|attn_pool\..*|.*self_attn\.[qk]_norm|.*\.post_\w+norm"
+        )
+        assert all(map(known.fullmatch, beyond)) and affine <= there, beyond | (affine - there)
         for site in sites.at("affine"):
-            weight = backbone.get_submodule(site.writes.path).weight
+            weight = site.affine(backbone).weight
             assert site.port.writes == len(weight) and site.op in AFFINE
 
 
@@ -49,30 +59,56 @@ def test_widths_are_the_modules_own() -> None:
         ("timm-dinov2-registers", "cls", 3),
         ("hf-dinov2-registers", "cls", 3),
         ("bert", "cls", 0),
+        ("timm-siglip", "map", 0),
+        ("hf-siglip", "map", 0),
+        ("open-clip", "cls", 1),
+        ("torchvision", "cls", 1),
+        ("hf-dinov3", "cls", 3),
+        ("llama", "last", 0),
     ],
 )
 def test_pooling_is_the_backbones_own(name: str, pool: str, prefix: int) -> None:
-    sites = rt.find_sites(TINY[name].backbone())
+    sites = rt.find_sites(EVERY[name].backbone())
     assert (sites.pool, sites.prefix) == (pool, prefix)
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "timm-eva02", "timm-dinov2-registers"])
+@pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "timm-eva02", "timm-dinov2-registers", "timm-siglip"])
 def test_the_tail_is_timms(name: str) -> None:
-    tiny = TINY[name]
+    tiny = EVERY[name]
     tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
     with torch.no_grad():
         torch.testing.assert_close(tuned(**inputs), tuned.backbone(**inputs))
 
 
 def test_the_tail_is_transformers() -> None:
-    for name in ("hf-dinov2", "hf-clip"):
-        tiny = TINY[name]
+    for name in ("hf-dinov2", "hf-dinov3", "hf-clip", "hf-siglip"):
+        tiny = EVERY[name]
         tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
         with torch.no_grad():
             torch.testing.assert_close(tuned(**inputs), tuned.backbone(**inputs).pooler_output)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch16_dinov3", "deit3_small_patch16_224", "eva02_tiny_patch14_224"])
+def test_the_tail_is_the_models_own() -> None:
+    for name, said in (("open-clip", lambda m, y: y @ m.proj), ("torchvision", lambda m, y: m.heads(y))):
+        tiny = EVERY[name]
+        tuned, inputs = rt.adapt(tiny.backbone(), "linear"), tiny.inputs()
+        with torch.no_grad():
+            torch.testing.assert_close(said(tuned.backbone, tuned(**inputs)), tuned.backbone(**inputs))
+
+
+def test_a_siglip_without_its_head_pools_by_the_mean() -> None:
+    backbone = hf.SiglipVisionModel(hf.SiglipVisionConfig(**HF, vision_use_head=False)).eval()
+    tuned, inputs = rt.adapt(backbone, "linear"), TINY["hf-siglip"].inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(**inputs), backbone(**inputs).last_hidden_state.mean(1))
+    with pytest.raises(SiteError, match="unknown pooling 'map of the patches alone'"):
+        rt.adapt(VisionTransformer(**VIT, global_pool="map"), "linear")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["vit_small_patch16_dinov3", "deit3_small_patch16_224", "eva02_tiny_patch14_224", "vit_pe_core_tiny_patch16_384"],
+)
 def test_timms_own_models(name: str) -> None:
     if not timm.is_model(name):
         name = "vit_small_patch14_reg4_dinov2"

@@ -9,13 +9,14 @@ import timm.layers
 import torch
 import transformers as hf
 from timm.models.vision_transformer import VisionTransformer
-from tiny import HF, TEXT, TINY, VIT, Tiny
+from tiny import GROUPED, HF, TEXT, TINY, VIT, Tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restuning as rt
 from restuning.errors import MethodError, SiteError
 from restuning.wiring import unbind
+from restuning.wiring.live import ALL
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -43,12 +44,24 @@ BACKBONES = {
     "transformers ViT, eager": Tiny(lambda: hf.ViTModel(hf.ViTConfig(**HF, attn_implementation="eager")), "hf"),
     "BERT with padding, SDPA": Tiny(lambda: _bert("sdpa"), "text"),
     "BERT with padding, eager": Tiny(lambda: _bert("eager"), "text"),
+    "nn.MultiheadAttention": TINY["open-clip"],
+}
+
+
+def _qwen(kind: str) -> nn.Module:
+    return hf.Qwen3Model(hf.Qwen3Config(**GROUPED, head_dim=16, attn_implementation=kind))
+
+
+PREFIXED = {
+    **BACKBONES,
+    "causal, grouped queries with padding, SDPA": Tiny(lambda: _qwen("sdpa"), "text"),
+    "causal, grouped queries with padding, eager": Tiny(lambda: _qwen("eager"), "text"),
 }
 
 
 def tolerance(tiny: Tiny, dtype: torch.dtype) -> float:
-    """transformers' eager ViT takes its softmax in float32 whatever it is given."""
-    own = tiny is BACKBONES["transformers ViT, eager"]
+    """transformers' eager ViT takes its softmax in float32 whatever it is given, its decoders their RMS norm."""
+    own = tiny in (BACKBONES["transformers ViT, eager"], *list(PREFIXED.values())[-2:])
     return max(TOLERANCE[dtype], 1e-6 if own else 0.0)
 
 
@@ -61,14 +74,25 @@ def bound_prefix(tuned: rt.Tuned) -> Iterator[None]:
     """Eq. 2 as it is written: [K_pre; K] and [V_pre; V] in the backbone's own attention, put there by replacing the
     functions that it calls; no code of the library's takes part."""
     tuners = iter(list(tuned.adapters["default"].tuners.values()))
-    heads = tuned._sites.port.heads
+    heads = tuned._sites.at("attention")[0].port.heads
     fused = F.scaled_dot_product_attention
 
     def grown(t: Tensor, more: Tensor) -> Tensor:
-        return torch.cat([more.view(len(more), heads, -1).transpose(0, 1).expand(len(t), -1, -1, -1), t], 2)
+        more = more.view(len(more), heads, -1).transpose(0, 1).repeat_interleave(t.shape[1] // heads, 0)
+        return torch.cat([more.expand(len(t), -1, -1, -1), t], 2)
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
         tuner = next(tuners)
+        if is_causal:
+            attn_mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         if attn_mask is not None:
             value = True if attn_mask.dtype == torch.bool else 0.0
             attn_mask = F.pad(attn_mask, (len(tuner.keys), 0), value=value)
@@ -85,8 +109,8 @@ def bound_prefix(tuned: rt.Tuned) -> Iterator[None]:
 def fused_twin(tiny: Tiny) -> Tiny:
     """The same weights with SDPA: what the bound form of an eager backbone is computed with."""
     twins = {"timm, fused qkv, eager": "timm, fused qkv, SDPA"}
-    name = next(name for name, other in BACKBONES.items() if other is tiny)
-    return BACKBONES[twins.get(name, name.replace("eager", "SDPA"))]
+    name = next(name for name, other in PREFIXED.items() if other is tiny)
+    return PREFIXED[twins.get(name, name.replace("eager", "SDPA"))]
 
 
 def shaken(tiny: Tiny, method: rt.Residual, dtype: torch.dtype) -> rt.Tuned:
@@ -107,8 +131,8 @@ def by_the_book(tuned: rt.Tuned, inputs: dict[str, Tensor]) -> Tensor:
     handle = last.register_forward_hook(lambda m, args, out: kept.append(out if isinstance(out, Tensor) else out[0]))
     tuned.backbone(**inputs)
     handle.remove()
-    mask = [inputs["attention_mask"]] if len(tuned._layers()) > 1 else []  # a mean leaves padding out
-    return tuned.from_features((*mask, kept[0]))
+    mask = inputs.get("attention_mask", torch.ones(kept[0].shape[:2]))
+    return tuned.from_features((mask, kept[0]) if tuned._find("default").masked else (kept[0],), ALL)
 
 
 def outcome(tuned: rt.Tuned, inputs: dict[str, Tensor], bound: bool = False) -> dict[str, Tensor]:
@@ -131,10 +155,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
 PREFIX = rt.Residual({"attention": rt.PrefixTuning(5)})
 
 
-@each_backbone
+@pytest.mark.parametrize("tiny", PREFIXED.values(), ids=PREFIXED)
 @each_dtype
-def test_unbound_prefix_is_the_bound_one(tiny: Tiny, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("padded", [True, False])
+def test_unbound_prefix_is_the_bound_one(tiny: Tiny, dtype: torch.dtype, padded: bool) -> None:
     inputs = tiny.inputs(dtype=dtype)
+    if not padded and inputs.pop("attention_mask", None) is None:
+        pytest.skip("images have no padding")
     unbound, bound = shaken(tiny, PREFIX, dtype), shaken(fused_twin(tiny), PREFIX, dtype)
     with bound_prefix(bound):
         expected = outcome(bound, inputs, bound=True)

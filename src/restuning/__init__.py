@@ -34,6 +34,7 @@ from restuning.tuners import PromptTuning as PromptTuning
 from restuning.tuners import Ssf as Ssf
 from restuning.wiring.sites import Anatomy as Anatomy
 from restuning.wiring.sites import Op as Op
+from restuning.wiring.sites import Weight as Weight
 from restuning.wiring.sites import find_sites as find_sites
 from restuning.wiring.sites import into as into
 from restuning.wiring.sites import out_of as out_of

@@ -81,11 +81,11 @@ class Tuned(nn.Module):
     ) -> None:
         """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
 
-        pool: `cls`, `mean`, `cls+mean` or `none` (every token); None: as the backbone pools, or `none` per token (a
-        side path on a grid has its head read all of its tokens). kind: of task, `single-label`, `multi-label`,
-        `regression` or `per-token`; under regression `num_classes` is the number of targets. Raises MethodError for a
-        name in use or unfit, an unknown method, a class count below 1, a pooling that a kind cannot have; SiteError
-        for an operation that is not there.
+        pool: `cls`, `mean`, `cls+mean`, `last` (the last token that is no padding), `map` (the backbone's own pooler)
+        or `none` (every token); None: as the backbone pools, or `none` per token (a side path on a grid has its head
+        read all of its tokens). kind: of task, `single-label`, `multi-label`, `regression` or `per-token`; under
+        regression `num_classes` is the number of targets. Raises MethodError for a name in use or unfit, an unknown
+        method, a class count below 1, a pooling that a kind cannot have; SiteError for an operation that is not there.
         """
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
             raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
@@ -182,7 +182,7 @@ class Tuned(nn.Module):
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
-        changed: dict[str, tuple[Tensor, Tensor]] = {}
+        changed: dict[Site, tuple[Tensor, Tensor]] = {}
         for place, site in adapter.sites.items():
             tuner: Any = adapter.tuners[place]
             if not getattr(tuner, "merges", False) or site.op not in AFFINE:
@@ -190,18 +190,24 @@ class Tuned(nn.Module):
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
                 )
-            weight, bias = _affine(self.backbone.get_submodule(site.writes.path))
+            affine = site.affine(self.backbone)
+            weight, bias = affine.weight, affine.bias
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
             more_weight, more_bias = tuner.merged(weight, bias)
             # tuners of one site add up, each to the frozen map
-            to_weight, to_bias = changed.get(site.writes.path, (weight, bias))
-            changed[site.writes.path] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
+            to_weight, to_bias = changed.get(site, (weight, bias))
+            changed[site] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
+            alone = affine.bias is None and not _takes_bias(self.backbone, site)
+            if alone and (weight.ndim == 1 or changed[site][1].any()):
+                raise MethodError(f"adapter {name!r} cannot be merged: no bias is there to take what {place} adds")
         backbone = self.unload()
-        for path, (weight, bias) in changed.items():
-            module: Any = backbone.get_submodule(path)
-            module.weight.data.copy_(weight.detach())
-            if module.bias is not None:
-                module.bias.data.copy_(bias.detach())
+        for site, (weight, bias) in changed.items():
+            affine = site.affine(backbone)
+            affine.weight.data.copy_(weight.detach())
+            if affine.bias is not None:
+                affine.bias.data.copy_(bias.detach())
             elif bias.any():
+                module: Any = backbone.get_submodule(site.writes.path)
                 module.bias = nn.Parameter(bias.detach())
         return backbone
 
@@ -274,7 +280,8 @@ class Tuned(nn.Module):
     def from_features(self, features: Features, kept: View | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
 
-        A mean over a text's tokens, and a ladder on them, want the attention mask (b, n) ahead of the layers.
+        A mean over a text's tokens, the last of them, and a ladder on them want the attention mask (b, n) ahead of the
+        layers.
 
         kept: which tokens the features hold; None: those that `features` gives. head: whether the head is run.
         Without autograd, adapters of one shape run as one.
@@ -331,6 +338,8 @@ class Tuned(nn.Module):
         kinds: dict[str | None, list[int]] = {}
         for i, name in enumerate(rows):
             kinds.setdefault(None if name is None else kind_of(name, self._find(name)), []).append(i)
+        if len(kinds) > 1 and kwargs.get("past_key_values") is not None:
+            raise MethodError("adapter_names with past_key_values: a cache is of one kind of adapter, one pass for all")
         parts = []
         for at in kinds.values():
             own_args, own_kwargs = pick((args, kwargs), at, batch)
@@ -545,17 +554,16 @@ def name_of(backbone: nn.Module) -> str:
     return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
 
 
+def _takes_bias(backbone: nn.Module, site: Site) -> bool:
+    """Whether a module is called there that has the place for a bias."""
+    return site.weight is None and "bias" in backbone.get_submodule(site.writes.path)._parameters
+
+
 def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A batch of named tensors, as tokenizers give it, is keyword arguments."""
     if len(args) == 1 and isinstance(args[0], Mapping):
         return (), {**args[0], **kwargs}
     return args, kwargs
-
-
-def _affine(module: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an affine module; zeros where it has no bias."""
-    weight: Tensor = module.weight
-    return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
 
 
 def _adaptation(module: nn.Module) -> Adaptation:

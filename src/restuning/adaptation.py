@@ -13,9 +13,9 @@ from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
-from restuning.wiring.live import ALL, FIRST, MEAN, View
-from restuning.wiring.sites import PARTS, Site, Sites
-from restuning.wiring.tail import Tail, head_width
+from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
+from restuning.wiring.sites import PARTS, Affine, Site, Sites
+from restuning.wiring.tail import Tail, head_width, seen_by
 
 
 class Adaptation(nn.Module):
@@ -46,7 +46,7 @@ class Adaptation(nn.Module):
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
-        if mixes_tokens(self.side) and self.view in (FIRST, MEAN) and not grid_of(method):
+        if mixes_tokens(self.side) and self.view in (FIRST, LAST, MEAN) and not grid_of(method):
             self.view = ALL
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
         self.reads_mask = padded and self.view == ALL and ("mean" in pool or isinstance(self.side, LadderNet))
@@ -154,7 +154,7 @@ def _view(sites: Sites, method: Method, pool: str) -> View:
     grid, prefix = grid_of(method), sites.port.grid
     if grid is None:
         linear = all(_is_linear(part) for part in parts_of(method))
-        return FIRST if pool == "cls" else MEAN if pool == "mean" and linear and _means_first(sites) else ALL
+        return MEAN if pool == "mean" and linear and _means_first(sites) else seen_by(pool)
     if prefix is None and grid == 1:
         return MEAN
     if prefix is None:
@@ -202,10 +202,10 @@ def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
 
 def prune_ladder(net: LadderNet, backbone: nn.Module, sites: Sites, score: Callable[[nn.Parameter], Tensor]) -> None:
     """Give a ladder the best of the backbone's own weights by `score`; see `restuning.side.prune`."""
-    roles: list[dict[str, list[nn.Module]]] = [{} for _ in sites.blocks]
+    roles: list[dict[str, list[Affine]]] = [{} for _ in sites.blocks]
     for site in sites.all:
         if site.op in PARTS and site.block is not None:
-            roles[site.block].setdefault(site.op, []).append(backbone.get_submodule(site.writes.path))
+            roles[site.block].setdefault(site.op, []).append(site.affine(backbone))
     prune(net, roles, score)
 
 

@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
     train.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
     train.add_argument(
-        "--pool", choices=["cls", "mean", "cls+mean"], help="what the head reads (default: the backbone's)"
+        "--pool",
+        choices=["cls", "mean", "cls+mean", "last", "map"],
+        help="what the head reads (default: the backbone's)",
     )
     for name in ("train", "val", "test"):
         train.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
@@ -118,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     _text_flags(bank)
     bank.add_argument("--crop", action="store_true", help="the backbone's centre crop, not the whole image")
     bank.add_argument(
-        "--tokens", help="first, mean, all, or G for CLS and a G x G grid (default: what the pooling sees)"
+        "--tokens", help="first, last, mean, all, or G for CLS and a G x G grid (default: what the pooling sees)"
     )
     bank.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], default="float32")
     bank.add_argument("--views", type=int, default=1, metavar="K", help="augmented views of each training image")
@@ -142,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--lr", type=float, nargs="+", dest="lrs", help="(default 0.05 0.01 0.005 0.001)")
     sweep.add_argument("--epochs", type=int, nargs="+", help="(default 50 100)")
     sweep.add_argument("--seeds", type=int, nargs="+", help="(default 0 1 2)")
-    sweep.add_argument("--pool", choices=["cls", "mean", "cls+mean"], help="what the head reads")
+    sweep.add_argument("--pool", choices=["cls", "mean", "cls+mean", "last", "map"], help="what the head reads")
     for name in ("train", "val", "test"):
         sweep.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
     sweep.add_argument("--batch-size", type=int, help="(default 32)")

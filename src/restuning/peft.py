@@ -66,6 +66,8 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         tuner = adapter.tuners[place]
         if not isinstance(tuner, LoraTuner) or adapter.side is not None:
             raise MethodError(f"PEFT's LoRA files hold LoRA alone; {place} is a {type(tuner).__name__}")
+        if site.weight is not None:
+            raise MethodError(f"PEFT's LoRA files name modules that are called; {place} is a weight used without one")
         key = f"base_model.model.{site.writes.path}"
         if f"{key}.lora_A.weight" in state:
             raise MethodError(f"PEFT's LoRA files hold one LoRA a module; {site.writes.path} has several")

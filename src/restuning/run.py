@@ -370,17 +370,18 @@ def build_bank(
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
 
-    tokens: `first`, `all`, `mean` (of a text), or g for CLS and a g × g grid; None: what the backbone's pooling sees.
+    tokens: `first`, `last`, `all`, `mean` (of a text), or g for CLS and a g × g grid; None: what the backbone's pooling
+    sees.
     """
     model = load_backbone(backbone, weights, image_size)
-    if tokens not in (None, "first", "all", "mean") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, or the number of cells a side of a grid")
+    if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
+        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")
     reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
     how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     # a mean over all tokens of a text has their mask kept too
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
-    pool = {"first": "cls", "all": all_tokens}.get(tokens or "")
+    pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
     tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
     if torch.cuda.is_available():
         tuned.cuda()

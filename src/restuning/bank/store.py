@@ -390,7 +390,7 @@ def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
     sites = tuned._sites
     return {
         f"{path}.{key}": value.detach().cpu().contiguous()
-        for path in (sites.norm, sites.post)
+        for path in (sites.norm, sites.post, sites.pooler)
         if path is not None
         for key, value in tuned.backbone.get_submodule(path).state_dict().items()
     }

@@ -77,7 +77,7 @@ def prune(net: LadderNet, blocks: Sequence[Roles], score: Callable[[nn.Parameter
         missing = [role for role in ("norm1", "qkv", "proj", "norm2", "fc1", "fc2") if not roles.get(role)]
         if missing:
             raise MethodError(f"pruning the backbone into a ladder needs its {', '.join(missing)}: use init='random'")
-        if roles["fc1"][0].out_features != roles["fc2"][0].in_features:
+        if len(roles["fc1"]) > 1 or roles["fc1"][0].out_features != roles["fc2"][0].in_features:
             raise MethodError("pruning the backbone into a ladder needs an ungated FFN: use init='random'")
     writes = [score(r[role][0].weight).sum(1) for r in blocks for role in ("proj", "fc2")]
     stream = _best(torch.stack(writes).sum(0), side)

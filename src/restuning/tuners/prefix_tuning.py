@@ -17,7 +17,8 @@ class PrefixTuning:
 
     Attn(Q, [K_pre; K], [V_pre; V]) = (1 − λ) Attn(Q, K, V) + λ Attn(Q, K_pre, V_pre), λ per query and head from the
     attention's own log-sum-exp. `tokens` keys and as many values, 2 · tokens · d parameters, without
-    reparametrisation, N(0, 0.02) (He et al. 2022). λ > 0 at birth, so the output changes.
+    reparametrisation, N(0, 0.02) (He et al. 2022); grouped queries share them as they share the backbone's keys. λ > 0
+    at birth, so the output changes.
     """
 
     tokens: int = 10
@@ -31,7 +32,8 @@ class PrefixTuning:
 
 
 class PrefixTuningTuner(nn.Module):
-    """Keys and values (heads, tokens, d / heads) each, for whatever queries; see `PrefixTuning`."""
+    """Keys and values (heads, tokens, width / heads) each, for whatever queries; see `PrefixTuning`. Heads and width
+    are the keys' own, and each is there for the queries that share it."""
 
     place = "attention"
 
@@ -43,5 +45,7 @@ class PrefixTuningTuner(nn.Module):
         nn.init.normal_(self.values, std=0.02)
 
     def forward(self, call: Any) -> tuple[Tensor, Tensor]:
-        keys, values = (t.view(len(t), self.heads, -1).transpose(0, 1) for t in (self.keys, self.values))
+        shared = call.q.shape[1] // self.heads
+        both = (t.view(len(t), self.heads, -1).transpose(0, 1) for t in (self.keys, self.values))
+        keys, values = (t.repeat_interleave(shared, 0) if shared > 1 else t for t in both)
         return keys, values

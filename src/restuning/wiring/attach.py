@@ -17,7 +17,7 @@ from restuning._types import Features
 from restuning.errors import MethodError, SiteError
 from restuning.wiring.live import ALL, View
 from restuning.wiring.sites import Point, Site, Sites
-from restuning.wiring.unbind import Call, Piece, merged, on_call
+from restuning.wiring.unbind import Call, Piece, merged, on_call, on_weight
 
 INPUT = -1
 """The layer before all others: what the backbone itself is given."""
@@ -63,6 +63,12 @@ class Joint:
     def read(self, source: str, x: Tensor) -> None:
         self.x[source].append(x)
 
+    def says(self, x: Tensor, y: Tensor) -> Tensor:
+        """Read and written in one."""
+        for source in self.x:
+            self.read(source, x)
+        return self.write(y)
+
     def write(self, y: Tensor) -> Tensor:
         self.spoke = True
         if not all(self.x.values()):
@@ -106,6 +112,10 @@ class Attachment:
             elif plain:
                 joint = Joint(site, plain, carries, grown)
                 self.joints.append(joint)
+                if site.weight is not None:
+                    owner, weight = backbone.get_submodule(site.weight.owner), site.affine(backbone).weight
+                    self._hooks.append(partial(on_weight, owner, weight, joint.says, again))
+                    continue
                 for source in sorted(joint.x):
                     point = site.stream if source == "stream" else site.reads
                     self._hooks.append(_on_read(backbone, point, _reader(joint, source)))
@@ -181,13 +191,21 @@ def _merging(tuners: Sequence[Tuner]) -> Callable[[Call], Tensor]:
     return lambda call: merged(call, [tuner(call) for tuner in tuners])
 
 
+ROTARY = ("rope", "position_embeddings")
+"""The names by which blocks are given positions that are rotary."""
+
+
+def _fixed(kwargs: Mapping[str, Any]) -> None:
+    if any(kwargs.get(name) is not None for name in ROTARY):
+        raise MethodError("this backbone's positions are rotary and fixed in number: tokens cannot be added to it")
+
+
 def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) -> Iterator[Hook]:
     """[x; tokens] from the input of the first block of a span to the output of its last one (Res-Tuning, Eq. 4)."""
     modules = [backbone.get_submodule(sites.blocks[i]) for i in grown.span]
 
     def grow(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if kwargs.get("rope") is not None:
-            raise MethodError("this backbone's positions are rotary and fixed in number: tokens cannot be added to it")
+        _fixed(kwargs)
         name, x = _argument(m, args, kwargs)
         if m is modules[0]:
             grown.n = x.shape[1]
@@ -217,6 +235,7 @@ def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, again:
         own: list[Piece] = []  # the prompts' keys and values
 
         def read(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _fixed(kwargs)
             given[:] = [(args, kwargs)]
 
         def change(call: Call) -> Tensor:
@@ -282,7 +301,7 @@ class Taps:
     def keep(self, layer: int, x: Tensor) -> None:
         seen = self.view(x, self.given)
         if x.requires_grad or seen is x:  # a slice would hold the memory of all
-            self.kept[layer] = seen.clone() if self.view.tokens == "first" else seen
+            self.kept[layer] = seen.clone() if self.view.tokens in ("first", "last") else seen
             return
         if self.memory is None or self.memory.shape[1:] != seen.shape or self.memory.dtype != seen.dtype:
             self.memory = seen.new_empty(len(self.wanted), *seen.shape)

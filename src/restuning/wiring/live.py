@@ -14,18 +14,20 @@ from restuning.tuners.grid import patches
 class View:
     """What is kept of the tokens (b, n, d) of a layer.
 
-    `all`: every token; `first`: the first alone, (b, 1, d); `mean`: the mean of those that are no padding, (b, 1, d); a
-    number g: the first one where there are tokens before
-    the patches (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
+    `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); `mean`: the
+    mean of those that are none, (b, 1, d); a number g: the first one where there are tokens before the patches
+    (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
     """
 
     tokens: str | int = "all"
     prefix: int = 1
 
     def __call__(self, x: Tokens, mask: Tensor | None = None) -> Tensor:
-        """mask (b, n): which tokens are no padding; None: all."""
+        """mask (b, n): which tokens are no padding; None: all. Of a longer one, with what a cache holds, the end."""
         if self.tokens == "all":
             return x
+        if self.tokens == "last":
+            return last(x, mask)
         if self.tokens == "mean":
             return mean_of(x, mask)[:, None]
         first = x[:, :1]
@@ -45,11 +47,19 @@ class View:
     @property
     def by_mask(self) -> bool:
         """Whether padding must be told from tokens."""
-        return self.tokens == "mean"
+        return self.tokens in ("last", "mean")
 
     def count(self) -> int:
         """How many tokens a grid leaves."""
         return 1 if self.tokens == "mean" else int(self.tokens) ** 2 + (self.prefix > 0)
+
+
+def last(x: Tokens, mask: Tensor | None) -> Tensor:
+    """The last token of each row that `mask` has, (b, 1, d), on whichever side the padding is."""
+    if mask is None:
+        return x[:, -1:]
+    ahead = mask[:, -x.shape[1] :].flip(1).bool().int().argmax(1)
+    return x.gather(1, (x.shape[1] - 1 - ahead)[:, None, None].expand(-1, 1, x.shape[2]))
 
 
 def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
@@ -60,4 +70,4 @@ def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
     return (x * weight).sum(1) / weight.sum(1)
 
 
-ALL, FIRST, MEAN = View(), View("first"), View("mean", 0)
+ALL, FIRST, LAST, MEAN = View(), View("first"), View("last", 0), View("mean", 0)

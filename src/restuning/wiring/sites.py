@@ -40,6 +40,34 @@ class Op:
     stream: Point | None = None
 
 
+@dataclass(frozen=True)
+class Weight:
+    """An affine map that no module is called for: while `owner` runs, its `weight` is handed to torch's functions.
+
+    bias: its path; None: there is none, or the owner puts it together.
+    """
+
+    owner: str
+    weight: str
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The parameters of an affine map: weight (out, in) or (out,), and bias (out,)."""
+
+    weight: Any
+    bias: Any
+
+    @property
+    def in_features(self) -> int:
+        return int(self.weight.shape[-1])
+
+    @property
+    def out_features(self) -> int:
+        return len(self.weight)
+
+
 PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
 AFFINE = ("embed", *PARTS, "norm")
 
@@ -54,6 +82,10 @@ def _one(_: Any) -> int:
     return 1
 
 
+def _any(_: Any) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Anatomy:
     """How a family of backbones is built. Paths in `ops`, `parts`, `attention`, `width` and `heads` are relative to a
@@ -61,12 +93,15 @@ class Anatomy:
 
     blocks: the list of blocks. ops: operation → Op (`block` is always there). parts: the affine modules inside a
     block, by role (`norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`); each of the paths that a block has is a site that
-    reads what goes into the module and writes what comes out. attention: the module inside which softmax(QKᵀ)V is
-    called. width: a parameter of a block whose last size is the width d. heads: an attribute of a block, the number
-    of attention heads; none: 1 head. embed: the affine module that makes the first tokens. norm: the final norm,
-    before pooling; post: a norm after pooling. pool and prefix: the backbone's own pooling (`cls` or `mean`) and its
-    number of tokens before the patches, read off the module that holds `blocks`. grid: whether the tokens after the
-    prefix are a grid of patches.
+    reads what goes into the module and writes what comes out; a `Weight` is one where no module is called. attention:
+    the module inside which softmax(QKᵀ)V is called. width: a parameter of a block whose last size is the width d.
+    heads: an attribute of a block, the number of attention heads; none: 1 head. keys: two attributes of a block, the
+    heads of its keys and the width of each, where queries share keys (grouped-query attention). has: whether a block
+    has what else the row needs. embed: the affine module that makes the first tokens. norm: the final norm, before
+    pooling; post: a norm after pooling; pooler: the module that pools tokens (b, n, d) into (b, d), if the backbone has
+    one. pool and prefix: the backbone's own pooling (`cls`, `mean`, `last` or `map`, the pooler's) and its number of
+    tokens before the patches, read off the module that holds `blocks`. grid: whether the tokens after the prefix are a
+    grid of patches.
     """
 
     name: str
@@ -74,21 +109,28 @@ class Anatomy:
     ops: Mapping[str, Op]
     width: str
     heads: str | None = None
-    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    keys: tuple[str, str] | None = None
+    parts: Mapping[str, tuple[str | Weight, ...]] = field(default_factory=dict)
     attention: str | None = None
+    has: Callable[[Any], bool] = field(default=_any)
     embed: str | None = None
     norm: str | None = None
     post: str | None = None
+    pooler: str | None = None
     pool: Callable[[Any], str] = field(default=_cls)
     prefix: Callable[[Any], int] = field(default=_one)
     grid: bool = False
 
     def paths(self) -> list[str]:
-        """The modules that a block must have."""
-        return sorted({p.path for op in self.ops.values() for p in (op.reads, op.writes)} | {self.width})
+        """What a block must have."""
+        points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p}
+        weights = {c.weight for found in self.parts.values() for c in found if isinstance(c, Weight)}
+        return sorted(points | weights | {self.width})
 
 
 def _timm_pool(root: Any) -> str:
+    if root.global_pool == "map" and root.num_prefix_tokens and not getattr(root, "pool_include_prefix", True):
+        return "map of the patches alone"
     return {"token": "cls", "avg": "mean"}.get(root.global_pool, str(root.global_pool))
 
 
@@ -126,6 +168,36 @@ _DINOV2_4 = replace(
 )
 
 
+def _map_or_mean(root: Any) -> str:
+    return "map" if root.use_head else "mean"
+
+
+def _open_clip_pool(root: Any) -> str:
+    if root.attn_pool is not None or (root.pool_type == "avg" and root.final_ln_after_pool):
+        return "attentional, or before the norm"
+    return {"tok": "cls", "avg": "mean"}.get(root.pool_type, str(root.pool_type))
+
+
+def _last(_: Any) -> str:
+    return "last"
+
+
+def _zero(_: Any) -> int:
+    return 0
+
+
+def _batch_first(attention: str) -> Callable[[Any], bool]:
+    return attrgetter(f"{attention}.batch_first")
+
+
+def _in_and_out(attention: str) -> dict[str, tuple[Weight, ...]]:
+    """The maps of nn.MultiheadAttention."""
+    return {
+        role: (Weight(attention, f"{attention}.{name}weight", f"{attention}.{name}bias"),)
+        for role, name in (("qkv", "in_proj_"), ("proj", "out_proj."))
+    }
+
+
 def _with_registers(row: Anatomy) -> Anatomy:
     return replace(
         row,
@@ -134,31 +206,131 @@ def _with_registers(row: Anatomy) -> Anatomy:
     )
 
 
+_TIMM = Anatomy(  # the input of drop_path is the one point after both forms of LayerScale (module, bare parameter)
+    "timm ViT, DeiT, DINOv2, EVA",
+    blocks="blocks",
+    ops={
+        "mha": Op(into("attn"), into("drop_path1"), into("norm1")),
+        "ffn": Op(into("mlp"), into("drop_path2"), into("norm2")),
+    },
+    parts={
+        "norm1": ("norm1",),
+        "qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
+        "proj": ("attn.proj",),
+        "norm2": ("norm2",),
+        "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
+        "fc2": ("mlp.fc2",),
+    },
+    attention="attn",
+    width="norm1.weight",
+    heads="attn.num_heads",
+    embed="patch_embed.proj",
+    norm="norm",
+    post="fc_norm",
+    pooler="attn_pool",
+    pool=_timm_pool,
+    prefix=attrgetter("num_prefix_tokens"),
+    grid=True,
+)
+_CLIP = Anatomy(
+    "transformers CLIP vision",
+    blocks="encoder.layers",
+    ops={
+        "mha": Op(into("self_attn"), out_of("self_attn.out_proj"), into("layer_norm1")),
+        "ffn": Op(into("mlp"), out_of("mlp"), into("layer_norm2")),
+    },
+    parts={
+        "norm1": ("layer_norm1",),
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "proj": ("self_attn.out_proj",),
+        "norm2": ("layer_norm2",),
+        "fc1": ("mlp.fc1",),
+        "fc2": ("mlp.fc2",),
+    },
+    attention="self_attn",
+    width="layer_norm1.weight",
+    heads="self_attn.num_heads",
+    embed="embeddings.patch_embedding",
+    norm="post_layernorm",
+    grid=True,
+)
+_OPEN_CLIP = Anatomy(
+    "open_clip vision",
+    blocks="transformer.resblocks",
+    ops={
+        "mha": Op(into("attn"), out_of("ls_1"), into("ln_1")),
+        "ffn": Op(into("mlp"), out_of("ls_2"), into("ln_2")),
+    },
+    parts={
+        "norm1": ("ln_1",),
+        **_in_and_out("attn"),
+        "norm2": ("ln_2",),
+        "fc1": ("mlp.c_fc",),
+        "fc2": ("mlp.c_proj",),
+    },
+    attention="attn",
+    width="ln_1.weight",
+    heads="attn.num_heads",
+    has=_batch_first("attn"),
+    embed="conv1",
+    norm="ln_post",
+    pool=_open_clip_pool,
+    grid=True,
+)
+_LLAMA = Anatomy(
+    "transformers Llama, Mistral, Qwen, Phi-3",
+    blocks="layers",
+    ops={
+        "mha": Op(into("self_attn"), out_of("self_attn.o_proj"), into("input_layernorm")),
+        "ffn": Op(into("mlp"), out_of("mlp"), into("post_attention_layernorm")),
+    },
+    parts={
+        "norm1": ("input_layernorm",),
+        "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj"),
+        "proj": ("self_attn.o_proj",),
+        "norm2": ("post_attention_layernorm",),
+        "fc1": ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+        "fc2": ("mlp.down_proj",),
+    },
+    attention="self_attn",
+    width="input_layernorm.weight",
+    heads="self_attn.config.num_attention_heads",
+    keys=("self_attn.config.num_key_value_heads", "self_attn.head_dim"),
+    norm="norm",
+    pool=_last,
+    prefix=_zero,
+)
+
+
 ANATOMIES: tuple[Anatomy, ...] = (
-    Anatomy(  # the input of drop_path is the one point after both forms of LayerScale (module, bare parameter)
-        "timm ViT, DeiT, DINOv2, EVA",
-        blocks="blocks",
+    replace(  # BEiT too: the weight is used with a bias that is put together on the spot
+        _TIMM,
+        name="timm EVA, BEiT",
+        parts={**_TIMM.parts, "qkv": (Weight("attn", "attn.qkv.weight"),)},
+        has=lambda block: block.attn.qkv is not None and block.attn.q_bias is not None,
+    ),
+    _TIMM,
+    _OPEN_CLIP,
+    replace(
+        _OPEN_CLIP,
+        name="torchvision ViT",
+        blocks="encoder.layers",
         ops={
-            "mha": Op(into("attn"), into("drop_path1"), into("norm1")),
-            "ffn": Op(into("mlp"), into("drop_path2"), into("norm2")),
+            "mha": Op(into("self_attention"), out_of("dropout"), into("ln_1")),
+            "ffn": Op(into("mlp"), out_of("mlp"), into("ln_2")),
         },
         parts={
-            "norm1": ("norm1",),
-            "qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
-            "proj": ("attn.proj",),
-            "norm2": ("norm2",),
-            "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
-            "fc2": ("mlp.fc2",),
+            **_OPEN_CLIP.parts,
+            **_in_and_out("self_attention"),
+            "fc1": ("mlp.0",),
+            "fc2": ("mlp.3",),
         },
-        attention="attn",
-        width="norm1.weight",
-        heads="attn.num_heads",
-        embed="patch_embed.proj",
-        norm="norm",
-        post="fc_norm",
-        pool=_timm_pool,
-        prefix=attrgetter("num_prefix_tokens"),
-        grid=True,
+        attention="self_attention",
+        heads="self_attention.num_heads",
+        has=_batch_first("self_attention"),
+        embed="conv_proj",
+        norm="encoder.ln",
+        pool=_cls,
     ),
     Anatomy(
         "transformers 5 ViT",
@@ -200,32 +372,37 @@ ANATOMIES: tuple[Anatomy, ...] = (
     _with_registers(_DINOV2_4),
     _DINOV2,
     _DINOV2_4,
-    Anatomy(
-        "transformers CLIP vision",
-        blocks="encoder.layers",
-        ops={
-            "mha": Op(into("self_attn"), out_of("self_attn.out_proj"), into("layer_norm1")),
-            "ffn": Op(into("mlp"), out_of("mlp"), into("layer_norm2")),
-        },
-        parts={
-            "norm1": ("layer_norm1",),
-            "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            "proj": ("self_attn.out_proj",),
-            "norm2": ("layer_norm2",),
-            "fc1": ("mlp.fc1",),
-            "fc2": ("mlp.fc2",),
-        },
-        attention="self_attn",
-        width="layer_norm1.weight",
-        heads="self_attn.num_heads",
-        embed="embeddings.patch_embedding",
-        norm="post_layernorm",
-        grid=True,
+    replace(
+        _with_registers(_DINOV2),
+        name="transformers 5 DINOv3",
+        blocks="model.layer",
+        parts={**_DINOV2.parts, "fc1": ("mlp.up_proj", "mlp.gate_proj"), "fc2": ("mlp.down_proj",)},
+        heads="attention.num_heads",
+        embed="embeddings.patch_embeddings",
+        norm="norm",
     ),
+    replace(
+        _CLIP,
+        name="transformers SigLIP vision",
+        pooler="head",
+        pool=_map_or_mean,
+        prefix=_zero,
+    ),
+    _CLIP,
+    replace(  # norms after the operations too: what these say is added to after them
+        _LLAMA,
+        name="transformers Gemma 2 and 3",
+        ops={
+            "mha": Op(into("self_attn"), out_of("post_attention_layernorm"), into("input_layernorm")),
+            "ffn": Op(into("mlp"), out_of("post_feedforward_layernorm"), into("pre_feedforward_layernorm")),
+        },
+        parts={**_LLAMA.parts, "norm2": ("pre_feedforward_layernorm",)},
+    ),
+    _LLAMA,
     Anatomy(  # post-norm: the residual is added inside attention.output and output, and there is no final norm
         "transformers BERT, RoBERTa, MiniLM",
         blocks="encoder.layer",
-        prefix=lambda root: 0,  # the mean of a text is that of all its tokens
+        prefix=_zero,  # the mean of a text is that of all its tokens
         ops={
             "mha": Op(into("attention"), out_of("attention.output.dense")),
             "ffn": Op(into("intermediate"), out_of("output.dense")),
@@ -249,7 +426,8 @@ ANATOMIES: tuple[Anatomy, ...] = (
 @dataclass(frozen=True)
 class Site:
     """An operation of one block, or of none (`embed`, `norm`): absolute paths in the backbone, and the port that a
-    tuner there is built for. `name` tells it from every other site."""
+    tuner there is built for. `name` tells it from every other site. weight: set where no module is called; the points
+    are a name then."""
 
     op: str
     block: int | None
@@ -258,6 +436,13 @@ class Site:
     writes: Point
     stream: Point
     port: Port
+    weight: Weight | None = None
+
+    def affine(self, backbone: nn.Module) -> Affine:
+        """The affine map at a part, at `embed` or at `norm`, of a module or of none."""
+        path = self.writes.path
+        at = self.weight or Weight("", f"{path}.weight", f"{path}.bias")
+        return Affine(attrgetter(at.weight)(backbone), None if at.bias is None else _reached(backbone, at.bias))
 
 
 @dataclass(frozen=True)
@@ -270,6 +455,7 @@ class Sites(Sequence[Site]):
     port: Port
     norm: str | None
     post: str | None
+    pooler: str | None
     pool: str
     prefix: int
 
@@ -341,10 +527,12 @@ def _fits(backbone: nn.Module, root: str, blocks: nn.Module, row: Anatomy) -> bo
         for block in blocks.children():
             for path in (*row.paths(), row.heads):
                 attrgetter(path)(block) if path else None
+            if not row.has(block):
+                return False
         holder = backbone.get_submodule(root)
         for path in filter(None, (row.norm, row.post)):
             holder.get_submodule(path)
-        row.prefix(holder)
+        row.prefix(holder), row.pool(holder)
     except AttributeError:
         return False
     return True
@@ -367,6 +555,7 @@ def _describe(backbone: nn.Module, root: str, row: Anatomy) -> Sites:
         port=port,
         norm=under(row.norm),
         post=under(row.post),
+        pooler=under(row.pooler) if row.pool(holder) == "map" else None,
         pool=row.pool(holder),
         prefix=row.prefix(holder),
     )
@@ -379,8 +568,8 @@ def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, 
         except AttributeError:
             return None
 
-    def part(op: str, block: int | None, name: str, path: str) -> Site:
-        affine = module(path)
+    def part(op: str, block: int | None, name: str, path: str, weight: Weight | None = None) -> Site:
+        affine = module(path) if weight is None else Affine(attrgetter(weight.weight)(backbone), None)
         here = replace(
             port,
             reads=getattr(affine, "in_features", port.reads),
@@ -388,7 +577,7 @@ def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, 
             block=block or 0,
         )
         reads = into(path) if block is not None else out_of(path)  # of no block: pixels or words are not tokens
-        return Site(op, block, name, reads, out_of(path), reads, here)
+        return Site(op, block, name, reads, out_of(path), reads, here, weight)
 
     if row.embed is not None and module(_join(root, row.embed)) is not None:
         yield part("embed", None, "embed", _join(root, row.embed))
@@ -402,15 +591,32 @@ def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, 
             yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), here)
         if row.attention is not None:
             call = Point(_join(block, row.attention), "in")
-            yield Site("attention", i, f"{i}_attention", call, call, call, here)
+            keys = here
+            if row.keys is not None:
+                heads, each = attrgetter(*row.keys)(backbone.get_submodule(block))
+                keys = replace(here, heads=heads, writes=heads * each)
+            yield Site("attention", i, f"{i}_attention", call, call, call, keys)
         for role, candidates in row.parts.items():
-            paths = [path for path in candidates if module(_join(block, path)) is not None]
-            for path in paths:
-                name = f"{i}_{role}" if len(paths) == 1 else f"{i}_{role}_{path.split('.')[-1]}"
-                yield part(role, i, name, _join(block, path))
+            found = [c for c in candidates if isinstance(c, Weight) or module(_join(block, c)) is not None]
+            for candidate in found:
+                weight = _under(block, candidate) if isinstance(candidate, Weight) else None
+                path = _join(block, str(candidate)) if weight is None else weight.weight.removesuffix(".weight")
+                name = f"{i}_{role}" if len(found) == 1 else f"{i}_{role}_{path.split('.')[-1]}"
+                yield part(role, i, name, path, weight)
     final = [_join(root, path) for path in (row.norm, row.post) if path is not None]
     for path in [path for path in final if not isinstance(module(path), nn.Identity)][:1]:
         yield part("norm", None, "norm", path)
+
+
+def _under(block: str, weight: Weight) -> Weight:
+    bias = None if weight.bias is None else _join(block, weight.bias)
+    return Weight(_join(block, weight.owner), _join(block, weight.weight), bias)
+
+
+def _reached(backbone: nn.Module, path: str) -> Any:
+    """None where nothing has that name: norms without a bias have not even the name of one."""
+    parent, _, name = path.rpartition(".")
+    return getattr(backbone.get_submodule(parent), name, None)
 
 
 def _join(*paths: str) -> str:

@@ -7,22 +7,23 @@ from torch import Tensor, nn
 
 from restuning._types import Tokens
 from restuning.errors import SiteError
-from restuning.wiring.live import ALL, FIRST, View, mean_of
+from restuning.wiring.live import ALL, FIRST, LAST, View, last, mean_of
 from restuning.wiring.sites import Sites
 
-POOLS = ("cls", "mean", "cls+mean", "none")
+POOLS = ("cls", "mean", "cls+mean", "last", "map", "none")
 
 
 @dataclass(frozen=True)
 class Tail:
     """Tokens (b, n, d) of the last block → what the head reads: (b, d), (b, 2 d) for cls+mean, (b, n, d) for none,
-    (b, n d) for flat. mask (b, n): which tokens are no padding, and have a part in the mean.
+    (b, n d) for flat. mask (b, n): which tokens are no padding, and have a part in the mean or are the last.
 
-    The norms are the backbone's own modules; the tail refers to them and owns nothing.
+    Norms and pooler are the backbone's own modules; the tail refers to them and owns nothing.
     """
 
     norm: nn.Module
     post: nn.Module
+    pooler: nn.Module
     pool: str
     prefix: int
 
@@ -30,6 +31,10 @@ class Tail:
         x = self.norm(tokens)
         if self.pool == "cls":
             x = x[:, 0]
+        elif self.pool == "last":
+            x = last(x, mask)[:, 0]
+        elif self.pool == "map":
+            x = self.pooler(x)
         elif self.pool == "mean":
             x = self._mean(x, mask)
         elif self.pool == "cls+mean":
@@ -43,7 +48,12 @@ class Tail:
     @property
     def live(self) -> View:
         """The tokens that the output can see, if nothing before it mixes tokens."""
-        return FIRST if self.pool == "cls" else ALL
+        return seen_by(self.pool)
+
+
+def seen_by(pool: str) -> View:
+    """The tokens that a pooling reads."""
+    return {"cls": FIRST, "last": LAST}.get(pool, ALL)
 
 
 def tail_of(backbone: nn.Module, sites: Sites, pool: str | None = None) -> Tail:
@@ -51,9 +61,12 @@ def tail_of(backbone: nn.Module, sites: Sites, pool: str | None = None) -> Tail:
     pool = sites.pool if pool is None else pool
     if pool not in (*POOLS, "flat"):
         raise SiteError(f"unknown pooling {pool!r}: expected one of {', '.join(POOLS)}")
+    if pool == "map" and sites.pooler is None:
+        raise SiteError(f"pooling 'map' is by the backbone's own attention, and this {sites.anatomy.name} has none")
+    pooler = nn.Identity() if sites.pooler is None else backbone.get_submodule(sites.pooler)
     norm = nn.Identity() if sites.norm is None else backbone.get_submodule(sites.norm)
     post = nn.Identity() if sites.post is None or pool == "cls+mean" else backbone.get_submodule(sites.post)
-    return Tail(norm, post, pool, sites.prefix)
+    return Tail(norm, post, pooler, pool, sites.prefix)
 
 
 def head_width(width: int, pool: str, tokens: int = 1) -> int:

@@ -1,9 +1,9 @@
 """The attention's inside: softmax(QKᵀ)V seen while a module calls it, and prefixes merged into it exactly."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +165,12 @@ def _additive(mask: Tensor, q: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -torch.inf)
 
 
+def _autocast(t: Tensor) -> Tensor:
+    """As autocast gives it to the fused attention: rotary positions and norms have left other precisions."""
+    on = torch.is_autocast_enabled(t.device.type) and t.is_floating_point() and t.dtype != torch.float64
+    return t.to(torch.get_autocast_dtype(t.device.type)) if on else t
+
+
 def _full_mask(call: Call) -> Tensor | None:
     if not call.causal:
         return call.mask
@@ -185,6 +191,9 @@ class _Seen(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._fused(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            with self:
+                return opened(*args, **kwargs)
         name = getattr(func, "__name__", "")
         first = args[0] if args else None
         if self.weights is not None and first is self.weights and name == "matmul":
@@ -203,6 +212,8 @@ class _Seen(TorchFunctionMode):
         return out
 
     def _follow(self, name: str, args: Any, out: Tensor) -> None:
+        if name == "tanh":
+            raise SiteError("the attention's scores are capped: a prefix cannot be merged exactly")
         if name == "softmax":
             scores = args[0]
             self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
@@ -227,6 +238,8 @@ class _Seen(TorchFunctionMode):
     ) -> Tensor:
         if dropout_p:
             raise SiteError("attention dropout is on: a prefix cannot be merged exactly; use train_mode=False")
+        query, key, value = map(_autocast, (query, key, value))
+        attn_mask = None if attn_mask is None else _autocast(attn_mask)
         if enable_gqa:
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -237,26 +250,120 @@ class _Seen(TorchFunctionMode):
         return self.change(call)
 
 
-@contextmanager
+def opened(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    width: int,
+    heads: int,
+    in_weight: Tensor | None,
+    in_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    zero: bool,
+    dropout: float,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """`F.multi_head_attention_forward` (n, b, d) in calls that a mode can see: two affine maps, and the attention.
+
+    is_causal is no more than a hint of what attn_mask is. Raises SiteError for what nn.MultiheadAttention seldom has.
+    """
+    if in_weight is None or bias_k is not None or zero or query.ndim != 3 or need_weights:
+        raise SiteError(
+            "nn.MultiheadAttention with weights that are returned (need_weights=True), unbatched, or with bias_k, "
+            "add_zero_attn, kdim or vdim: nothing can be put inside it"
+        )
+
+    def split(x: Tensor) -> tuple[Tensor, ...]:
+        parts = F.linear(x.transpose(0, 1), in_weight, in_bias).chunk(3, -1)
+        return tuple(part.reshape(*part.shape[:2], heads, -1).transpose(1, 2) for part in parts)
+
+    q, k, v = split(query)
+    if key is not query:
+        k, v = split(key)[1:]
+    if value is not key:
+        v = split(value)[2]
+    masks = [_added(m, q) for m in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None])]
+    if masks[0] is not None and masks[0].ndim == 3:
+        masks[0] = masks[0].view(-1, heads, *masks[0].shape[1:])
+    there = [m for m in masks if m is not None]
+    mask = sum(there[1:], there[0]) if there else None
+    said = F.scaled_dot_product_attention(q, k, v, mask, dropout if training else 0.0)
+    return F.linear(said.transpose(1, 2).flatten(2), out_weight, out_bias).transpose(0, 1), None
+
+
+def _added(mask: Tensor | None, q: Tensor) -> Tensor | None:
+    """nn.MultiheadAttention's masks are True where nothing is attended to, or are added to the scores."""
+    return _additive(~mask, q) if mask is not None and mask.dtype == torch.bool else mask
+
+
+class _Mapped(TorchFunctionMode):
+    """Finds the calls of F.linear that are given one weight, and puts another output in its place."""
+
+    def __init__(self, weight: Tensor, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.weight, self.change, self.found = weight, change, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return opened(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if func is not F.linear or (args[1] if len(args) > 1 else kwargs["weight"]) is not self.weight:
+            return out
+        self.found = True
+        return self.change(args[0] if args else kwargs["input"], out)
+
+
+Mode = TypeVar("Mode", _Seen, _Mapped)
+
+
 def on_call(
     module: nn.Module, change: Callable[[Call], Tensor], always: Callable[[], bool] = lambda: True
-) -> Iterator[None]:
-    """While it lasts, `change` says what the attention call inside every forward of `module` gives.
+) -> AbstractContextManager[None]:
+    """While it lasts, `change` says what the attention call inside every forward of `module` gives."""
+    return _inside(
+        module, lambda: _Seen(change), "no attention call that is known: fused, or matmul and softmax", always
+    )
+
+
+def on_weight(
+    module: nn.Module,
+    weight: Tensor,
+    change: Callable[[Tensor, Tensor], Tensor],
+    always: Callable[[], bool] = lambda: True,
+) -> AbstractContextManager[None]:
+    """While it lasts, `change(x, y)` says what F.linear gives, inside every forward of `module`, where it is given
+    `weight`."""
+    return _inside(module, lambda: _Mapped(weight, change), "no call of F.linear with the weight that is tuned", always)
+
+
+@contextmanager
+def _inside(module: nn.Module, made: Callable[[], Mode], missing: str, always: Callable[[], bool]) -> Iterator[None]:
+    """While it lasts, every forward of `module` runs in a mode of its own.
 
     always: whether a forward that is left by an exception may be followed by others; torch.compile takes it for False.
     """
-    running: list[tuple[_Seen, ExitStack]] = []
+    running: list[tuple[Mode, ExitStack]] = []
 
     def before(m: nn.Module, args: Any) -> None:
-        seen, stack = _Seen(change), ExitStack()
-        stack.enter_context(seen)
-        running.append((seen, stack))
+        mode, stack = made(), ExitStack()
+        stack.enter_context(mode)
+        running.append((mode, stack))
 
     def after(m: nn.Module, args: Any, out: Any) -> None:
-        seen, stack = running.pop()
+        mode, stack = running.pop()
         stack.close()
-        if out is not None and not seen.found:
-            raise SiteError(f"{type(m).__name__} makes no attention call that is known: fused, or matmul and softmax")
+        if out is not None and not mode.found:
+            raise SiteError(f"{type(m).__name__} makes {missing}")
 
     handles = (
         module.register_forward_pre_hook(before),
