@@ -22,7 +22,7 @@ from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
-from restuning.wiring.tail import tail_of
+from restuning.wiring.tail import live, tail_of
 
 
 class Tuned(nn.Module):
@@ -92,7 +92,7 @@ class Tuned(nn.Module):
             raise MethodError(f"num_classes={num_classes}: expected at least 1")
         if classes is not None and len(classes) != num_classes:
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
-        spec = find_method(method)
+        spec = find_method(method, self.family)
         if (isinstance(spec, Full) and len(self.adapters)) or any(_adaptation(a).full for a in self.adapters.values()):
             raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
         tail = tail_of(self.backbone, self._sites, pool if grid_of(spec) is None else "flat")
@@ -164,7 +164,8 @@ class Tuned(nn.Module):
         """The backbone with the active (or the named) adapter in its own weights: no tuner is left, its features are
         the tuned ones. All adapters are gone, their heads too.
 
-        Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit); nothing is changed then.
+        Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit), or for a convolution that
+        standardises its weight; nothing is changed then.
         """
         name = name if name is not None else self._active()[0]
         adapter = self._find(name)
@@ -179,11 +180,11 @@ class Tuned(nn.Module):
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
                 )
-            weight, bias = _affine(self.backbone.get_submodule(site.writes.path))
+            weight, bias = _affine(self.backbone.get_submodule(site.reads.path))
             more_weight, more_bias = tuner.merged(weight, bias)
             # tuners of one site add up, each to the frozen map
-            to_weight, to_bias = changed.get(site.writes.path, (weight, bias))
-            changed[site.writes.path] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
+            to_weight, to_bias = changed.get(site.reads.path, (weight, bias))
+            changed[site.reads.path] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
         backbone = self.unload()
         for path, (weight, bias) in changed.items():
             module: Any = backbone.get_submodule(path)
@@ -331,7 +332,7 @@ class Tuned(nn.Module):
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
             tail = tail_of(self.backbone, self._sites)
-            with tap(self.backbone, self._sites, [len(self._sites.blocks)], tail.live) as taps:
+            with tap(self.backbone, self._sites, [len(self._sites.blocks)], live(self._sites, tail.pool)) as taps:
                 said = self.backbone(*args, **kwargs)
             return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
@@ -347,6 +348,11 @@ class Tuned(nn.Module):
         readers = Stack([self._readers[name] for name in names])
         out: Tensor = readers(tuple(x[:, None] for x in features), own=True, which=which)
         return out.squeeze(1)
+
+    @property
+    def family(self) -> str:
+        """Which of `restuning.methods.FAMILIES` the methods' names mean."""
+        return self._sites.anatomy.family
 
     @property
     def reads_features(self) -> bool:
@@ -527,8 +533,11 @@ def name_of(backbone: nn.Module) -> str:
 
 
 def _affine(module: Any) -> tuple[Tensor, Tensor]:
-    """Weight and bias of an affine module; zeros where it has no bias."""
+    """Weight and bias of an affine module; zeros where it has no bias. Raises MethodError where the weight that acts is
+    not the one that is kept."""
     weight: Tensor = module.weight
+    if isinstance(module, nn.Conv2d) and "Std" in type(module).__name__:
+        raise MethodError(f"{type(module).__name__} standardises its weight: nothing can be merged into it")
     return weight, weight.new_zeros(len(weight)) if module.bias is None else module.bias
 
 

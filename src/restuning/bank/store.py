@@ -376,8 +376,7 @@ def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
     sites = tuned._sites
     return {
         f"{path}.{key}": value.detach().cpu().contiguous()
-        for path in (sites.norm, sites.post)
-        if path is not None
+        for path in (*sites.norm, *sites.post)
         for key, value in tuned.backbone.get_submodule(path).state_dict().items()
     }
 

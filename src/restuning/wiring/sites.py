@@ -2,22 +2,29 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Literal, overload
 
 from torch import nn
 
-from restuning._types import Port
+from restuning._types import Kernel, Port
 from restuning.errors import SiteError
 
 
 @dataclass(frozen=True)
 class Point:
-    """One side of a module's call: the first argument going in, or the (first) tensor coming out."""
+    """One side of a module's call: the first argument going in, or the (first) tensor coming out.
+
+    last: a map there is (b, h, w, d), and not (b, d, h, w).
+    """
 
     path: str
     side: Literal["in", "out"]
+    last: bool = False
 
 
 def into(path: str) -> Point:
@@ -40,7 +47,7 @@ class Op:
     stream: Point | None = None
 
 
-PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2", "conv", "norms")
 AFFINE = ("embed", *PARTS, "norm")
 
 BLOCK = Op(into(""), out_of(""))  # the block itself: reads the stream, writes the stream
@@ -54,42 +61,72 @@ def _one(_: Any) -> int:
     return 1
 
 
+def _no_prefix(_: Any) -> int:
+    return 0
+
+
 @dataclass(frozen=True)
 class Anatomy:
-    """How a family of backbones is built. Paths in `ops`, `parts`, `attention`, `width` and `heads` are relative to a
-    block, `embed`, `norm` and `post` to the module that holds `blocks`.
+    """How a family of backbones is built. Paths in `ops`, `parts`, `attention`, `width`, `reads`, `heads` and `has` are
+    relative to a block, `embed`, `norm` and `post` to the module that holds `blocks`.
 
-    blocks: the list of blocks. ops: operation → Op (`block` is always there). parts: the affine modules inside a
-    block, by role (`norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`); each of the paths that a block has is a site that
-    reads what goes into the module and writes what comes out. attention: the module inside which softmax(QKᵀ)V is
-    called. width: a parameter of a block whose last size is the width d. heads: an attribute of a block, the number
-    of attention heads; none: 1 head. embed: the affine module that makes the first tokens. norm: the final norm,
-    before pooling; post: a norm after pooling. pool and prefix: the backbone's own pooling (`cls` or `mean`) and its
-    number of tokens before the patches, read off the module that holds `blocks`. grid: whether the tokens after the
-    prefix are a grid of patches.
+    blocks: the list of blocks, or a pattern of several, one for each stage (`stages.*.blocks`, `layer[1-9]`).
+    ops: operation → Op (`block` is always there). parts: the affine modules inside a block, by role (`norm1`, `qkv`,
+    `proj`, `norm2`, `fc1`, `fc2`, `conv`, `norms`); each of the paths that a block has is a site that reads what goes
+    into the module and writes what comes out; `*`: all convolutions (`conv`) or all norms (`norms`) of a block.
+    attention: the module inside which softmax(QKᵀ)V is called. width: a parameter of a block whose first size is the
+    width d that it writes; reads: a convolution that reads what the block reads, where that may be another width; of
+    several, the first that a block has. heads: an attribute of a block, the number of attention heads; none: 1 head.
+    has: what else a block must have. embed: the affine module that makes the first tokens. norm: the final norm, or
+    several modules, before pooling; post: those after pooling. pool and prefix: the backbone's own pooling (`cls` or
+    `mean`) and its number of tokens before the patches, read off the module that holds `blocks`. grid: whether the
+    tokens after the prefix are a grid of patches. last: maps between a block's modules are (b, h, w, d), where these
+    do not tell. family: which of `restuning.methods.FAMILIES` the names of methods mean.
     """
 
     name: str
     blocks: str
     ops: Mapping[str, Op]
-    width: str
+    width: str | tuple[str, ...]
+    reads: tuple[str, ...] = ()
     heads: str | None = None
+    has: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     attention: str | None = None
     embed: str | None = None
-    norm: str | None = None
-    post: str | None = None
+    norm: str | tuple[str, ...] | None = None
+    post: str | tuple[str, ...] | None = None
     pool: Callable[[Any], str] = field(default=_cls)
     prefix: Callable[[Any], int] = field(default=_one)
     grid: bool = False
+    last: bool = False
+    family: str = ""
 
     def paths(self) -> list[str]:
-        """The modules that a block must have."""
-        return sorted({p.path for op in self.ops.values() for p in (op.reads, op.writes)} | {self.width})
+        """What a block must have; of several after a `|`, one."""
+        ops = {p.path for op in self.ops.values() for p in (op.reads, op.writes) if p.path}
+        return sorted(ops | {*self.has} | {"|".join(_several(some)) for some in (self.width, self.reads) if some})
+
+
+def _several(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else paths or ()
+
+
+_TIMM_POOLS = {"token": "cls", "avg": "mean", "fast": "mean", "fastavg": "mean", "": "none"}
 
 
 def _timm_pool(root: Any) -> str:
-    return {"token": "cls", "avg": "mean"}.get(root.global_pool, str(root.global_pool))
+    return _TIMM_POOLS.get(root.global_pool, str(root.global_pool))
+
+
+def _pool_type(module: str) -> Callable[[Any], str]:
+    """The pooling that a timm pooling module says of itself."""
+
+    def pool(root: Any) -> str:
+        kind = attrgetter(f"{module}.pool_type")(root)
+        return _TIMM_POOLS.get(kind, str(kind))
+
+    return pool
 
 
 _HF_PARTS = {
@@ -134,7 +171,154 @@ def _with_registers(row: Anatomy) -> Anatomy:
     )
 
 
+_TIMM_PARTS = {
+    "norm1": ("norm1",),
+    "qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
+    "proj": ("attn.proj",),
+    "norm2": ("norm2",),
+    "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
+    "fc2": ("mlp.fc2",),
+}
+_MAPS: dict[str, Any] = {"prefix": _no_prefix, "grid": True}
+_CONV: dict[str, Any] = {**_MAPS, "ops": {}, "parts": {"conv": ("*",), "norms": ("*",)}, "family": "conv"}
+_RESNET = Anatomy(
+    "timm ResNet, ResNeXt",
+    blocks="layer[1-9]",
+    width=("conv3.weight", "conv2.weight"),
+    reads=("conv1",),
+    embed="conv1",
+    pool=_pool_type("global_pool"),
+    **_CONV,
+)
+_CONVNEXT = Anatomy(  # what goes into drop_path is what comes after LayerScale
+    "timm ConvNeXt, ConvNeXt V2",
+    blocks="stages.*.blocks",
+    ops={"ffn": Op(into("mlp.fc1"), into("drop_path"), into("norm"))},
+    parts={"conv": ("conv_dw",), "norm1": ("norm",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
+    width="norm.weight",
+    has=("conv_dw",),
+    embed="stem.0",
+    norm="norm_pre",
+    post=("head.norm", "head.pre_logits"),
+    pool=_pool_type("head.global_pool"),
+    family="convnext",
+    **_MAPS,
+)
+_SWIN = Anatomy(
+    "timm Swin",
+    blocks="layers.*.blocks",
+    ops={
+        "mha": Op(out_of("norm1"), into("drop_path1"), into("norm1")),
+        "ffn": Op(into("mlp"), into("drop_path2"), into("norm2")),
+    },
+    parts=_TIMM_PARTS,
+    attention="attn",
+    width="norm1.weight",
+    heads="attn.num_heads",
+    has=("attn.relative_position_bias_table",),
+    embed="patch_embed.proj",
+    norm="norm",
+    pool=_pool_type("head.global_pool"),
+    last=True,
+    **_MAPS,
+)
+_HIERARCHIES: tuple[Anatomy, ...] = (
+    _CONVNEXT,
+    replace(_CONVNEXT, name="timm ConvNeXt, normed before pooling", post=None),
+    Anatomy(
+        "transformers ConvNeXt, ConvNeXt V2",
+        blocks="encoder.stages.*.layers",
+        ops={"ffn": Op(into("pwconv1"), into("drop_path"), into("layernorm"))},
+        parts={"conv": ("dwconv",), "norm1": ("layernorm",), "fc1": ("pwconv1",), "fc2": ("pwconv2",)},
+        width="layernorm.weight",
+        has=("dwconv",),
+        embed="embeddings.patch_embeddings",
+        post="layernorm",
+        pool=lambda root: "mean",
+        family="convnext",
+        **_MAPS,
+    ),
+    _RESNET,
+    replace(_RESNET, name="torchvision ResNet", pool=lambda root: "mean"),
+    Anatomy(  # also BiT, whose norms come first in a block
+        "timm ResNetV2",
+        blocks="stages.*.blocks",
+        width=("conv3.weight", "conv2.weight"),
+        reads=("conv1",),
+        embed="stem.conv",
+        norm="norm",
+        pool=_pool_type("head.global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "timm RegNet",
+        blocks="s[1-9]",
+        width="conv3.conv.weight",
+        reads=("conv1.conv",),
+        embed="stem.conv",
+        norm="final_conv",
+        pool=_pool_type("head.global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "timm EfficientNet, MobileNet V2",
+        blocks="blocks.*",
+        width=("conv_pwl.weight", "conv_pw.weight", "conv.weight"),
+        reads=("conv_exp", "conv_pw", "conv"),
+        embed="conv_stem",
+        norm=("conv_head", "bn2"),
+        pool=_pool_type("global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "timm MobileNet V3",
+        blocks="blocks.*",
+        width=("conv_pwl.weight", "conv_pw.weight", "conv.weight"),
+        reads=("conv_exp", "conv_pw", "conv"),
+        embed="conv_stem",
+        post=("conv_head", "norm_head", "act2"),
+        pool=_pool_type("global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "transformers ResNet",
+        blocks="encoder.stages.*.layers",
+        width=("layer.2.convolution.weight", "layer.1.convolution.weight"),
+        reads=("layer.0.convolution",),
+        embed="embedder.embedder.convolution",
+        pool=lambda root: "mean",
+        **_CONV,
+    ),
+    _SWIN,
+    replace(  # normed after the operations; its cosine attention takes no prefix
+        _SWIN,
+        name="timm Swin V2",
+        ops={"mha": Op(into(""), into("drop_path1")), "ffn": Op(into("mlp"), into("drop_path2"))},
+        attention=None,
+        has=("attn.logit_scale",),
+    ),
+    Anatomy(
+        "transformers 5 Swin",
+        blocks="encoder.layers.*.blocks",
+        ops={
+            "mha": Op(out_of("layernorm_before"), into("drop_path"), into("layernorm_before")),
+            "ffn": Op(into("mlp"), out_of("mlp"), into("layernorm_after")),
+        },
+        parts={"norm1": ("layernorm_before",), "norm2": ("layernorm_after",), **_HF_PARTS},
+        attention="attention",
+        width="layernorm_before.weight",
+        heads="attention.num_attention_heads",
+        embed="embeddings.patch_embeddings.projection",
+        norm="layernorm",
+        pool=lambda root: "mean",
+        **_MAPS,
+    ),
+)
+"""Backbones of several stages: convolutions, and windows of attention."""
+
+
 ANATOMIES: tuple[Anatomy, ...] = (
+    *_HIERARCHIES,
     Anatomy(  # the input of drop_path is the one point after both forms of LayerScale (module, bare parameter)
         "timm ViT, DeiT, DINOv2, EVA",
         blocks="blocks",
@@ -142,14 +326,7 @@ ANATOMIES: tuple[Anatomy, ...] = (
             "mha": Op(into("attn"), into("drop_path1"), into("norm1")),
             "ffn": Op(into("mlp"), into("drop_path2"), into("norm2")),
         },
-        parts={
-            "norm1": ("norm1",),
-            "qkv": ("attn.qkv", "attn.q_proj", "attn.k_proj", "attn.v_proj"),
-            "proj": ("attn.proj",),
-            "norm2": ("norm2",),
-            "fc1": ("mlp.fc1", "mlp.fc1_g", "mlp.fc1_x"),
-            "fc2": ("mlp.fc2",),
-        },
+        parts=_TIMM_PARTS,
         attention="attn",
         width="norm1.weight",
         heads="attn.num_heads",
@@ -262,20 +439,35 @@ class Site:
 
 @dataclass(frozen=True)
 class Sites(Sequence[Site]):
-    """All sites of a backbone, block by block, and what its tail needs to know."""
+    """All sites of a backbone, block by block, and what its tail needs to know.
+
+    stages: the layers at which stages end. features: the port of every layer x_0 … x_L, as something that reads it and
+    says as much. port: that of what the head reads. norm and post: the modules before and after pooling.
+    """
 
     anatomy: Anatomy
     blocks: tuple[str, ...]
+    stages: tuple[int, ...]
+    features: tuple[Port, ...]
     all: tuple[Site, ...]
     port: Port
-    norm: str | None
-    post: str | None
+    norm: tuple[str, ...]
+    post: tuple[str, ...]
     pool: str
     prefix: int
 
     @property
     def ops(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(site.op for site in self.all))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all blocks are of one stage, so of one width and one number of tokens."""
+        return len(self.stages) == 1
+
+    def layer(self, layer: int) -> Point:
+        """Where a layer can be seen: 0 is what the first block reads, l what block l says."""
+        return Point(self.blocks[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
 
     def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
         """The sites of one operation (`affine`: of all affine modules; or a module's own name, such as `query`), in all
@@ -284,12 +476,10 @@ class Sites(Sequence[Site]):
         Raises SiteError for an operation or a block that is not there.
         """
         ops = AFFINE if op == "affine" and self.anatomy.parts else (op,)
-        named = [s for s in self.all if s.op in ops or (s.op in PARTS and s.writes.path.split(".")[-1] == op)]
+        named = [s for s in self.all if s.op in ops or (s.op in PARTS and s.reads.path.split(".")[-1] == op)]
         if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
-        wrong = [i for i in blocks or () if not 0 <= i < len(self.blocks)]
-        if wrong or (blocks is not None and not blocks):
-            raise SiteError(f"no block {wrong or '(empty list)'}: this backbone has blocks 0 to {len(self.blocks) - 1}")
+        check_blocks(blocks, len(self.blocks))
         return tuple(s for s in named if blocks is None or s.block is None or s.block in blocks)
 
     def __len__(self) -> int:
@@ -306,6 +496,13 @@ class Sites(Sequence[Site]):
         return iter(self.all)
 
 
+def check_blocks(blocks: Sequence[int] | None, count: int, what: str = "block", where: str = "this backbone") -> None:
+    """Raises SiteError for those named that are not among the first `count`, and if none is named."""
+    wrong = [i for i in blocks or () if not 0 <= i < count]
+    if wrong or (blocks is not None and not blocks):
+        raise SiteError(f"no {what} {wrong or '(empty list)'}: {where} has {what}s 0 to {count - 1}")
+
+
 def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     """The sites of `backbone`, by the first row of ANATOMIES that fits, or by the one given.
 
@@ -313,13 +510,16 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     """
     rows = ANATOMIES if anatomy is None else (anatomy,)
     for row in rows:
-        found = [root for root, blocks in _lists(backbone, row.blocks) if _fits(backbone, root, blocks, row)]
+        holders = _holders(backbone, row.blocks)
+        found = [root for root, lists in holders.items() if _fits(backbone, root, lists, row)]
         if len(found) > 1:
             places = ", ".join(root or "the backbone itself" for root in found)
             raise SiteError(f"{row.name} fits in {len(found)} places ({places}): pass the one that is meant")
         if found:
-            return _describe(backbone, found[0], row)
-    looked = "; ".join(f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {row.norm}" for row in rows)
+            return _describe(backbone, found[0], holders[found[0]], row)
+    looked = "; ".join(
+        f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {', '.join(_several(row.norm))}" for row in rows
+    )
     has = sorted({re.sub(r"\d+", "*", n) for n, _ in backbone.named_modules() if n})
     more = f" and {len(has) - 40} more" if len(has) > 40 else ""
     raise SiteError(
@@ -328,89 +528,168 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     )
 
 
-def _lists(backbone: nn.Module, blocks: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path of the holder, list of blocks) wherever a non-empty list of that name is found."""
+def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
+    """Where a module has the channels of a map, by its kind; None if that does not tell."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.GroupNorm) or type(part).__name__.endswith("2d"):  # torch's and timm's names
+            return "first"
+        if isinstance(part, nn.Linear | nn.LayerNorm):
+            return "first" if part.__dict__.get("data_format") == "channels_first" else "last"
+    return None
+
+
+def _holders(backbone: nn.Module, blocks: str) -> dict[str, list[str]]:
+    """Paths of the lists of blocks, in order, for every holder: wherever a path ends as the pattern says."""
+    wanted = blocks.split(".")
+    found: dict[str, list[str]] = {}
     for path, module in backbone.named_modules():
-        listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
-        if listed and (path == blocks or path.endswith("." + blocks)):
-            yield path.removesuffix(blocks).removesuffix("."), module
+        names = path.split(".")
+        root, own = names[: -len(wanted)], names[-len(wanted) :]
+        if len(own) == len(wanted) and all(map(fnmatchcase, own, wanted)) and any(True for _ in module.children()):
+            found.setdefault(".".join(root), []).append(path)
+    return found
 
 
-def _fits(backbone: nn.Module, root: str, blocks: nn.Module, row: Anatomy) -> bool:
+def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> bool:
     try:
-        for block in blocks.children():
-            for path in (*row.paths(), row.heads):
-                attrgetter(path)(block) if path else None
+        for block in (block for path in lists for block in backbone.get_submodule(path).children()):
+            for path in filter(None, (*row.paths(), row.heads)):
+                if "|" in path:
+                    _first(block, path.split("|"))
+                else:
+                    attrgetter(path)(block)
         holder = backbone.get_submodule(root)
-        for path in filter(None, (row.norm, row.post)):
+        for path in (*_several(row.norm), *_several(row.post)):
             holder.get_submodule(path)
         row.prefix(holder)
+        row.pool(holder)
     except AttributeError:
         return False
     return True
 
 
-def _describe(backbone: nn.Module, root: str, row: Anatomy) -> Sites:
-    def under(path: str | None) -> str | None:
-        return None if path is None else _join(root, path)
+def _first(block: nn.Module, paths: Sequence[str]) -> Any:
+    """The first of them that a block has; AttributeError if it has none."""
+    for path in paths[:-1]:
+        with suppress(AttributeError):
+            return attrgetter(path)(block)
+    return attrgetter(paths[-1])(block)
+
+
+def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> Sites:
+    def tail(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        there = [_join(root, path) for path in _several(paths)]
+        return tuple(path for path in there if not isinstance(backbone.get_submodule(path), nn.Identity))
 
     holder = backbone.get_submodule(root)
-    blocks = tuple(_join(root, row.blocks, name) for name, _ in holder.get_submodule(row.blocks).named_children())
-    first = backbone.get_submodule(blocks[0])
-    width = int(attrgetter(row.width)(first).shape[-1])
-    heads = 1 if row.heads is None else int(attrgetter(row.heads)(first))
-    port = Port(width, width, heads, depth=len(blocks), grid=row.prefix(holder) if row.grid else None)
+    children = [[_join(path, name) for name, _ in backbone.get_submodule(path).named_children()] for path in lists]
+    blocks = tuple(path for stage in children for path in stage)
+    norm, post = tail(row.norm), tail(row.post)
+    grid = row.prefix(holder) if row.grid else None
+    ports = [_port(backbone.get_submodule(path), row, i, len(blocks), grid) for i, path in enumerate(blocks)]
+    said = [replace(port, reads=port.writes) for port in ports]
+    first = replace(ports[0], writes=ports[0].reads)
     return Sites(
         anatomy=row,
         blocks=blocks,
-        all=tuple(_sites(backbone, root, blocks, row, port)),
-        port=port,
-        norm=under(row.norm),
-        post=under(row.post),
+        stages=tuple(accumulate(map(len, children))),
+        features=(first, *said),
+        all=tuple(_sites(backbone, root, blocks, row, ports, (*norm, *post))),
+        port=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
+        norm=norm,
+        post=post,
         pool=row.pool(holder),
         prefix=row.prefix(holder),
     )
 
 
-def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, port: Port) -> Iterator[Site]:
-    def module(path: str) -> nn.Module | None:
+def _port(block: nn.Module, row: Anatomy, i: int, depth: int, grid: int | None) -> Port:
+    width = len(_first(block, _several(row.width)))
+    reads = _first(block, row.reads).in_channels if row.reads else width
+    heads = 1 if row.heads is None else int(attrgetter(row.heads)(block))
+    return Port(reads, width, heads, i, depth, grid)
+
+
+def _widened(backbone: nn.Module, tail: Sequence[str], width: int) -> int:
+    """The width after the tail's modules."""
+    for module in (m for path in tail for m in backbone.get_submodule(path).modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            width = len(module.weight)
+    return width
+
+
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "conv": (nn.Conv2d,),
+    "norms": (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm),
+}
+
+
+def _sites(
+    backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, ports: Sequence[Port], tail: Sequence[str]
+) -> Iterator[Site]:
+    def module(path: str) -> Any:
         try:
             return backbone.get_submodule(path)
         except AttributeError:
             return None
 
-    def part(op: str, block: int | None, name: str, path: str) -> Site:
-        affine = module(path)
-        here = replace(
-            port,
-            reads=getattr(affine, "in_features", port.reads),
-            writes=getattr(affine, "out_features", port.writes),
-            block=block or 0,
-        )
-        reads = into(path) if block is not None else out_of(path)  # of no block: pixels or words are not tokens
-        return Site(op, block, name, reads, out_of(path), reads, here)
+    def last(path: str) -> bool:
+        layout = layout_of(module(path)) if path not in blocks else None
+        return row.last if layout is None else layout == "last"
 
-    if row.embed is not None and module(_join(root, row.embed)) is not None:
+    def part(op: str, block: int | None, name: str, path: str) -> Site:
+        affine, port = module(path), ports[block or 0]
+        shape = () if getattr(affine, "weight", None) is None else affine.weight.shape
+        writes = getattr(affine, "out_features", shape[0] if shape else port.writes)
+        reads = getattr(affine, "in_features", getattr(affine, "in_channels", writes))
+        side = last(path)
+        if block is None:  # pixels or words are not tokens
+            reads, read = writes, Point(path, "out", side)
+        else:
+            read = Point(path, "in", side)
+        # a norm that holds its activation is affine up to where its dropout begins
+        fused = {"drop", "act"} <= {name for name, _ in affine.named_children()}
+        said = Point(_join(path, "drop"), "in", side) if fused else Point(path, "out", side)
+        kernel = kernel_of(affine) if block is not None and isinstance(affine, nn.Conv2d) else None
+        return Site(op, block, name, read, said, read, replace(port, reads=reads, writes=writes, kernel=kernel))
+
+    def kinds(path: str, role: str) -> list[str]:
+        """All of a role's kind in it that have weights."""
+        found = [(name, m) for name, m in module(path).named_modules() if isinstance(m, _KINDS[role])]
+        return [name for name, m in found if m.weight is not None]
+
+    if row.embed is not None and getattr(module(_join(root, row.embed)), "weight", None) is not None:
         yield part("embed", None, "embed", _join(root, row.embed))
     for i, block in enumerate(blocks):
-        here = replace(port, block=i)
 
         def at(point: Point, block: str = block) -> Point:
-            return Point(_join(block, point.path), point.side)
+            path = _join(block, point.path)
+            return Point(path, point.side, last(path))
 
         for op, where in {**row.ops, "block": BLOCK}.items():
-            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), here)
+            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), ports[i])
         if row.attention is not None:
             call = Point(_join(block, row.attention), "in")
-            yield Site("attention", i, f"{i}_attention", call, call, call, here)
+            yield Site("attention", i, f"{i}_attention", call, call, call, ports[i])
         for role, candidates in row.parts.items():
-            paths = [path for path in candidates if module(_join(block, path)) is not None]
-            for path in paths:
-                name = f"{i}_{role}" if len(paths) == 1 else f"{i}_{role}_{path.split('.')[-1]}"
-                yield part(role, i, name, _join(block, path))
-    final = [_join(root, path) for path in (row.norm, row.post) if path is not None]
-    for path in [path for path in final if not isinstance(module(path), nn.Identity)][:1]:
-        yield part("norm", None, "norm", path)
+            if candidates == ("*",):
+                paths = kinds(block, role)
+                names = [path.replace(".", "_") for path in paths]
+            else:
+                paths = [path for path in candidates if module(_join(block, path)) is not None]
+                names = [path.split(".")[-1] for path in paths]
+            for path, own in zip(paths, names, strict=True):
+                yield part(role, i, f"{i}_{role}" if len(paths) == 1 else f"{i}_{role}_{own}", _join(block, path))
+    norms = [_join(path, name) for path in tail for name in kinds(path, "norms")]
+    for path in norms:
+        yield part("norm", None, "norm" if len(norms) == 1 else f"norm_{path.replace('.', '_')}", path)
+
+
+def kernel_of(conv: nn.Conv2d) -> Kernel:
+    """How a convolution reads its map; `padding` is None where that depends on the map."""
+    fixed = conv.padding_mode == "zeros" and not type(conv).__name__.endswith("Same")
+    padding = conv.padding if fixed else None
+    return Kernel(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _join(*paths: str) -> str:
