@@ -23,6 +23,7 @@ from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
 from restuning.wiring.tail import live, tail_of
+from restuning.wiring.thrift import Thrift
 
 
 class Tuned(nn.Module):
@@ -251,7 +252,9 @@ class Tuned(nn.Module):
             with attachment.on(again), tap(self.backbone, self._sites, layers, view) as taps:
                 yield taps
 
-        with torch.no_grad() if frozen else nullcontext(), on() as taps:
+        # a block that is run again in a backward pass has to keep what it kept
+        thrifty = self.family and not checkpoints(self.backbone)
+        with torch.no_grad() if frozen else Thrift() if thrifty else nullcontext(), on() as taps:
             self.backbone(*args, **kwargs)
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
         if trained and torch.is_grad_enabled() and checkpoints(self.backbone):

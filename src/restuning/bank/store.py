@@ -410,7 +410,8 @@ def _hash_of_weights(backbone: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        data = value.detach().cpu().flatten().contiguous()
+        digest.update(data.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
 
 
