@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import timm
@@ -204,6 +205,54 @@ def test_convolutions_that_lora_cannot_follow() -> None:
     tuned = rt.adapt(timm.create_model("resnetv2_50x1_bit", num_classes=0), rt.Residual({"conv": rt.Lora(2)}, [0]), 3)
     with pytest.raises(MethodError, match="standardises its weight: nothing can be merged into it"):
         tuned.merge_and_unload()
+
+
+def test_pefts_files_of_convolutions(tmp_path: Path) -> None:
+    """Written here, read by PEFT (which knows no dilation), and read back; grouped ones have no file."""
+    peft = pytest.importorskip("peft")
+    tiny = HIERARCHIES["hf-resnet"]
+    tuned = shake(adapt(tiny, rt.Residual({"conv": rt.Lora(2, dropout=0.0)}), None)).eval()
+    inputs = tiny.inputs()
+    rt.save_peft(tuned, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny.backbone(), str(tmp_path)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**inputs).pooler_output.flatten(1), tuned(**inputs))
+        again = rt.Tuned(tiny.backbone())
+        rt.load_peft(again, tmp_path)
+        torch.testing.assert_close(again.eval()(**inputs), tuned(**inputs))
+    grouped = adapt(HIERARCHIES["timm-convnext"], rt.Residual({"conv": rt.Lora(2)}))
+    with pytest.raises(MethodError, match=r"no LoRA of a grouped convolution such as stages.0.blocks.0.conv_dw"):
+        rt.save_peft(grouped, tmp_path / "other")
+
+
+# ---- recomputed, compiled
+
+IN_TURN = [(n, m) for n in ("timm-convnext", "timm-resnet", "timm-swin") for m in ("res-tuning", "lora", "bypass")]
+
+
+@pytest.mark.parametrize(("name", "method"), IN_TURN)
+def test_recomputed_blocks_and_one_graph(name: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch._dynamo.reset()
+    tiny = HIERARCHIES[name]
+    tuned = shake(adapt(tiny, small(method, family(name)), dtype=torch.float64)).eval()
+    inputs = tiny.inputs(dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        y = tuned(**inputs)
+        return [y, *torch.autograd.grad(y.square().sum(), list(tuned.adapters.parameters()))]
+
+    expected = run()
+    tuned.gradient_checkpointing_enable()
+    torch.testing.assert_close(run(), expected)
+    tuned.gradient_checkpointing_disable()
+    tuned.compile(fullgraph=True, backend="eager")
+    torch.testing.assert_close(run(), expected)
+
+
+def test_a_backbone_without_checkpoints() -> None:
+    with pytest.raises(MethodError, match="ResNetModel does not support activation checkpointing"):
+        adapt(HIERARCHIES["hf-resnet"], "res-tuning").gradient_checkpointing_enable()
 
 
 # ---- frozen statistics
