@@ -11,7 +11,7 @@ import restuning as rt
 from restuning import many
 from restuning.errors import MethodError
 
-ALIKE = HIERARCHIES.keys() - {"timm-convnext", "timm-resnet", "timm-swin", "hf-swin"}
+ALIKE = HIERARCHIES.keys() - {"timm-convnext", "timm-resnet", "timm-swin"}
 PAIRS = [
     (name, method)
     for name in TINY
