@@ -181,3 +181,27 @@ def test_the_printed_figures_are_the_papers() -> None:
             else:
                 printed = rows[key][{"Res-Tuning": 1, "Bypass": 4}[kind]]
         assert printed == p.millions, p
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "tuners", "head", "printed"),
+    [
+        ("convnext_base", "full", 87_566_464, 102_500, 87.67),
+        ("convnext_base", "linear", 0, 102_500, None),
+        ("convnext_base", "res-tuning", 758_736, 102_500, None),
+        ("convnext_base", "bypass", 763_455, 102_500, None),
+        ("convnext_base", _wide := rt.Bypass(*[rt.Adapter(46, scale="channel")] * 2), 1_025_303, 102_500, 1.13),
+        ("resnet101", "res-tuning", 715_594, 204_900, 0.92),
+        ("resnet101", "bypass", 2_903_103, 204_900, None),
+        ("resnet101", _wide, 3_426_583, 204_900, 3.63),
+    ],
+)
+def test_table_16(name: str, method, tuners: int, head: int, printed: float | None) -> None:
+    counts = rt.count(rt.adapt(describe_backbone(name), method, 100))
+    assert (counts["tuners"], counts["head"]) == (tuners, head)
+    assert printed is None or round((tuners + head) / 1e6, 2) == printed
+
+
+@pytest.mark.parametrize(("name", "expected"), [("convnext_base", 688_128), ("resnet101", 2_752_512)])
+def test_the_transitions_of_a_bypass_over_stages(name: str, expected: int) -> None:
+    assert rt.count(rt.adapt(describe_backbone(name), "bypass-none", 100))["tuners"] == expected + 3

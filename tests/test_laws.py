@@ -1,6 +1,7 @@
 """The laws, over every tuner, every operation and every tiny backbone."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import MORE, REFUSED, TINY, Tiny, small
+from tiny import HIERARCHIES, MORE, REFUSED, TINY, Tiny, small
 from torch import Tensor, nn
 
 import restuning as rt
@@ -17,7 +18,7 @@ from restuning.errors import RestuningError
 from restuning.measure import saved_bytes
 from restuning.methods import from_dict, to_dict
 from restuning.wiring.attach import MASK, tap
-from restuning.wiring.live import ALL, FIRST
+from restuning.wiring.live import ALL
 from restuning.wiring.sites import ANATOMIES
 
 
@@ -55,10 +56,31 @@ OTHER = {
 }
 TUNERS: dict[str, Any] = {**ZERO, **OTHER}
 OPS = ("mha", "ffn", "block")
+FAMILY = {name: rt.find_sites(tiny.backbone(), tiny.anatomy).anatomy.family for name, tiny in TINY.items()}
+OPS_OF = {"": OPS, "convnext": ("conv", "ffn", "block"), "conv": ("block", "conv")}
+ALIKE = HIERARCHIES.keys() - {"timm-convnext", "timm-resnet", "timm-swin"}  # these are tried with fewer tuners
+FEW = ("adapter", "lora", "own")
+FEW_METHODS = ("full", "linear", "lora", "ssf", "prefix", "lst", "res-tuning", "bypass", "bypass-grid2")
+SQUEEZED = ("timm-regnet", "timm-efficientnet", "timm-mobilenetv3")  # convolutions after a ReLU of one or two channels
+
+
+def places(tuners: Iterable[str]) -> list[Any]:
+    """(backbone, operation, tuner)"""
+    return [
+        (name, op, tuner)
+        for name, family in FAMILY.items()
+        for op in OPS_OF[family]
+        for tuner in tuners
+        if (name not in ALIKE or tuner in FEW) and not (op == "conv" and name in SQUEEZED)
+    ]
+
 
 each_backbone = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
 each_tuner = pytest.mark.parametrize("recipe", TUNERS.values(), ids=TUNERS)
-each_op = pytest.mark.parametrize("op", OPS)
+
+
+def tried(name: str, method: str) -> bool:
+    return name not in ALIKE or method in FEW_METHODS
 
 
 def adapt(
@@ -76,7 +98,7 @@ def shake(tuned: rt.Tuned) -> rt.Tuned:
 
 
 def plain_features(tiny: Tiny, backbone: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """x_0 … x_L of the bare backbone, every token, by hooks of the test's own."""
+    """x_0 … x_L of the bare backbone, every token, by hooks of the test's own; maps as their positions row by row."""
     sites = rt.find_sites(backbone, tiny.anatomy)
     kept: list[Tensor] = []
 
@@ -93,26 +115,38 @@ def plain_features(tiny: Tiny, backbone: nn.Module, inputs: dict[str, Tensor]) -
         backbone(**inputs)
     for handle in handles:
         handle.remove()
-    return tuple(kept)
+    if sites.anatomy.last:  # (b, h, w, d)
+        return tuple(x.flatten(1, 2) for x in kept)
+    return tuple(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x for x in kept)
+
+
+def unequal(tiny: Tiny, op: str, recipe: Any) -> bool:
+    """Whether a prompt is refused: it needs one width, and convolutions change theirs."""
+    ports = [s.port for s in rt.find_sites(tiny.backbone(), tiny.anatomy).at(op)]
+    if isinstance(recipe, rt.Prompt) and any(p.reads != p.writes for p in ports):
+        with pytest.raises(RestuningError, match="Prompt needs an operation of one width; this reads"):
+            adapt(tiny, rt.Residual({op: recipe}))
+        return True
+    return False
 
 
 def hooks(backbone: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
 
 
-@each_backbone
-@each_op
-@pytest.mark.parametrize("recipe", ZERO.values(), ids=ZERO)
-def test_identity_at_birth(tiny: Tiny, op: str, recipe: Any) -> None:
-    tuned, inputs = adapt(tiny, rt.Residual({op: recipe})), tiny.inputs()
+@pytest.mark.parametrize(("name", "op", "tuner"), places(ZERO))
+def test_identity_at_birth(name: str, op: str, tuner: str) -> None:
+    tiny = TINY[name]
+    tuned, inputs = adapt(tiny, rt.Residual({op: ZERO[tuner]})), tiny.inputs()
     last = plain_features(tiny, tuned.backbone, inputs)[-1]
     assert torch.equal(tuned.features(**inputs)[-1], tuned._live()(last, inputs.get("attention_mask")))
 
 
-@each_backbone
-@each_op
-@each_tuner
-def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recipe: Any) -> None:
+@pytest.mark.parametrize(("name", "op", "tuner"), places(TUNERS))
+def test_only_the_adapter_learns_and_every_part_of_it(name: str, op: str, tuner: str) -> None:
+    tiny, recipe = TINY[name], TUNERS[tuner]
+    if unequal(tiny, op, recipe):
+        return
     tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
     assert not torch.allclose(
@@ -120,8 +154,10 @@ def test_only_the_adapter_learns_and_every_part_of_it(tiny: Tiny, op: str, recip
     ), "the tuner acts"
     tuned(**inputs).square().sum().backward()
     assert all(p.grad is None for p in tuned.backbone.parameters())
-    for name, p in tuned.adapters.named_parameters():
-        assert p.grad is not None and p.grad.abs().sum() > 0, name
+    for key, p in tuned.adapters.named_parameters():
+        assert p.grad is not None
+        dead = name in HIERARCHIES and getattr(recipe, "act", "") == "relu"  # it reads what has been through a ReLU
+        assert p.grad.abs().sum() > 0 or dead, key
 
 
 def says(tuner: Any, x: Tensor, y: Tensor, stream: Tensor) -> Tensor:
@@ -191,7 +227,7 @@ def test_bypass_is_equation_8_and_live_is_unpruned(name: str, h: Any, v: Any) ->
         )
     torch.testing.assert_close(side(features), torch.from_numpy(x))
     live = tuned.features(**inputs)
-    narrow = name != "timm-vit-mean" and v is not Mixer
+    narrow = (name != "timm-vit-mean" and v is not Mixer) or (h is None and v is None)
     assert all(f.shape[1] == 1 for f in live) == narrow, "one token is live, unless the head or a tuner reads more"
     unpruned = tuned.adapters["default"].head(tail(side(features)))
     torch.testing.assert_close(tuned(**inputs), unpruned)
@@ -209,16 +245,16 @@ def test_bypass_keeps_nothing_of_the_backbone_for_backward(tiny: Tiny) -> None:
         size[method] = saved_bytes(lambda t=tuned: t(**inputs).sum(), tuned.parameters())
         if method != "full":
             assert not any(f.requires_grad for f in tuned.features(**inputs))
-    tokens = 1 if TINY["timm-vit-mean"] is not tiny and tuned._live() == FIRST else 7
-    row = 8 * tokens * 32 * 4
-    assert size["linear"] <= 8 * 32 * 4 + 64, "linear probing keeps the pooled features alone"
+    widest = max(f.shape[1] * f.shape[2] for f in adapt(tiny, "bypass").features(**inputs))
+    row = 8 * 4 * widest
+    assert size["linear"] <= 8 * 4 * tuned._sites.port.writes + 64, "linear probing keeps the pooled features alone"
     assert size["bypass-none"] <= size["linear"] + 12 * row
     assert size["bypass"] < size["full"]
     assert all(p.grad is None for p in tuned.backbone.parameters())
 
 
 @each_backbone
-@pytest.mark.parametrize("method", ["res-tuning-tri", "bypass"])
+@pytest.mark.parametrize("method", ["res-tuning", "bypass"])
 def test_hooks_live_during_forward_only_even_when_it_fails(tiny: Tiny, method: str) -> None:
     tuned, inputs = adapt(tiny, method), tiny.inputs()
     tuned(**inputs)
@@ -245,7 +281,7 @@ def test_unload_gives_the_backbone_back_as_it_came(tiny: Tiny) -> None:
     attributes = {name: set(vars(m)) for name, m in backbone.named_modules()}
     state = copy.deepcopy(backbone.state_dict())
     backbone.train()
-    tuned = rt.adapt(backbone, "res-tuning-tri", 4, anatomy=tiny.anatomy)
+    tuned = rt.adapt(backbone, "res-tuning", 4, anatomy=tiny.anatomy)
     tuned.train()(**inputs).sum().backward()
     assert {name: set(vars(m)) for name, m in backbone.named_modules()} == attributes
     assert tuned.unload() is backbone and backbone.training
@@ -257,7 +293,7 @@ def test_unload_gives_the_backbone_back_as_it_came(tiny: Tiny) -> None:
     assert torch.equal(before, after)
 
 
-EVERY = [(name, method) for name in TINY for method in rt.methods]
+EVERY = [(name, method) for name in TINY for method in rt.methods if tried(name, method)]
 EVERY += [(name, m) for name in MORE for m in ("lora", "prefix", "ssf", "noah", "lst", "bypass", "res-tuning-tri")]
 
 
@@ -267,10 +303,11 @@ def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -
     tiny = (TINY | MORE)[name]
     if method in REFUSED.get(name, {}):
         with pytest.raises(RestuningError, match=REFUSED[name][method]):
-            adapt(tiny, small(method), 3)(**tiny.inputs())
+            adapt(tiny, small(method, FAMILY[name]), 3)(**tiny.inputs())
         return
-    tuned, inputs = shake(adapt(tiny, small(method), 3)).eval(), tiny.inputs()
-    assert from_dict(to_dict(small(method))) == small(method)
+    spec = small(method, FAMILY[name])
+    tuned, inputs = shake(adapt(tiny, spec, 3)).eval(), tiny.inputs()
+    assert from_dict(to_dict(spec)) == spec
     out = tuned(**inputs)
     out.square().sum().backward()
     if method == "full":
@@ -304,12 +341,12 @@ def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -
 ZERO_AT_BIRTH = ("adapter", "lora", "bitfit", "adaptformer", "convpass", "dtl", "dtl-plus", "res-tuning", "linear")
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("method", ZERO_AT_BIRTH)
+@pytest.mark.parametrize(("name", "method"), [(n, m) for n in TINY for m in ZERO_AT_BIRTH if tried(n, m)])
 def test_methods_that_are_the_backbone_at_birth(name: str, method: str) -> None:
     tiny = TINY[name]
     if method not in REFUSED.get(name, {}):
-        tuned, inputs = adapt(tiny, small(method), None, pool="none").eval(), tiny.inputs()
+        spec = small(method, FAMILY[name])
+        tuned, inputs = adapt(tiny, spec, None, pool="none").eval(), tiny.inputs()
         tail = tuned._readers["default"].tail
         with torch.no_grad():
             expected = tail(plain_features(tiny, tuned.backbone, inputs)[-1])
@@ -396,6 +433,7 @@ def test_taps_are_what_the_blocks_say() -> None:
 
 def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
     tried = {rt.find_sites(t.backbone(), t.anatomy).anatomy.name for t in (TINY | MORE).values()}
+    tried.add("torchvision ResNet")  # in test_hierarchies: it has no small one
     other = 4 if int(transformers.__version__.split(".")[0]) >= 5 else 5
     assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}
 

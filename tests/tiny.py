@@ -2,19 +2,30 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers as hf
+from timm.layers import BatchNormAct2d, create_conv2d
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.convnext import ConvNeXt
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.efficientnet import EfficientNet
 from timm.models.eva import Eva
+from timm.models.mobilenetv3 import MobileNetV3
+from timm.models.regnet import RegNet, RegNetCfg
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnetv2 import ResNetV2
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 import restuning as rt
+from restuning.methods import find_method
 
 torch.backends.mha.set_fastpath_enabled(False)  # it rounds otherwise, and is taken or not as gradients are wanted
 
@@ -77,7 +88,7 @@ class Tiny:
     build: Callable[[], nn.Module]
     kind: str = "image"
     anatomy: rt.Anatomy | None = None
-    about: dict[str, Any] = field(default_factory=dict)
+    side: int = 16
 
     def backbone(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         torch.manual_seed(1)
@@ -85,6 +96,9 @@ class Tiny:
         with torch.no_grad():  # away from the zeros and ones that hide mistakes
             for p in model.parameters():
                 p.add_(0.05 * torch.randn_like(p))
+            for name, b in model.named_buffers():
+                if "running" in name:
+                    b.add_(0.2 * torch.rand_like(b))
         return model
 
     def inputs(self, batch: int = 3, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -95,7 +109,7 @@ class Tiny:
             return {"input_ids": ids, "attention_mask": mask}
         if self.kind == "vector":
             return {"x": torch.randn(batch, 5, 8, dtype=dtype)}
-        return {"pixel_values" if self.kind == "hf" else "x": torch.randn(batch, 3, 16, 16, dtype=dtype)}
+        return {"pixel_values" if self.kind == "hf" else "x": torch.randn(batch, 3, self.side, self.side, dtype=dtype)}
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -155,6 +169,48 @@ def _eva(**more: Any) -> nn.Module:
     return Eva(**{**VIT, "depth": 2}, **more)
 
 
+def _mobile(kind: Any, *stages: str) -> nn.Module:
+    return kind(decode_arch_def([[stage] for stage in stages]), num_classes=0, stem_size=8, num_features=40)
+
+
+STAGES = {"depths": (1, 2, 1, 1), "dims": (8, 8, 12, 16), "num_classes": 0, "patch_size": 2, "output_stride": 16}
+HF_STAGES = {"num_stages": 2, "hidden_sizes": [12, 20], "depths": [1, 2]}
+RESNET = {"layers": (1, 2, 1, 1), "num_classes": 0, "channels": (8, 8, 12, 16), "output_stride": 16}
+REGNET = RegNetCfg(depth=4, w0=8, wa=12.0, wm=1.5, group_size=4, se_ratio=0.0, stem_width=8, num_features=40)
+PREACT = {"conv_layer": create_conv2d, "norm_layer": BatchNormAct2d}
+SWIN = {"img_size": 32, "patch_size": 4, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 4), "num_classes": 0}
+HF_SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2, 1], "num_heads": [2, 4], "window_size": 4}
+HIERARCHIES: dict[str, Tiny] = {
+    "timm-convnext": Tiny(lambda: ConvNeXt(**STAGES, ls_init_value=0.4), side=32),
+    "timm-convnext-v2": Tiny(
+        lambda: ConvNeXt(**STAGES, conv_mlp=True, use_grn=True, ls_init_value=None, head_norm_first=True), side=32
+    ),
+    "hf-convnext": Tiny(
+        lambda: hf.ConvNextModel(hf.ConvNextConfig(**HF_STAGES, layer_scale_init_value=0.3)), "hf", side=32
+    ),
+    "hf-convnext-v2": Tiny(lambda: hf.ConvNextV2Model(hf.ConvNextV2Config(**HF_STAGES)), "hf", side=32),
+    "timm-resnet": Tiny(lambda: ResNet(BasicBlock, **RESNET), side=32),
+    "timm-resnext": Tiny(
+        lambda: ResNet(Bottleneck, **RESNET, cardinality=2, base_width=32, stem_type="deep", avg_down=True), side=32
+    ),
+    "hf-resnet": Tiny(
+        lambda: hf.ResNetModel(hf.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2])), "hf", side=32
+    ),
+    "timm-resnetv2": Tiny(lambda: ResNetV2([1, 2], channels=(16, 24), stem_chs=8, num_classes=0, **PREACT), side=32),
+    "timm-regnet": Tiny(lambda: RegNet(REGNET, num_classes=0, output_stride=16), side=32),
+    "timm-efficientnet": Tiny(
+        lambda: _mobile(EfficientNet, "ds_r1_k3_s1_e1_c8_se0.25", "ir_r2_k3_s2_e2_c16_se0.25", "er_r1_k3_s2_e2_c24"),
+        side=32,
+    ),
+    "timm-mobilenetv3": Tiny(
+        lambda: _mobile(MobileNetV3, "ds_r1_k3_s2_e1_c8_se0.25_nre", "ir_r2_k5_s2_e2_c16", "cn_r1_k1_s1_c24"), side=32
+    ),
+    "timm-swin": Tiny(lambda: SwinTransformer(**SWIN, window_size=4, drop_path_rate=0.2), side=32),
+    "timm-swin-v2": Tiny(lambda: SwinTransformerV2(**SWIN, window_size=4), side=32),
+    "hf-swin": Tiny(lambda: hf.SwinModel(hf.SwinConfig(**HF_SWIN)), "hf", side=32),
+}
+"""Backbones of several stages: convolutions, and windows of attention."""
+
 TINY: dict[str, Tiny] = {
     "timm-vit": Tiny(lambda: VisionTransformer(**VIT)),
     "timm-vit-mean": Tiny(lambda: VisionTransformer(**VIT, global_pool="avg", class_token=False)),
@@ -175,6 +231,7 @@ TINY: dict[str, Tiny] = {
     "bert": Tiny(lambda: hf.BertModel(hf.BertConfig(**TEXT)), "text"),
     "roberta": Tiny(lambda: hf.RobertaModel(hf.RobertaConfig(**TEXT)), "text"),
     "own": Tiny(Keywords, "vector", OWN),
+    **HIERARCHIES,
 }
 
 MORE: dict[str, Tiny] = {
@@ -186,15 +243,15 @@ MORE: dict[str, Tiny] = {
 """Of families that are in TINY by a near relative: for the tests of what they do not share."""
 
 
-def small(method: str) -> Any:
-    """A named method at a size for width 32 and 16 × 16 pixels."""
+def small(method: str, family: str = "") -> Any:
+    """A named method, as a family of backbones has it, at a size for width 32 and 16 × 16 pixels."""
     if method == "lst":
         return rt.Ladder(4)
     if method == "ladder-grid4":
         return rt.Ladder(4, grid=2)
     if method == "side-tuning":
         return rt.SideTuning(rt.SmallCnn(4))
-    return rt.resize(rt.methods[method], 3)
+    return rt.resize(find_method(method, family), 3)
 
 
 _GRID = ("convpass", "dtl-plus", "side-tuning", "bypass-grid2", "bypass-grid4", "ladder-grid4")
@@ -206,6 +263,22 @@ _NO_PARTS = {
     "mam-adapter": "no operation 'attention' here",
     "lst": "needs its norm1, qkv, proj, norm2, fc1, fc2: use init='random'",
 }
+_STAGES = {
+    **dict.fromkeys(("lst", "ladder-grid4"), "a ladder needs blocks of one width: .* has stages of widths"),
+    **dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "PromptTuning needs blocks of one width"),
+    **dict.fromkeys(("dtl", "dtl-plus"), "Dtl needs blocks of one width"),
+}
+_CONVNEXT = {
+    **_STAGES,
+    **dict.fromkeys(("prefix", "mam-adapter"), "no operation 'attention' here: .* has embed, ffn, block, conv, norm1"),
+    "noah": "no operation 'qkv' here",
+}
+_CONV = {
+    **_STAGES,
+    **dict.fromkeys(("prefix", "mam-adapter"), "no operation 'attention' here: .* has (embed, )?block, conv, norms"),
+    **dict.fromkeys(("res-tuning-single", "noah"), "no operation 'ffn' here"),
+    "res-tuning-tri": "no operation 'mha' here",
+}
 REFUSED: dict[str, dict[str, str]] = {
     "timm-eva02": {**_ROTARY, **_GATED, "ladder-grid4": "an ungated FFN"},
     "hf-dinov3": _ROTARY,
@@ -214,5 +287,11 @@ REFUSED: dict[str, dict[str, str]] = {
     "bert": _NO_GRID,
     "roberta": _NO_GRID,
     "own": {**_NO_GRID, **_NO_PARTS},
+    **{name: _CONVNEXT if "convnext" in name else _STAGES if "swin" in name else _CONV for name in HIERARCHIES},
+    "timm-swin-v2": {
+        **_STAGES,
+        **dict.fromkeys(("lora", "bitfit", "ssf"), "calls no module at 0_qkv"),
+        **dict.fromkeys(("prefix", "mam-adapter"), "no operation 'attention' here"),
+    },
 }
 """Which backbone refuses which method, and in which words."""

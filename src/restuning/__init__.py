@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from restuning._types import Features as Features
+from restuning._types import Kernel as Kernel
 from restuning._types import Port as Port
 from restuning._version import __version__ as __version__
 from restuning.adapt import Tuned as Tuned

@@ -27,6 +27,10 @@ Read: TypeAlias = Float[Tensor, "b n r"]
 Said: TypeAlias = Float[Tensor, "b n w"]
 """What it says."""
 
+ReadMaps: TypeAlias = Float[Tensor, "b r h w"]
+SaidMaps: TypeAlias = Float[Tensor, "b s i j"]
+"""What a convolution reads, and what it says."""
+
 Pooled: TypeAlias = Float[Tensor, "b d"]
 Logits: TypeAlias = Float[Tensor, "b c"]
 
@@ -35,10 +39,22 @@ Features: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """How a convolution reads its map; padding None: in a way of its own."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...] | None
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@dataclass(frozen=True)
 class Port:
     """What a tuner may know of the place it is built for: the width that it `reads`, the width that it `writes`, the
-    number of attention `heads` of the block (1 where it has none), which `block` it is of how many (`depth`), and,
-    where the tokens are a square grid of patches, how many come before them (`grid`; None: no grid)."""
+    number of attention `heads` of the block (1 where it has none), which `block` it is of how many (`depth`), where
+    the tokens are a grid of patches, how many come before them (`grid`; None: no grid), and, where the operation is a
+    convolution, its `kernel`."""
 
     reads: int
     writes: int
@@ -46,6 +62,7 @@ class Port:
     block: int = 0
     depth: int = 1
     grid: int | None = None
+    kernel: Kernel | None = None
 
 
 Recipe: TypeAlias = Callable[[Port], nn.Module]
@@ -53,7 +70,8 @@ Recipe: TypeAlias = Callable[[Port], nn.Module]
 `__init__` takes a port.
 
 The module's `forward(x, y)` gets what the operation read, `x` (b, n, port.reads), and what it said, `y`
-(b, n, port.writes), and returns what to add to `y` (None: nothing). It may declare
+(b, n, port.writes), and returns what to add to `y` (None: nothing); maps come as tokens, row by row, and what was read
+at another resolution comes pooled to that of `y`. It may declare
 `mixes_tokens = False` if each of its output tokens depends on the same input token alone,
 `source = "stream"` to read the residual stream before the block's norm, or `"out"` to read what the operation said,
 `carries = True` to be called as `forward(x, y, carry)` with a dict that is empty at the start of every pass of the
@@ -63,4 +81,5 @@ appended to the stream, and taken off again after the block, or after the last o
 `place = "block"` or `"attention"` if it goes there alone (on `attention`, `forward(call)` returns the keys and values
 (h, p, d / h) that are merged into the softmax),
 `on_grid = True` to be spared the tokens that others have appended after the grid of patches,
+`on_maps = True` to be given the maps (b, d, h, w) of a convolution, and to return one,
 `merges = True` if it has `merged(weight, bias)`, the affine map's with the tuner in it."""

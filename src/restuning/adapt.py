@@ -23,7 +23,8 @@ from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
-from restuning.wiring.tail import tail_of
+from restuning.wiring.tail import live, tail_of
+from restuning.wiring.thrift import Thrift
 
 
 class Tuned(nn.Module):
@@ -98,7 +99,7 @@ class Tuned(nn.Module):
         if classes is not None and len(classes) != num_classes:
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
         objective(kind)
-        spec = find_method(method)
+        spec = find_method(method, self.family)
         if kind == "per-token":
             if grid_of(spec) is not None or pool not in (None, "none"):
                 raise MethodError("labels per token need every token: no grid, and no pooling but none")
@@ -175,7 +176,8 @@ class Tuned(nn.Module):
         """The backbone with the active (or the named) adapter in its own weights: no tuner is left, its features are
         the tuned ones. All adapters are gone, their heads too.
 
-        Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit); nothing is changed then.
+        Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit), or for a convolution that
+        standardises its weight; nothing is changed then.
         """
         name = name if name is not None else self._active()[0]
         adapter = self._find(name)
@@ -190,6 +192,9 @@ class Tuned(nn.Module):
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
                 )
+            standardised = type(self.backbone.get_submodule(site.reads.path)).__name__
+            if standardised.startswith(("StdConv", "ScaledStdConv")):
+                raise MethodError(f"{standardised} standardises its weight: nothing can be merged into it")
             affine = site.affine(self.backbone)
             weight, bias = affine.weight, affine.bias
             bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -207,7 +212,7 @@ class Tuned(nn.Module):
             if affine.bias is not None:
                 affine.bias.data.copy_(bias.detach())
             elif bias.any():
-                module: Any = backbone.get_submodule(site.writes.path)
+                module: Any = backbone.get_submodule(site.reads.path)
                 module.bias = nn.Parameter(bias.detach())
         return backbone
 
@@ -270,7 +275,9 @@ class Tuned(nn.Module):
             with attachment.on(again), tap(self.backbone, self._sites, layers, view) as taps:
                 yield taps
 
-        with torch.no_grad() if frozen else nullcontext(), on() as taps:
+        # a block that is run again in a backward pass has to keep what it kept
+        thrifty = self.family and not checkpoints(self.backbone)
+        with torch.no_grad() if frozen else Thrift() if thrifty else nullcontext(), on() as taps:
             self.backbone(*args, **kwargs)
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
         if trained and torch.is_grad_enabled() and checkpoints(self.backbone):
@@ -355,7 +362,7 @@ class Tuned(nn.Module):
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
             tail = tail_of(self.backbone, self._sites)
-            with tap(self.backbone, self._sites, [len(self._sites.blocks)], tail.live) as taps:
+            with tap(self.backbone, self._sites, [len(self._sites.blocks)], live(self._sites, tail.pool)) as taps:
                 said = self.backbone(*args, **kwargs)
             return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
@@ -371,6 +378,11 @@ class Tuned(nn.Module):
         readers = Stack([self._readers[name] for name in names])
         out: Tensor = readers(tuple(x[:, None] for x in features), own=True, which=which)
         return out.squeeze(1)
+
+    @property
+    def family(self) -> str:
+        """Which of `restuning.methods.FAMILIES` the methods' names mean."""
+        return self._sites.anatomy.family
 
     @property
     def reads_features(self) -> bool:
@@ -556,7 +568,7 @@ def name_of(backbone: nn.Module) -> str:
 
 def _takes_bias(backbone: nn.Module, site: Site) -> bool:
     """Whether a module is called there that has the place for a bias."""
-    return site.weight is None and "bias" in backbone.get_submodule(site.writes.path)._parameters
+    return site.weight is None and "bias" in backbone.get_submodule(site.reads.path)._parameters
 
 
 def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

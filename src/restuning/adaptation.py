@@ -11,11 +11,11 @@ from restuning._types import Features, Port, Recipe
 from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
-from restuning.side import BypassNet, LadderNet, SideNet, mixes_tokens, prune
+from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
 from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
-from restuning.wiring.sites import PARTS, Affine, Site, Sites
-from restuning.wiring.tail import Tail, head_width, seen_by
+from restuning.wiring.sites import PARTS, Affine, Site, Sites, check_blocks
+from restuning.wiring.tail import Tail, head_width, live
 
 
 class Adaptation(nn.Module):
@@ -28,6 +28,7 @@ class Adaptation(nn.Module):
         super().__init__()
         self.card, self.method = card, method
         self.depth, self.full = len(sites.blocks), isinstance(method, Full)
+        self.path: Sequence[int] = range(self.depth + 1)
         self.sites: dict[str, Site] = {}
         self.tuners = nn.ModuleDict()
         self.side: nn.Module | None = None
@@ -39,14 +40,17 @@ class Adaptation(nn.Module):
                     for site in sites.at(op, part.blocks):
                         self._add(sites, site, recipe)
             elif isinstance(part, Bypass):
-                self.side = _bypass(sites, part)
+                self.path = sites.stages if _over_stages(sites, part) else self.path
+                self.side = _bypass(sites, part, self.path)
             elif isinstance(part, Ladder):
                 self.side = _ladder(backbone, sites, part)
             else:
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
-        if mixes_tokens(self.side) and self.view in (FIRST, LAST, MEAN) and not grid_of(method):
+        alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
+        averaged &= sites.uniform or not isinstance(self.side, BypassNet)
+        if grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
             self.view = ALL
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
         self.reads_mask = padded and self.view == ALL and ("mean" in pool or isinstance(self.side, LadderNet))
@@ -64,6 +68,11 @@ class Adaptation(nn.Module):
         if site.op != place and (place is not None or site.op == "attention"):
             where = f"operation {place!r}" if place else f"operations other than {site.op!r}"
             raise MethodError(f"{type(recipe).__name__} goes to {where}, not to {site.op!r}")
+        if not sites.uniform and (getattr(tuner, "rewrites", None) or getattr(tuner, "carries", False)):
+            raise MethodError(
+                f"{type(recipe).__name__} needs blocks of one width, whose tokens are a sequence: {sites.anatomy.name} "
+                f"has {len(sites.stages)} stages of maps, with the operations {', '.join(sites.ops)}"
+            )
         if getattr(tuner, "unbound", False) and sites.anatomy.attention is None:
             raise MethodError(f"unbound prompts need the attention of {sites.anatomy.name}, which it does not name")
         self.sites[name], self.tuners[name] = site, tuner
@@ -85,11 +94,11 @@ class Adaptation(nn.Module):
 
     @property
     def layers(self) -> Sequence[int]:
-        """The features that it reads: all of them for a side path, the pixels and what the last block says for a side
-        network, else only what the last block says; and the mask where padding is left out."""
+        """The features that it reads: all those on the way of a side path, the pixels and what the last block says for
+        a side network, else only what the last block says; and the mask where padding is left out."""
         if isinstance(self.side, SideNet):
             return (INPUT, self.depth)
-        layers = range(0 if self.side is not None else self.depth, self.depth + 1)
+        layers = self.path if self.side is not None else (self.depth,)
         return (MASK, *layers) if self.reads_mask else layers
 
     def layers_of(self, kept: View) -> Sequence[int]:
@@ -153,40 +162,40 @@ def _view(sites: Sites, method: Method, pool: str) -> View:
     """What its output can see of a layer, if nothing mixes tokens."""
     grid, prefix = grid_of(method), sites.port.grid
     if grid is None:
-        linear = all(_is_linear(part) for part in parts_of(method))
-        return MEAN if pool == "mean" and linear and _means_first(sites) else seen_by(pool)
-    if prefix is None and grid == 1:
+        return live(sites, pool)
+    if grid == 1 and not prefix:
         return MEAN
     if prefix is None:
         raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
     return View(grid, prefix)
 
 
-def _is_linear(part: Part) -> bool:
-    """Whether what follows the features, up to the tail, commutes with a mean over the tokens."""
-    return isinstance(part, Residual) or (isinstance(part, Bypass) and not (part.horizontal or part.vertical))
+def _over_stages(sites: Sites, part: Bypass) -> bool:
+    if part.over == "stages" and sites.uniform:
+        raise MethodError(f"Bypass(over='stages'): {sites.anatomy.name} has one stage; leave it out")
+    return part.over == "stages" or (part.over is None and not sites.uniform)
 
 
-def _means_first(sites: Sites) -> bool:
-    """Whether nothing is between the last block and the mean over its tokens."""
-    return sites.norm is None and sites.prefix == 0
-
-
-def _bypass(sites: Sites, part: Bypass) -> BypassNet:
-    ends = sites.at("block", part.blocks)
+def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
+    ports = [sites.features[layer] for layer in path]
+    check_blocks(part.blocks, len(ports) - 1, *(() if len(ports) > len(sites.blocks) else ("step", "the path")))
+    steps = range(len(ports) - 1) if part.blocks is None else part.blocks
 
     def side(recipe: Recipe | None) -> dict[int, nn.Module]:
         if recipe is None:
             return {}
-        made = {site.port.block: _made(recipe, site.port, "the bypass") for site in ends}
+        made = {step: _made(recipe, ports[step + 1], "the bypass") for step in steps}
         if any(getattr(tuner, "place", None) for tuner in made.values()):
             raise MethodError(f"{type(recipe).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
         return made
 
-    return BypassNet(len(sites.blocks), side(part.horizontal), side(part.vertical))
+    return BypassNet([port.writes for port in ports], side(part.horizontal), side(part.vertical))
 
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
+    if not sites.uniform:
+        widths = ", ".join(str(sites.features[layer].writes) for layer in sites.stages)
+        raise MethodError(f"a ladder needs blocks of one width: {sites.anatomy.name} has stages of widths {widths}")
     width, heads = sites.port.writes, sites.port.heads
     side = width // part.reduction
     if side < heads or width % part.reduction or side % heads:

@@ -14,19 +14,22 @@ from torch import Tensor, nn
 from restuning.data import Preprocess, Reading, Tokenise
 from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
 from restuning.hub import hub
+from restuning.wiring.sites import find_sites
 
 MICRO = "restuning-micro"
 MINILM = "all-MiniLM-L6-v2"
+STAGES = "resnet18-stages"
 _ASSETS = Path(__file__).parent / "assets"
 
 
 def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
     """A backbone without its classifier, in eval mode.
 
-    name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224`, `hf:` and a transformers folder or
-    hub id, or `all-MiniLM-L6-v2`, a text encoder, from the package that holds it. weights: a safetensors or state-dict
-    file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a side, if other than the
-    model's own (position embeddings are interpolated).
+    name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224` or `convnext_base`, `hf:` and a
+    transformers folder or hub id, `all-MiniLM-L6-v2`, a text encoder, from the package that holds it, or
+    `resnet18-stages`, a ResNet-18 of three stages with its batch norms folded into its convolutions. weights: a
+    safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a
+    side, if other than the model's own (position embeddings are interpolated; convolutions see any size).
     Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
     """
     if image_size is not None and image_size < 1:
@@ -36,6 +39,11 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     elif name == MICRO:
         backbone = _micro()
         _load(backbone, _ASSETS / f"{MICRO}.safetensors" if weights is None else weights)
+    elif name == STAGES:
+        if weights is None:
+            raise CheckpointError(f"{STAGES} has no weights of its own: give a file with weights=, or weights='random'")
+        backbone = _stages()
+        _load(backbone, weights)
     else:
         backbone = _timm(name, pretrained=weights is None)
         _load(backbone, "random" if weights is None else weights)
@@ -47,8 +55,8 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
 def describe_backbone(name: str) -> nn.Module:
     """The same backbone on the meta device: names, shapes and counts, no weights loaded and no memory used."""
     with torch.device("meta"):
-        if name == MICRO:
-            return _micro()
+        if name in (MICRO, STAGES):
+            return _micro() if name == MICRO else _stages()
         hub_like = name.startswith("hf:") or name == MINILM
         return _transformers(_path(name), "random") if hub_like else _timm(name, False)
 
@@ -138,18 +146,28 @@ def _micro() -> nn.Module:
     return model
 
 
-def _timm(name: str, pretrained: bool) -> nn.Module:
+def _stages() -> nn.Module:
+    """timm's ResNet-18 without its last stage, whose convolutions have biases and whose norms are none."""
+    model: Any = _timm("resnet18", False, norm_layer=lambda *_, **__: nn.Identity(), zero_init_last=False)
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
+    model.layer4, model.num_features = nn.Identity(), model.layer3[-1].conv2.out_channels
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": STAGES}
+    return model  # type: ignore[no-any-return]
+
+
+def _timm(name: str, pretrained: bool, **settings: Any) -> nn.Module:
     try:
         import timm
     except ImportError as error:
         raise MissingExtra("timm", "timm") from error
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [MICRO, *timm.list_models()], 3)
+        near = difflib.get_close_matches(name, [MICRO, STAGES, *timm.list_models()], 3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise SiteError(f"unknown backbone {name!r}: expected {MICRO}, a timm model, hf:FOLDER or {MINILM}{hint}")
     try:
         with hub() if pretrained else nullcontext():
-            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0)
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
     except Exception as error:
         if not pretrained:
             raise
@@ -237,6 +255,8 @@ def _classifier(key: str) -> bool:
 
 
 def _resize(backbone: nn.Module, image_size: int) -> None:
+    if find_sites(backbone).anatomy.family:  # convolutions alone
+        return
     resize: Any = getattr(backbone, "set_input_size", None)
     if resize is None:
         raise RestuningError(f"{type(backbone).__name__} has a fixed input size: leave out the image size")

@@ -513,12 +513,14 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _methods(args: argparse.Namespace) -> None:
-    from restuning.methods import ABOUT, methods, to_dict
+    from restuning.methods import ABOUT, FAMILIES, NOTES, methods, to_dict
 
     if args.json:
         print(json.dumps({name: {"about": ABOUT[name], **to_dict(method)} for name, method in methods.items()}))
     else:
         _table(["method", "what is trained"], [[name, ABOUT[name]] for name in methods])
+        for family, own in FAMILIES.items():
+            print(f"\non {family} backbones ({NOTES[family]}): {', '.join(own)}")
 
 
 def _sites(args: argparse.Namespace) -> None:
@@ -539,7 +541,8 @@ def _sites(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.port.heads, "sites": rows}))
     else:
-        print(f"{found.anatomy.name}: {len(found.blocks)} blocks, pooling {found.pool}")
+        stages = "" if found.uniform else f" in {len(found.stages)} stages"
+        print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")
         _table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
 
 
@@ -548,6 +551,7 @@ def _params(args: argparse.Namespace) -> None:
     from restuning.backbones import MICRO, describe_backbone
     from restuning.measure import count
     from restuning.methods import find_method, methods, on_blocks, resize
+    from restuning.wiring.sites import find_sites
 
     if args.paper:
         _paper(args)
@@ -556,8 +560,9 @@ def _params(args: argparse.Namespace) -> None:
         raise RestuningError(f"--classes {args.classes}: expected at least 1")
     backbone = describe_backbone(args.backbone or MICRO)
     counts, refused = {}, {}
+    family = find_sites(backbone).anatomy.family
     for name in [args.method] if args.method else methods:
-        method = find_method(name)
+        method = find_method(name, family)
         method = method if args.size is None else resize(method, args.size)
         method = method if args.blocks is None else on_blocks(method, args.blocks)
         try:

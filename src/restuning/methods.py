@@ -45,8 +45,8 @@ def _check_grid(kind: str, grid: Any) -> None:
 class Residual:
     """OP(x) + tuner(x, OP(x)) (Eq. 7): operation → recipe of a tuner.
 
-    Operations are `mha`, `ffn`, `block`, the affine modules `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `embed`,
-    `norm` (`affine`: all of them), and the `attention` itself, as far as the backbone has them.
+    Operations are `mha`, `ffn`, `block`, the affine modules `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `conv`,
+    `norms`, `embed`, `norm` (`affine`: all of them), and the `attention` itself, as far as the backbone has them.
     blocks: the blocks that carry tuners, counted from 0; None: all. No tuners at all is linear probing.
     """
 
@@ -62,18 +62,24 @@ class Residual:
 class Bypass:
     """Res-Tuning-Bypass (Eq. 8): recipes of the horizontal and the vertical tuners; None is an identity tuner.
 
-    blocks: the blocks that carry tuners, counted from 0; None: all. Every block keeps its λ.
+    blocks: the blocks that carry tuners, counted from 0 (over stages: the steps between them); None: all. Every block
+    keeps its λ.
     grid: g, not the paper's: the path runs on CLS and on the patches pooled to a g × g grid, and the head reads all of
     these tokens; None: on the tokens that the head's pooling can see.
+    over: what the path runs over, all `blocks` or, from the first to the last, the outputs of the `stages`; None: the
+    stages where there are several.
     """
 
     horizontal: Recipe | None = None
     vertical: Recipe | None = None
     blocks: Sequence[int] | None = None
     grid: int | None = None
+    over: Literal["blocks", "stages"] | None = None
 
     def __post_init__(self) -> None:
         _check_grid("Bypass", self.grid)
+        if self.over not in (None, "blocks", "stages"):
+            raise MethodError(f"Bypass(over={self.over!r}): expected blocks, stages or None")
         for side in ("horizontal", "vertical"):
             if getattr(self, side) is not None:
                 _check_recipe(f"Bypass: the {side} tuner", getattr(self, side))
@@ -175,6 +181,32 @@ methods: dict[str, Method] = {
 }
 """The named methods of the paper; add your own like to any dict."""
 
+_BOTH = ("conv", "ffn")
+FAMILIES: dict[str, dict[str, Method]] = {
+    "conv": {
+        "adapter": Residual({"block": Adapter(96, init="zeros", source="out")}),
+        "adapter-houlsby": Residual({"block": Adapter(64, init="houlsby", source="out")}),
+        "adapter-pfeiffer": Residual({"block": Adapter(48, act="relu", init="bert", source="out")}),
+        "lora": Residual({"conv": Lora(8)}),
+        "adaptformer": Residual({"block": Adapter(64, act="relu", init="kaiming", factor=0.1, dropout=0.1)}),
+        "convpass": Residual({"block": Convpass(8)}),
+        "res-tuning": Residual({"block": Adapter(10, scale="channel", source="out")}),
+    },
+    "convnext": {
+        "adapter-houlsby": Residual(dict.fromkeys(_BOTH, Adapter(64, init="houlsby", source="out"))),
+        "lora": Residual(dict.fromkeys(("conv", "fc1", "fc2"), Lora(8))),
+        "convpass": Residual(dict.fromkeys(_BOTH, Convpass(8))),
+        "res-tuning": Residual(dict.fromkeys(_BOTH, Adapter(10))),
+        "res-tuning-tri": Residual(dict.fromkeys((*_BOTH, "block"), Adapter(10))),
+    },
+}
+"""What a name means on a family of backbones (`Anatomy.family`), where that is not what it means on transformers."""
+
+NOTES: dict[str, str] = {
+    "conv": "ResNet, RegNet, EfficientNet, MobileNet: on the block and its convolutions",
+    "convnext": "on its depthwise convolution and its FFN",
+}
+
 ABOUT: dict[str, str] = {
     "full": "every parameter of the backbone",
     "linear": "the head alone (linear probing)",
@@ -224,8 +256,9 @@ SIZES: dict[type, str] = {
 RECIPES: dict[str, Any] = {cls.__name__.lower(): cls for cls in (*SIZES, AlexNet, Bias, Ssf)}
 
 
-def find_method(method: str | Mapping[str, Any] | Method) -> Method:
-    """A method by name, from a JSON file, from data, or as it is. Raises MethodError with the nearest names."""
+def find_method(method: str | Mapping[str, Any] | Method, family: str = "") -> Method:
+    """A method by name (as a `family` of backbones has it), from a JSON file, from data, or as it is. Raises
+    MethodError with the nearest names."""
     if isinstance(method, Mapping):
         return from_dict(method)
     if not isinstance(method, str):
@@ -233,7 +266,7 @@ def find_method(method: str | Mapping[str, Any] | Method) -> Method:
             raise MethodError(f"{method!r} is no method: expected a name or one of {', '.join(KINDS)}")
         return method
     if method in methods:
-        return methods[method]
+        return FAMILIES.get(family, {}).get(method, methods[method])
     if method.endswith(".json"):
         try:
             return from_dict(json.loads(Path(method).read_text(encoding="utf-8")))

@@ -1,6 +1,7 @@
 """What a benchmark is measured on: our methods, and other libraries' models called as ours are."""
 
 import importlib
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from restuning._types import Port
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import describe_backbone
 from restuning.errors import line
 from restuning.measure import count
-from restuning.methods import Method, Residual
+from restuning.methods import Method, Residual, find_method
 from restuning.tuners import Lora
 from restuning.wiring.sites import Sites, find_sites
 
@@ -36,18 +38,30 @@ def missing() -> dict[str, str]:
 def subject(name: str, backbone: nn.Module, described: str, classes: int) -> Any:
     """A model to train: a method of ours on the backbone (LoRA without dropout, as PEFT's is), or a peer, which changes
     the backbone. Called with images and labels, it gives a dict of `loss`. described: the backbone's name."""
-    if name not in PEERS:
-        method: str | Method = Residual({"qkv": Lora(8, dropout=0.0)}) if name == "lora" else name
-        return adapt(backbone, method, classes).train()
     sites = find_sites(backbone)
+    where = _lora_ops(sites)
+    if name not in PEERS:
+        method: str | Method = Residual(dict.fromkeys(where, Lora(8, dropout=0.0))) if name == "lora" else name
+        return adapt(backbone, method, classes).train()
     if name == "swift-bypass":
         return Peer(_swift(backbone, sites), sites.port.writes, classes).train()
-    rank, paths = 8, sorted({site.writes.path for site in sites.at("qkv")})
+    ports = {site.reads.path: site.port for op in where for site in sites.at(op)}
+    rank, paths = 8, sorted(path for path, port in ports.items() if port.kernel is None or port.kernel.groups == 1)
     if name == "peft-lora-equal":
-        maps: list[Any] = [backbone.get_submodule(path) for path in paths]
         tuners = count(adapt(describe_backbone(described), "res-tuning", 1))["tuners"]
-        rank = max(1, round(tuners / sum(m.in_features + m.out_features for m in maps)))
+        rank = max(1, round(tuners / sum(_cost(ports[path]) for path in paths)))
     return Peer(_peft(backbone, rank, paths), sites.port.writes, classes).train()
+
+
+def _lora_ops(sites: Sites) -> list[str]:
+    method = find_method("lora", sites.anatomy.family)
+    assert isinstance(method, Residual)
+    return list(method.tuners)
+
+
+def _cost(port: Port) -> int:
+    """Parameters of LoRA there, for each rank."""
+    return port.reads * math.prod(() if port.kernel is None else port.kernel.size) + port.writes
 
 
 class Peer(nn.Module):
@@ -76,7 +90,7 @@ def _swift(backbone: nn.Module, sites: Sites) -> Any:
         dims=sites.port.writes,
         root_modules=blocks[0],
         stem_modules=blocks,
-        target_modules=sites.norm,
+        target_modules=sites.norm[-1],
         tuner_cfg={"lateral_cfg": adapter, "vertical_cfg": adapter},
     )
     return Swift.prepare_model(backbone, config=config)

@@ -12,7 +12,7 @@ from restuning.files import write_whole
 from restuning.methods import Method, Mix, Residual
 from restuning.saved import CONFIG, MODEL, fetch
 from restuning.tuners import Lora
-from restuning.tuners.lora import LoraTuner
+from restuning.tuners.lora import ConvLoraTuner, LoraTuner
 from restuning.wiring.sites import PARTS, Sites
 
 _PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
@@ -46,6 +46,11 @@ def load_peft(
     for place, site in tuned._find(name).sites.items():
         tuner: Any = tuned._find(name).tuners[place]
         a, b = found[site.writes.path]
+        if (tuner.a.shape, tuner.b.shape) != (a.shape, b.shape):
+            tuned.delete_adapter(name)
+            raise CheckpointError(
+                f"{folder}: LoRA of {site.writes.path} is {tuple(a.shape)}, not {tuple(tuner.a.shape)}"
+            )
         tuner.load_state_dict({"a": a, "b": b})
 
 
@@ -64,10 +69,12 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
     dropout = 0.0
     for place, site in adapter.sites.items():
         tuner = adapter.tuners[place]
-        if not isinstance(tuner, LoraTuner) or adapter.side is not None:
+        if not isinstance(tuner, LoraTuner | ConvLoraTuner) or adapter.side is not None:
             raise MethodError(f"PEFT's LoRA files hold LoRA alone; {place} is a {type(tuner).__name__}")
         if site.weight is not None:
             raise MethodError(f"PEFT's LoRA files name modules that are called; {place} is a weight used without one")
+        if isinstance(tuner, ConvLoraTuner) and tuner.groups > 1:
+            raise MethodError(f"PEFT's LoRA files hold no LoRA of a grouped convolution such as {site.writes.path}")
         key = f"base_model.model.{site.writes.path}"
         if f"{key}.lora_A.weight" in state:
             raise MethodError(f"PEFT's LoRA files hold one LoRA a module; {site.writes.path} has several")

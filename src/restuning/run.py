@@ -70,12 +70,11 @@ class Run:
         if self.class_weights not in (None, "balanced"):
             raise RestuningError(f"class weights {self.class_weights!r}: expected balanced, or none")
 
-    @property
-    def spec(self) -> str | Method:
-        """The method, by its name where it is the named one."""
+    def spec(self, family: str = "") -> str | Method:
+        """The method as a family of backbones has it, by its name where it is the named one."""
         if isinstance(self.method, str) and self.size is None and self.blocks is None:
             return self.method
-        method = find_method(self.method)
+        method = find_method(self.method, family)
         method = method if self.size is None else resize(method, self.size)
         return method if self.blocks is None else on_blocks(method, self.blocks)
 
@@ -294,7 +293,7 @@ class _FromBank:
 def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
     tuned.add_adapter(
         "default",
-        run.spec,
+        run.spec(tuned.family),
         len(whole.classes),
         pool=run.pool,
         classes=whole.classes,

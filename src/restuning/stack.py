@@ -85,8 +85,11 @@ class PerRow:
     def __call__(self, first: Any, *rest: Any) -> Any:
         if not isinstance(first, Tensor):  # a call of the attention: keys and values for all of its rows
             return self.stack(first, which=self.which)
+        which = self.which
+        if len(first) != len(which):  # every row comes as several windows
+            which = which.repeat_interleave(len(first) // len(which))
         rows = [arg[:, None] if isinstance(arg, Tensor) else arg for arg in (first, *rest)]
-        out = self.stack(*rows, own=True, which=self.which)
+        out = self.stack(*rows, own=True, which=which)
         if isinstance(out, Tensor):
             return out.squeeze(1)
         carry, said = out

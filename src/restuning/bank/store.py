@@ -390,8 +390,7 @@ def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
     sites = tuned._sites
     return {
         f"{path}.{key}": value.detach().cpu().contiguous()
-        for path in (sites.norm, sites.post, sites.pooler)
-        if path is not None
+        for path in (*sites.norm, *sites.post, *filter(None, [sites.pooler]))
         for key, value in tuned.backbone.get_submodule(path).state_dict().items()
     }
 
@@ -425,7 +424,8 @@ def _hash_of_weights(backbone: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(backbone.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        data = value.detach().cpu().flatten().contiguous()
+        digest.update(data.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """What reads a backbone's features and feeds nothing back."""
 
 from restuning.side.bypass import BypassNet as BypassNet
+from restuning.side.bypass import keeps_mean as keeps_mean
 from restuning.side.bypass import mixes_tokens as mixes_tokens
 from restuning.side.ladder import LadderNet as LadderNet
 from restuning.side.ladder import prune as prune

@@ -1,11 +1,13 @@
 """Res-Tuning-Bypass."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from restuning._types import Features, Tokens
+from restuning.tuners.grid import cells, grid_side
 
 
 class BypassNet(nn.Module):
@@ -14,24 +16,45 @@ class BypassNet(nn.Module):
     x_0^byp = x_0;  x_l^byp = λ_l T_h(x_l) + (1 − λ_l) T_v(x_{l−1}^byp),  λ_l = sigmoid(a_l), a_l = 0 at birth.
     T(x) = x + tuner(x) holds its own skip; a layer without a tuner has T(x) = x. Features x_0 … x_L (b, n, d), which
     carry no gradient, become the tokens (b, n, d) that take the place of the final norm's input.
+
+    Where x_l is of another grid or width than x_{l−1}, the path is averaged over the cells of the new grid, and mapped
+    to the new width without a bias, before T_v. widths: of x_0 … x_L. At birth these maps are the identity on the
+    channels that both have.
     """
 
-    def __init__(self, depth: int, horizontal: Mapping[int, nn.Module], vertical: Mapping[int, nn.Module]) -> None:
+    def __init__(
+        self, widths: Sequence[int], horizontal: Mapping[int, nn.Module], vertical: Mapping[int, nn.Module]
+    ) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(depth))
+        self.gate = nn.Parameter(torch.zeros(len(widths) - 1))
         self.horizontal = nn.ModuleDict({str(layer): tuner for layer, tuner in horizontal.items()})
         self.vertical = nn.ModuleDict({str(layer): tuner for layer, tuner in vertical.items()})
+        self.across = nn.ModuleDict()
+        for layer, (a, b) in enumerate(pairwise(widths)):
+            if a != b:
+                self.across[str(layer)] = linear = nn.Linear(a, b, bias=False)
+                nn.init.eye_(linear.weight)
 
     @property
     def mixes_tokens(self) -> bool:
-        """Whether any of the tuners does; the path itself does not."""
+        """Whether any of the tuners does; the path itself does not, but for its pooling."""
         return any(mixes_tokens(tuner) for tuner in (*self.horizontal.values(), *self.vertical.values()))
+
+    @property
+    def keeps_mean(self) -> bool:
+        return not (self.horizontal or self.vertical)
 
     def forward(self, features: Features) -> Tokens:
         x = features[0]
         for layer, (h, weight) in enumerate(zip(features[1:], self.gate.sigmoid(), strict=True)):
+            x = self._across(layer, x, h)
             x = torch.lerp(_with(self.vertical, layer, x), _with(self.horizontal, layer, h), weight)
         return x
+
+    def _across(self, layer: int, x: Tensor, to: Tensor) -> Tensor:
+        if x.shape[1] != to.shape[1]:
+            x = cells(x, 0, grid_side(to, 0))
+        return self.across[str(layer)](x).to(to.dtype) if str(layer) in self.across else x
 
 
 def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:
@@ -43,3 +66,8 @@ def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:
 def mixes_tokens(module: nn.Module | None) -> bool:
     """Whether an output token may depend on other input tokens: what a tuner declares, and yes where it is silent."""
     return module is not None and bool(getattr(module, "mixes_tokens", True))
+
+
+def keeps_mean(module: nn.Module | None) -> bool:
+    """Whether the mean of what it says of some tokens is what it says of their mean."""
+    return module is None or bool(getattr(module, "keeps_mean", False))

@@ -15,6 +15,7 @@ class SideNet(nn.Module):
     """Side-Tuning (Zhang et al. 2020): σ(α) · base + (1 − σ(α)) · side of the pooled features, α = 0 at birth."""
 
     mixes_tokens = False  # it reads pixels, and of the backbone what the head reads
+    keeps_mean = True
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()

@@ -2,12 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Port, Read, Said
+from restuning._types import Kernel, Port, Read, ReadMaps, Said, SaidMaps
 from restuning.errors import MethodError
 from restuning.tuners.scale import check_rate, check_size
 
@@ -16,9 +17,13 @@ from restuning.tuners.scale import check_rate, check_size
 class Lora:
     """LoRA (Hu et al. 2022): (alpha / rank) · x A Bᵀ beside an affine map; rank · (reads + writes) parameters.
 
+    Beside a convolution, A is one of its kernel and stride, to r channels, and B one of 1 × 1: r (reads · k² + writes).
+    In a grouped one ΔW is the matrix BA, r (reads / groups · k² + writes). Ranks that would cost more than the
+    convolution itself are cut to what it costs.
+
     rank: r. alpha: its numerator; None: the rank, so a factor of one. dropout: on x, in training.
     A is kaiming-uniform, B zero: the map is unchanged at birth. It merges into the map's weight.
-    Raises MethodError for a rank below 1 or above the widths.
+    Raises MethodError for a rank below 1 or above the widths, and beside a convolution whose padding is not fixed.
     """
 
     rank: int = 8
@@ -30,10 +35,15 @@ class Lora:
         check_rate("Lora", self.dropout)
 
     def __call__(self, port: Port) -> nn.Module:
+        if port.kernel is not None:
+            return ConvLoraTuner(port.reads, port.writes, port.kernel, self)
         if self.rank > min(port.reads, port.writes):
             raise MethodError(f"Lora(rank={self.rank}): expected at most the widths, {port.reads} and {port.writes}")
-        factor = 1.0 if self.alpha is None else self.alpha / self.rank
-        return LoraTuner(port.reads, port.writes, self.rank, factor, self.dropout)
+        return LoraTuner(port.reads, port.writes, self.rank, self.factor, self.dropout)
+
+    @property
+    def factor(self) -> float:
+        return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
 class LoraTuner(nn.Module):
@@ -57,3 +67,42 @@ class LoraTuner(nn.Module):
         if weight.ndim != 2:
             raise MethodError(f"LoRA merges into a linear map; this weight is {tuple(weight.shape)}")
         return weight + self.factor * self.b @ self.a, bias
+
+
+class ConvLoraTuner(nn.Module):
+    """(b, reads, h, w) → (b, writes, h', w'); see `Lora`. a (rank, reads / groups, k, k) and b (writes, rank, 1, 1), as
+    PEFT has them where there are no groups."""
+
+    merges = True
+    on_maps = True
+
+    def __init__(self, reads: int, writes: int, kernel: Kernel, recipe: Lora) -> None:
+        super().__init__()
+        if kernel.padding is None:
+            raise MethodError("LoRA beside a convolution needs one whose padding is fixed")
+        shape = (reads // kernel.groups, *kernel.size)
+        inner = math.prod(shape)
+        rank = min(recipe.rank, max(1, writes * inner // (writes + inner)))
+        self.a = nn.Parameter(torch.empty(rank, *shape))
+        self.b = nn.Parameter(torch.zeros(writes, rank, 1, 1))
+        self.groups, self.factor, self.dropout = kernel.groups, recipe.factor, recipe.dropout
+        self.settings: dict[str, Any] = {
+            "stride": kernel.stride,
+            "padding": kernel.padding,
+            "dilation": kernel.dilation,
+        }
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: ReadMaps, y: SaidMaps) -> SaidMaps:
+        x = F.dropout(x, self.dropout, self.training)
+        if self.groups > 1:
+            return F.conv2d(x, self._change(), groups=self.groups, **self.settings)
+        return F.conv2d(F.conv2d(x, self.a, **self.settings), self.b * self.factor)
+
+    def _change(self) -> Tensor:
+        """ΔW (writes, reads / groups, k, k)."""
+        product = self.b.flatten(1) @ self.a.flatten(1)
+        return self.factor * product.view(len(self.b), *self.a.shape[1:])
+
+    def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return weight + self._change(), bias

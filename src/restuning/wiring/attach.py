@@ -73,12 +73,16 @@ class Joint:
         self.spoke = True
         if not all(self.x.values()):
             raise SiteError("an operation spoke before it read: the anatomy's points are in the wrong order")
-        x = {source: _tokens(stack.pop()) for source, stack in self.x.items()}
-        said = x["out"] = _tokens(y)
+        x = {source: stack.pop() for source, stack in self.x.items()}
+        x["out"] = y
         for name, tuner in self.tuners:
             on_grid = getattr(tuner, "on_grid", False)
             more = sum(g.more for g in self.grown if self.site.block in g.span) if on_grid else 0
-            pair = [t[:, : t.shape[1] - more] for t in (x[_source(tuner)], said)]
+            read = x[_source(tuner)]
+            if getattr(tuner, "on_maps", False):
+                pair = [read, y]
+            else:
+                pair = [t[:, : t.shape[1] - more] for t in (as_tokens(_on_grid_of(y, read)), as_tokens(y))]
             added = tuner(*pair, self._carry(name)) if _carries(tuner) else tuner(*pair)
             if added is not None:
                 y = y + _as(F.pad(added, (0, 0, 0, more)) if more else added, y)
@@ -175,15 +179,31 @@ def _rewrites(tuner: Tuner) -> str | None:
     return getattr(tuner, "rewrites", None)
 
 
-def _tokens(x: Tensor) -> Tensor:
+def as_tokens(x: Tensor) -> Tensor:
     """(b, d, h, w), as convolutions have it, or pooled (b, d) → (b, n, d); tokens as they are."""
     if x.ndim == 2:
         return x[:, None]
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 
-def _as(tokens: Tensor, y: Tensor) -> Tensor:
-    return (tokens.transpose(1, 2) if y.ndim == 4 else tokens).reshape(y.shape)
+def _as(added: Tensor, y: Tensor) -> Tensor:
+    return (added.transpose(1, 2) if added.ndim < y.ndim == 4 else added).reshape(y.shape)
+
+
+def _on_grid_of(y: Tensor, x: Tensor) -> Tensor:
+    """A map that was read, averaged over the cells of the map that was said of it, where that is a coarser one."""
+    other = x.ndim == y.ndim == 4 and x.shape[2:] != y.shape[2:]
+    return F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3])) if other else x
+
+
+def _first(x: Tensor, last: bool) -> Tensor:
+    """(b, h, w, d), if it is one that has its channels last, → (b, d, h, w)."""
+    return x.permute(0, 3, 1, 2) if last and x.ndim == 4 else x
+
+
+def _written(write: Callable[[Tensor], Tensor], y: Tensor, last: bool) -> Tensor:
+    said = write(_first(y, last))
+    return said.permute(0, 2, 3, 1) if last and y.ndim == 4 else said
 
 
 def _merging(tuners: Sequence[Tuner]) -> Callable[[Call], Tensor]:
@@ -287,20 +307,21 @@ def _widened(mask: Any, n: int, wide: int) -> Any:
 class Taps:
     """The backbone's per-block outputs, x_0 … x_L, as its forward runs; layers that are not wanted are not kept.
 
-    What is kept of frozen layers goes to one piece of memory, made with the first: small pieces that outlive the large
-    ones between them would keep an allocator from giving those back.
+    What is kept of frozen layers of one shape goes to one piece of memory, made with the first: small pieces that
+    outlive the large ones between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, layers: Iterable[int], view: View) -> None:
+    def __init__(self, layers: Iterable[int], view: View, one_shape: bool) -> None:
         self.wanted = sorted(set(layers))
-        self.view = view
+        self.view, self.one_shape = view, one_shape
         self.kept: dict[int, Tensor] = {}
         self.given: Tensor | None = None  # the attention mask
         self.memory: Tensor | None = None
 
     def keep(self, layer: int, x: Tensor) -> None:
+        x = as_tokens(x)
         seen = self.view(x, self.given)
-        if x.requires_grad or seen is x:  # a slice would hold the memory of all
+        if x.requires_grad or seen is x or not self.one_shape:  # a slice would hold the memory of all
             self.kept[layer] = seen.clone() if self.view.tokens in ("first", "last") else seen
             return
         if self.memory is None or self.memory.shape[1:] != seen.shape or self.memory.dtype != seen.dtype:
@@ -326,7 +347,7 @@ class Taps:
 @contextmanager
 def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = ALL) -> Iterator[Taps]:
     """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
-    taps = Taps(layers, view)
+    taps = Taps(layers, view, sites.uniform)
     with ExitStack() as stack:
         if view.by_mask or MASK in taps.wanted:
             stack.enter_context(_before(backbone, taps.mask))
@@ -340,8 +361,7 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = A
                 continue
             if layer == MASK:
                 continue
-            point = Point(sites.blocks[max(layer - 1, 0)], "out" if layer else "in")
-            stack.enter_context(_on_read(backbone, point, partial(taps.keep, layer), first=True)())
+            stack.enter_context(_on_read(backbone, sites.layer(layer), partial(taps.keep, layer), first=True)())
         yield taps
 
 
@@ -364,22 +384,25 @@ def _after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def _on_read(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
-    module = backbone.get_submodule(point.path)
+    module, last = backbone.get_submodule(point.path), point.last
     if point.side == "in":
-        return partial(_before, module, lambda m, args, kwargs: read(_argument(m, args, kwargs)[1]), first=first)
-    return partial(_after, module, lambda m, args, out: read(_said(out)))
+        return partial(
+            _before, module, lambda m, args, kwargs: read(_first(_argument(m, args, kwargs)[1], last)), first=first
+        )
+    return partial(_after, module, lambda m, args, out: read(_first(_said(out), last)))
 
 
 def _on_write(backbone: nn.Module, point: Point, write: Callable[[Tensor], Tensor]) -> Hook:
-    module = backbone.get_submodule(point.path)
+    module, last = backbone.get_submodule(point.path), point.last
     if point.side == "in":
 
         def change(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name, y = _argument(m, args, kwargs)
-            return ((write(y), *args[1:]), kwargs) if name is None else (args, {**kwargs, name: write(y)})
+            y = _written(write, y, last)
+            return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
 
         return partial(_before, module, change)
-    return partial(_after, module, lambda m, args, out: _say(out, write(_said(out))))
+    return partial(_after, module, lambda m, args, out: _say(out, _written(write, _said(out), last)))
 
 
 def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:

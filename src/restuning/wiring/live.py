@@ -4,10 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from restuning._types import Tokens
-from restuning.tuners.grid import patches
+from restuning.tuners.grid import cells
 
 
 @dataclass(frozen=True)
@@ -17,6 +16,10 @@ class View:
     `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); `mean`: the
     mean of those that are none, (b, 1, d); a number g: the first one where there are tokens before the patches
     (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
+
+    The mean is exact where what follows is linear, token by token, up to a mean over all tokens (no norm comes before
+    that): for linear probing, for tuners inside the backbone, which act before the last layer, and for a bypass without
+    tuners over layers of one grid. In a bypass with tuners every position is live.
     """
 
     tokens: str | int = "all"
@@ -33,8 +36,8 @@ class View:
         first = x[:, :1]
         if self.tokens == "first":
             return first
-        cells = F.adaptive_avg_pool2d(patches(x, self.prefix), int(self.tokens)).flatten(2).transpose(1, 2)
-        return torch.cat([first, cells], 1) if self.prefix else cells
+        grid = cells(x, self.prefix, int(self.tokens))
+        return torch.cat([first, grid], 1) if self.prefix else grid
 
     def of(self, kept: "View") -> "View | None":
         """What makes this view of tokens that are a view already; None if they hold too little."""

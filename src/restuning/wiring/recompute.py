@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.errors import MethodError
+from restuning.errors import MethodError, line
 
 
 def checkpoints(backbone: nn.Module) -> list[nn.Module]:
@@ -21,7 +21,10 @@ def switch_checkpoints(backbone: Any, on: bool, settings: Mapping[str, Any] | No
     for name in ("activation_checkpointing", "gradient_checkpointing"):  # transformers, from 5.23 and before it
         switch = getattr(backbone, f"{name}_{'enable' if on else 'disable'}", None)
         if switch is not None:
-            switch(**({f"{name}_kwargs": dict(settings or {})} if on else {}))
+            try:
+                switch(**({f"{name}_kwargs": dict(settings or {})} if on else {}))
+            except ValueError as error:  # as transformers says that a model has none
+                raise MethodError(line(error)) from error
             if hasattr(backbone, "_require_grads_hook"):  # what frozen embeddings say needs no gradient
                 backbone.disable_input_require_grads()
             return

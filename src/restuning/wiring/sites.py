@@ -2,22 +2,29 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import accumulate
 from operator import attrgetter
 from typing import Any, Literal, overload
 
 from torch import nn
 
-from restuning._types import Port
+from restuning._types import Kernel, Port
 from restuning.errors import SiteError
 
 
 @dataclass(frozen=True)
 class Point:
-    """One side of a module's call: the first argument going in, or the (first) tensor coming out."""
+    """One side of a module's call: the first argument going in, or the (first) tensor coming out.
+
+    last: a map there is (b, h, w, d), and not (b, d, h, w).
+    """
 
     path: str
     side: Literal["in", "out"]
+    last: bool = False
 
 
 def into(path: str) -> Point:
@@ -68,7 +75,7 @@ class Affine:
         return len(self.weight)
 
 
-PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2")
+PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2", "conv", "norms")
 AFFINE = ("embed", *PARTS, "norm")
 
 BLOCK = Op(into(""), out_of(""))  # the block itself: reads the stream, writes the stream
@@ -88,50 +95,76 @@ def _any(_: Any) -> bool:
 
 @dataclass(frozen=True)
 class Anatomy:
-    """How a family of backbones is built. Paths in `ops`, `parts`, `attention`, `width` and `heads` are relative to a
-    block, `embed`, `norm` and `post` to the module that holds `blocks`.
+    """How a family of backbones is built. Paths in `ops`, `parts`, `attention`, `width`, `reads`, `heads` and `has` are
+    relative to a block, `embed`, `norm` and `post` to the module that holds `blocks`.
 
-    blocks: the list of blocks. ops: operation → Op (`block` is always there). parts: the affine modules inside a
-    block, by role (`norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`); each of the paths that a block has is a site that
-    reads what goes into the module and writes what comes out; a `Weight` is one where no module is called. attention:
-    the module inside which softmax(QKᵀ)V is called. width: a parameter of a block whose last size is the width d.
-    heads: an attribute of a block, the number of attention heads; none: 1 head. keys: two attributes of a block, the
-    heads of its keys and the width of each, where queries share keys (grouped-query attention). has: whether a block
-    has what else the row needs. embed: the affine module that makes the first tokens. norm: the final norm, before
-    pooling; post: a norm after pooling; pooler: the module that pools tokens (b, n, d) into (b, d), if the backbone has
-    one. pool and prefix: the backbone's own pooling (`cls`, `mean`, `last` or `map`, the pooler's) and its number of
-    tokens before the patches, read off the module that holds `blocks`. grid: whether the tokens after the prefix are a
-    grid of patches.
+    blocks: the list of blocks, or a pattern of several, one for each stage (`stages.*.blocks`, `layer[1-9]`).
+    ops: operation → Op (`block` is always there). parts: the affine modules inside a block, by role (`norm1`, `qkv`,
+    `proj`, `norm2`, `fc1`, `fc2`, `conv`, `norms`); each of the paths that a block has is a site that reads what goes
+    into the module and writes what comes out; `*`: all convolutions (`conv`) or all norms (`norms`) of a block; a
+    `Weight`: where no module is called. attention: the module inside which softmax(QKᵀ)V is called. width: a parameter
+    of a block whose first size is the width d that it writes; reads: a convolution that reads what the block reads,
+    where that may be another width; of several, the first that a block has. heads: an attribute of a block, the number
+    of attention heads; none: 1 head. keys: two attributes of a block, the heads of its keys and the width of each,
+    where queries share keys (grouped-query attention). has: what else a block must have; fits: what else is asked of
+    it. embed: the affine module that makes the first tokens. norm: the final norm, or several modules, before pooling;
+    post: those after pooling; pooler: the module that pools tokens (b, n, d) into (b, d), if the backbone has one. pool
+    and prefix: the backbone's own pooling (`cls`, `mean`, `last` or `map`, the pooler's) and its number of tokens
+    before the patches, read off the module that holds `blocks`. grid: whether the tokens after the prefix are a grid of
+    patches. last: maps between a block's modules are (b, h, w, d), where these do not tell. family: which of
+    `restuning.methods.FAMILIES` the names of methods mean.
     """
 
     name: str
     blocks: str
     ops: Mapping[str, Op]
-    width: str
+    width: str | tuple[str, ...]
+    reads: tuple[str, ...] = ()
     heads: str | None = None
     keys: tuple[str, str] | None = None
+    has: tuple[str, ...] = ()
     parts: Mapping[str, tuple[str | Weight, ...]] = field(default_factory=dict)
     attention: str | None = None
-    has: Callable[[Any], bool] = field(default=_any)
+    fits: Callable[[Any], bool] = field(default=_any)
     embed: str | None = None
-    norm: str | None = None
-    post: str | None = None
+    norm: str | tuple[str, ...] | None = None
+    post: str | tuple[str, ...] | None = None
     pooler: str | None = None
     pool: Callable[[Any], str] = field(default=_cls)
     prefix: Callable[[Any], int] = field(default=_one)
     grid: bool = False
+    last: bool = False
+    family: str = ""
 
     def paths(self) -> list[str]:
-        """What a block must have."""
-        points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p}
+        """What a block must have; of several after a `|`, one."""
+        points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p and p.path}
         weights = {c.weight for found in self.parts.values() for c in found if isinstance(c, Weight)}
-        return sorted(points | weights | {self.width})
+        several = {"|".join(_several(some)) for some in (self.width, self.reads) if some}
+        return sorted(points | weights | {*self.has} | several)
+
+
+def _several(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else paths or ()
+
+
+_TIMM_POOLS = {"token": "cls", "avg": "mean", "fast": "mean", "fastavg": "mean", "": "none"}
 
 
 def _timm_pool(root: Any) -> str:
     if root.global_pool == "map" and root.num_prefix_tokens and not getattr(root, "pool_include_prefix", True):
         return "map of the patches alone"
-    return {"token": "cls", "avg": "mean"}.get(root.global_pool, str(root.global_pool))
+    return _TIMM_POOLS.get(root.global_pool, str(root.global_pool))
+
+
+def _pool_type(module: str) -> Callable[[Any], str]:
+    """The pooling that a timm pooling module says of itself."""
+
+    def pool(root: Any) -> str:
+        kind = attrgetter(f"{module}.pool_type")(root)
+        return _TIMM_POOLS.get(kind, str(kind))
+
+    return pool
 
 
 _HF_PARTS = {
@@ -271,7 +304,7 @@ _OPEN_CLIP = Anatomy(
     attention="attn",
     width="ln_1.weight",
     heads="attn.num_heads",
-    has=_batch_first("attn"),
+    fits=_batch_first("attn"),
     embed="conv1",
     norm="ln_post",
     pool=_open_clip_pool,
@@ -300,14 +333,151 @@ _LLAMA = Anatomy(
     pool=_last,
     prefix=_zero,
 )
+_MAPS: dict[str, Any] = {"prefix": _zero, "grid": True}
+_CONV: dict[str, Any] = {**_MAPS, "ops": {}, "parts": {"conv": ("*",), "norms": ("*",)}, "family": "conv"}
+_RESNET = Anatomy(
+    "timm ResNet, ResNeXt",
+    blocks="layer[1-9]",
+    width=("conv3.weight", "conv2.weight"),
+    reads=("conv1",),
+    embed="conv1",
+    pool=_pool_type("global_pool"),
+    **_CONV,
+)
+_CONVNEXT = Anatomy(  # what goes into drop_path is what comes after LayerScale
+    "timm ConvNeXt, ConvNeXt V2",
+    blocks="stages.*.blocks",
+    ops={"ffn": Op(into("mlp.fc1"), into("drop_path"), into("norm"))},
+    parts={"conv": ("conv_dw",), "norm1": ("norm",), "fc1": ("mlp.fc1",), "fc2": ("mlp.fc2",)},
+    width="norm.weight",
+    has=("conv_dw",),
+    embed="stem.0",
+    norm="norm_pre",
+    post=("head.norm", "head.pre_logits"),
+    pool=_pool_type("head.global_pool"),
+    family="convnext",
+    **_MAPS,
+)
+_SWIN = Anatomy(
+    "timm Swin",
+    blocks="layers.*.blocks",
+    ops={
+        "mha": Op(out_of("norm1"), into("drop_path1"), into("norm1")),
+        "ffn": Op(into("mlp"), into("drop_path2"), into("norm2")),
+    },
+    parts=_TIMM.parts,
+    attention="attn",
+    width="norm1.weight",
+    heads="attn.num_heads",
+    has=("attn.relative_position_bias_table",),
+    embed="patch_embed.proj",
+    norm="norm",
+    pool=_pool_type("head.global_pool"),
+    last=True,
+    **_MAPS,
+)
+_HIERARCHIES: tuple[Anatomy, ...] = (
+    _CONVNEXT,
+    replace(_CONVNEXT, name="timm ConvNeXt, normed before pooling", post=None),
+    Anatomy(
+        "transformers ConvNeXt, ConvNeXt V2",
+        blocks="encoder.stages.*.layers",
+        ops={"ffn": Op(into("pwconv1"), into("drop_path"), into("layernorm"))},
+        parts={"conv": ("dwconv",), "norm1": ("layernorm",), "fc1": ("pwconv1",), "fc2": ("pwconv2",)},
+        width="layernorm.weight",
+        has=("dwconv",),
+        embed="embeddings.patch_embeddings",
+        post="layernorm",
+        pool=lambda root: "mean",
+        family="convnext",
+        **_MAPS,
+    ),
+    _RESNET,
+    replace(_RESNET, name="torchvision ResNet", pool=lambda root: "mean"),
+    Anatomy(  # also BiT, whose norms come first in a block
+        "timm ResNetV2",
+        blocks="stages.*.blocks",
+        width=("conv3.weight", "conv2.weight"),
+        reads=("conv1",),
+        embed="stem.conv",
+        norm="norm",
+        pool=_pool_type("head.global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "timm RegNet",
+        blocks="s[1-9]",
+        width="conv3.conv.weight",
+        reads=("conv1.conv",),
+        embed="stem.conv",
+        norm="final_conv",
+        pool=_pool_type("head.global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "timm EfficientNet, MobileNet V2",
+        blocks="blocks.*",
+        width=("conv_pwl.weight", "conv_pw.weight", "conv.weight"),
+        reads=("conv_exp", "conv_pw", "conv"),
+        embed="conv_stem",
+        norm=("conv_head", "bn2"),
+        pool=_pool_type("global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "timm MobileNet V3",
+        blocks="blocks.*",
+        width=("conv_pwl.weight", "conv_pw.weight", "conv.weight"),
+        reads=("conv_exp", "conv_pw", "conv"),
+        embed="conv_stem",
+        post=("conv_head", "norm_head", "act2"),
+        pool=_pool_type("global_pool"),
+        **_CONV,
+    ),
+    Anatomy(
+        "transformers ResNet",
+        blocks="encoder.stages.*.layers",
+        width=("layer.2.convolution.weight", "layer.1.convolution.weight"),
+        reads=("layer.0.convolution",),
+        embed="embedder.embedder.convolution",
+        pool=lambda root: "mean",
+        **_CONV,
+    ),
+    _SWIN,
+    replace(  # normed after the operations; its cosine attention takes no prefix
+        _SWIN,
+        name="timm Swin V2",
+        ops={"mha": Op(into(""), into("drop_path1")), "ffn": Op(into("mlp"), into("drop_path2"))},
+        attention=None,
+        has=("attn.logit_scale",),
+    ),
+    Anatomy(
+        "transformers 5 Swin",
+        blocks="encoder.layers.*.blocks",
+        ops={
+            "mha": Op(out_of("layernorm_before"), into("drop_path"), into("layernorm_before")),
+            "ffn": Op(into("mlp"), out_of("mlp"), into("layernorm_after")),
+        },
+        parts={"norm1": ("layernorm_before",), "norm2": ("layernorm_after",), **_HF_PARTS},
+        attention="attention",
+        width="layernorm_before.weight",
+        heads="attention.num_attention_heads",
+        embed="embeddings.patch_embeddings.projection",
+        norm="layernorm",
+        pool=lambda root: "mean",
+        **_MAPS,
+    ),
+)
+"""Backbones of several stages: convolutions, and windows of attention."""
 
 
 ANATOMIES: tuple[Anatomy, ...] = (
+    *_HIERARCHIES,
     replace(  # BEiT too: the weight is used with a bias that is put together on the spot
         _TIMM,
         name="timm EVA, BEiT",
         parts={**_TIMM.parts, "qkv": (Weight("attn", "attn.qkv.weight"),)},
-        has=lambda block: block.attn.qkv is not None and block.attn.q_bias is not None,
+        fits=lambda block: block.attn.qkv is not None and block.attn.q_bias is not None,
     ),
     _TIMM,
     _OPEN_CLIP,
@@ -327,7 +497,7 @@ ANATOMIES: tuple[Anatomy, ...] = (
         },
         attention="self_attention",
         heads="self_attention.num_heads",
-        has=_batch_first("self_attention"),
+        fits=_batch_first("self_attention"),
         embed="conv_proj",
         norm="encoder.ln",
         pool=_cls,
@@ -440,21 +610,27 @@ class Site:
 
     def affine(self, backbone: nn.Module) -> Affine:
         """The affine map at a part, at `embed` or at `norm`, of a module or of none."""
-        path = self.writes.path
+        path = self.reads.path
         at = self.weight or Weight("", f"{path}.weight", f"{path}.bias")
         return Affine(attrgetter(at.weight)(backbone), None if at.bias is None else _reached(backbone, at.bias))
 
 
 @dataclass(frozen=True)
 class Sites(Sequence[Site]):
-    """All sites of a backbone, block by block, and what its tail needs to know."""
+    """All sites of a backbone, block by block, and what its tail needs to know.
+
+    stages: the layers at which stages end. features: the port of every layer x_0 … x_L, as something that reads it and
+    says as much. port: that of what the head reads. norm and post: the modules before and after pooling.
+    """
 
     anatomy: Anatomy
     blocks: tuple[str, ...]
+    stages: tuple[int, ...]
+    features: tuple[Port, ...]
     all: tuple[Site, ...]
     port: Port
-    norm: str | None
-    post: str | None
+    norm: tuple[str, ...]
+    post: tuple[str, ...]
     pooler: str | None
     pool: str
     prefix: int
@@ -463,6 +639,15 @@ class Sites(Sequence[Site]):
     def ops(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(site.op for site in self.all))
 
+    @property
+    def uniform(self) -> bool:
+        """Whether all blocks are of one stage, so of one width and one number of tokens."""
+        return len(self.stages) == 1
+
+    def layer(self, layer: int) -> Point:
+        """Where a layer can be seen: 0 is what the first block reads, l what block l says."""
+        return Point(self.blocks[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
+
     def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
         """The sites of one operation (`affine`: of all affine modules; or a module's own name, such as `query`), in all
         blocks or in those named; sites of no block are always among them.
@@ -470,12 +655,10 @@ class Sites(Sequence[Site]):
         Raises SiteError for an operation or a block that is not there.
         """
         ops = AFFINE if op == "affine" and self.anatomy.parts else (op,)
-        named = [s for s in self.all if s.op in ops or (s.op in PARTS and s.writes.path.split(".")[-1] == op)]
+        named = [s for s in self.all if s.op in ops or (s.op in PARTS and s.reads.path.split(".")[-1] == op)]
         if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
-        wrong = [i for i in blocks or () if not 0 <= i < len(self.blocks)]
-        if wrong or (blocks is not None and not blocks):
-            raise SiteError(f"no block {wrong or '(empty list)'}: this backbone has blocks 0 to {len(self.blocks) - 1}")
+        check_blocks(blocks, len(self.blocks))
         return tuple(s for s in named if blocks is None or s.block is None or s.block in blocks)
 
     def __len__(self) -> int:
@@ -492,6 +675,13 @@ class Sites(Sequence[Site]):
         return iter(self.all)
 
 
+def check_blocks(blocks: Sequence[int] | None, count: int, what: str = "block", where: str = "this backbone") -> None:
+    """Raises SiteError for those named that are not among the first `count`, and if none is named."""
+    wrong = [i for i in blocks or () if not 0 <= i < count]
+    if wrong or (blocks is not None and not blocks):
+        raise SiteError(f"no {what} {wrong or '(empty list)'}: {where} has {what}s 0 to {count - 1}")
+
+
 def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     """The sites of `backbone`, by the first row of ANATOMIES that fits, or by the one given.
 
@@ -499,13 +689,16 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     """
     rows = ANATOMIES if anatomy is None else (anatomy,)
     for row in rows:
-        found = [root for root, blocks in _lists(backbone, row.blocks) if _fits(backbone, root, blocks, row)]
+        holders = _holders(backbone, row.blocks)
+        found = [root for root, lists in holders.items() if _fits(backbone, root, lists, row)]
         if len(found) > 1:
             places = ", ".join(root or "the backbone itself" for root in found)
             raise SiteError(f"{row.name} fits in {len(found)} places ({places}): pass the one that is meant")
         if found:
-            return _describe(backbone, found[0], row)
-    looked = "; ".join(f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {row.norm}" for row in rows)
+            return _describe(backbone, found[0], holders[found[0]], row)
+    looked = "; ".join(
+        f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {', '.join(_several(row.norm))}" for row in rows
+    )
     has = sorted({re.sub(r"\d+", "*", n) for n, _ in backbone.named_modules() if n})
     more = f" and {len(has) - 40} more" if len(has) > 40 else ""
     raise SiteError(
@@ -514,98 +707,184 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     )
 
 
-def _lists(backbone: nn.Module, blocks: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path of the holder, list of blocks) wherever a non-empty list of that name is found."""
+def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
+    """Where a module has the channels of a map, by its kind; None if that does not tell."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.GroupNorm) or type(part).__name__.endswith("2d"):  # torch's and timm's names
+            return "first"
+        if isinstance(part, nn.Linear | nn.LayerNorm):
+            return "first" if part.__dict__.get("data_format") == "channels_first" else "last"
+    return None
+
+
+def _holders(backbone: nn.Module, blocks: str) -> dict[str, list[str]]:
+    """Paths of the lists of blocks, in order, for every holder: wherever a path ends as the pattern says."""
+    wanted = blocks.split(".")
+    found: dict[str, list[str]] = {}
     for path, module in backbone.named_modules():
-        listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 0
-        if listed and (path == blocks or path.endswith("." + blocks)):
-            yield path.removesuffix(blocks).removesuffix("."), module
+        names = path.split(".")
+        root, own = names[: -len(wanted)], names[-len(wanted) :]
+        if len(own) == len(wanted) and all(map(fnmatchcase, own, wanted)) and any(True for _ in module.children()):
+            found.setdefault(".".join(root), []).append(path)
+    return found
 
 
-def _fits(backbone: nn.Module, root: str, blocks: nn.Module, row: Anatomy) -> bool:
+def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> bool:
     try:
-        for block in blocks.children():
-            for path in (*row.paths(), row.heads):
-                attrgetter(path)(block) if path else None
-            if not row.has(block):
+        for block in (block for path in lists for block in backbone.get_submodule(path).children()):
+            for path in filter(None, (*row.paths(), row.heads)):
+                if "|" in path:
+                    _first(block, path.split("|"))
+                else:
+                    attrgetter(path)(block)
+            if not row.fits(block):
                 return False
         holder = backbone.get_submodule(root)
-        for path in filter(None, (row.norm, row.post)):
+        for path in (*_several(row.norm), *_several(row.post)):
             holder.get_submodule(path)
-        row.prefix(holder), row.pool(holder)
+        row.prefix(holder)
+        row.pool(holder)
     except AttributeError:
         return False
     return True
 
 
-def _describe(backbone: nn.Module, root: str, row: Anatomy) -> Sites:
-    def under(path: str | None) -> str | None:
-        return None if path is None else _join(root, path)
+def _first(block: nn.Module, paths: Sequence[str]) -> Any:
+    """The first of them that a block has; AttributeError if it has none."""
+    for path in paths[:-1]:
+        with suppress(AttributeError):
+            return attrgetter(path)(block)
+    return attrgetter(paths[-1])(block)
+
+
+def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> Sites:
+    def tail(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
+        there = [_join(root, path) for path in _several(paths)]
+        return tuple(path for path in there if not isinstance(backbone.get_submodule(path), nn.Identity))
 
     holder = backbone.get_submodule(root)
-    blocks = tuple(_join(root, row.blocks, name) for name, _ in holder.get_submodule(row.blocks).named_children())
-    first = backbone.get_submodule(blocks[0])
-    width = int(attrgetter(row.width)(first).shape[-1])
-    heads = 1 if row.heads is None else int(attrgetter(row.heads)(first))
-    port = Port(width, width, heads, depth=len(blocks), grid=row.prefix(holder) if row.grid else None)
+    children = [[_join(path, name) for name, _ in backbone.get_submodule(path).named_children()] for path in lists]
+    blocks = tuple(path for stage in children for path in stage)
+    norm, post = tail(row.norm), tail(row.post)
+    grid = row.prefix(holder) if row.grid else None
+    ports = [_port(backbone.get_submodule(path), row, i, len(blocks), grid) for i, path in enumerate(blocks)]
+    said = [replace(port, reads=port.writes) for port in ports]
+    first = replace(ports[0], writes=ports[0].reads)
     return Sites(
         anatomy=row,
         blocks=blocks,
-        all=tuple(_sites(backbone, root, blocks, row, port)),
-        port=port,
-        norm=under(row.norm),
-        post=under(row.post),
-        pooler=under(row.pooler) if row.pool(holder) == "map" else None,
+        stages=tuple(accumulate(map(len, children))),
+        features=(first, *said),
+        all=tuple(_sites(backbone, root, blocks, row, ports, (*norm, *post))),
+        port=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
+        norm=norm,
+        post=post,
+        pooler=_join(root, row.pooler) if row.pooler is not None and row.pool(holder) == "map" else None,
         pool=row.pool(holder),
         prefix=row.prefix(holder),
     )
 
 
-def _sites(backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, port: Port) -> Iterator[Site]:
-    def module(path: str) -> nn.Module | None:
+def _port(block: nn.Module, row: Anatomy, i: int, depth: int, grid: int | None) -> Port:
+    width = len(_first(block, _several(row.width)))
+    reads = _first(block, row.reads).in_channels if row.reads else width
+    heads = 1 if row.heads is None else int(attrgetter(row.heads)(block))
+    return Port(reads, width, heads, i, depth, grid)
+
+
+def _widened(backbone: nn.Module, tail: Sequence[str], width: int) -> int:
+    """The width after the tail's modules."""
+    for module in (m for path in tail for m in backbone.get_submodule(path).modules()):
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            width = len(module.weight)
+    return width
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "conv": lambda m: isinstance(m, nn.Conv2d),
+    "norms": lambda m: getattr(getattr(m, "weight", None), "ndim", 0) == 1,
+}
+
+
+def _sites(
+    backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, ports: Sequence[Port], tail: Sequence[str]
+) -> Iterator[Site]:
+    def module(path: str) -> Any:
         try:
             return backbone.get_submodule(path)
         except AttributeError:
             return None
 
-    def part(op: str, block: int | None, name: str, path: str, weight: Weight | None = None) -> Site:
-        affine = module(path) if weight is None else Affine(attrgetter(weight.weight)(backbone), None)
-        here = replace(
-            port,
-            reads=getattr(affine, "in_features", port.reads),
-            writes=getattr(affine, "out_features", port.writes),
-            block=block or 0,
-        )
-        reads = into(path) if block is not None else out_of(path)  # of no block: pixels or words are not tokens
-        return Site(op, block, name, reads, out_of(path), reads, here, weight)
+    def last(path: str) -> bool:
+        layout = layout_of(module(path)) if path not in blocks else None
+        return row.last if layout is None else layout == "last"
 
-    if row.embed is not None and module(_join(root, row.embed)) is not None:
+    def part(op: str, block: int | None, name: str, path: str, weight: Weight | None = None) -> Site:
+        affine: Any = module(path) if weight is None else Affine(attrgetter(weight.weight)(backbone), None)
+        port = ports[block or 0]
+        shape = () if getattr(affine, "weight", None) is None else affine.weight.shape
+        writes = getattr(affine, "out_features", shape[0] if shape else port.writes)
+        reads = getattr(affine, "in_features", getattr(affine, "in_channels", writes))
+        side = last(path) if weight is None else row.last
+        if block is None:  # pixels or words are not tokens
+            reads, read = writes, Point(path, "out", side)
+        else:
+            read = Point(path, "in", side)
+        # a norm that holds its activation is affine up to where its dropout begins
+        fused = weight is None and {"drop", "act"} <= {name for name, _ in affine.named_children()}
+        said = Point(_join(path, "drop"), "in", side) if fused else Point(path, "out", side)
+        kernel = kernel_of(affine) if block is not None and isinstance(affine, nn.Conv2d) else None
+        here = replace(port, reads=reads, writes=writes, kernel=kernel)
+        return Site(op, block, name, read, said, read, here, weight)
+
+    def parts(role: str, candidates: Sequence[str | Weight], block: str) -> Iterator[tuple[str, str, Weight | None]]:
+        """What tells them apart, their paths, and their weights where no module is called."""
+        found: list[tuple[str, str, Weight | None]] = []
+        for candidate in candidates:
+            if isinstance(candidate, Weight):
+                weight = _under(block, candidate)
+                path = weight.weight.removesuffix(".weight")
+                found.append((path.split(".")[-1], path, weight))
+            elif candidate == "*":
+                found += [(path.replace(".", "_"), _join(block, path), None) for path in kinds(block, role)]
+            elif module(_join(block, candidate)) is not None:
+                found.append((candidate.split(".")[-1], _join(block, candidate), None))
+        return ((f"_{name}" if len(found) > 1 else "", path, weight) for name, path, weight in found)
+
+    def kinds(path: str, role: str) -> list[str]:
+        """All of a role's kind in it that have weights."""
+        return [name for name, m in module(path).named_modules() if _KINDS[role](m)]
+
+    if row.embed is not None and getattr(module(_join(root, row.embed)), "weight", None) is not None:
         yield part("embed", None, "embed", _join(root, row.embed))
     for i, block in enumerate(blocks):
-        here = replace(port, block=i)
 
         def at(point: Point, block: str = block) -> Point:
-            return Point(_join(block, point.path), point.side)
+            path = _join(block, point.path)
+            return Point(path, point.side, last(path))
 
         for op, where in {**row.ops, "block": BLOCK}.items():
-            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), here)
+            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), ports[i])
         if row.attention is not None:
             call = Point(_join(block, row.attention), "in")
-            keys = here
+            keys = ports[i]
             if row.keys is not None:
                 heads, each = attrgetter(*row.keys)(backbone.get_submodule(block))
-                keys = replace(here, heads=heads, writes=heads * each)
+                keys = replace(keys, heads=heads, writes=heads * each)
             yield Site("attention", i, f"{i}_attention", call, call, call, keys)
         for role, candidates in row.parts.items():
-            found = [c for c in candidates if isinstance(c, Weight) or module(_join(block, c)) is not None]
-            for candidate in found:
-                weight = _under(block, candidate) if isinstance(candidate, Weight) else None
-                path = _join(block, str(candidate)) if weight is None else weight.weight.removesuffix(".weight")
-                name = f"{i}_{role}" if len(found) == 1 else f"{i}_{role}_{path.split('.')[-1]}"
-                yield part(role, i, name, path, weight)
-    final = [_join(root, path) for path in (row.norm, row.post) if path is not None]
-    for path in [path for path in final if not isinstance(module(path), nn.Identity)][:1]:
-        yield part("norm", None, "norm", path)
+            for name, path, weight in parts(role, candidates, block):
+                yield part(role, i, f"{i}_{role}{name}", path, weight)
+    norms = [_join(path, name) for path in tail for name in kinds(path, "norms")]
+    for path in norms:
+        yield part("norm", None, "norm" if len(norms) == 1 else f"norm_{path.replace('.', '_')}", path)
+
+
+def kernel_of(conv: nn.Conv2d) -> Kernel:
+    """How a convolution reads its map; `padding` is None where that depends on the map."""
+    fixed = conv.padding_mode == "zeros" and not type(conv).__name__.endswith("Same")
+    padding = conv.padding if fixed else None
+    return Kernel(conv.kernel_size, conv.stride, padding, conv.dilation, conv.groups)
 
 
 def _under(block: str, weight: Weight) -> Weight:

@@ -1,5 +1,6 @@
-"""What follows the blocks in a frozen backbone: final norm, pooling, norm after pooling; and the tokens it can see."""
+"""What follows the blocks in a frozen backbone: final norm, pooling, what comes after it; and the tokens it can see."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -7,8 +8,9 @@ from torch import Tensor, nn
 
 from restuning._types import Tokens
 from restuning.errors import SiteError
-from restuning.wiring.live import ALL, FIRST, LAST, View, last, mean_of
-from restuning.wiring.sites import Sites
+from restuning.wiring.attach import as_tokens
+from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View, last, mean_of
+from restuning.wiring.sites import Sites, layout_of
 
 POOLS = ("cls", "mean", "cls+mean", "last", "map", "none")
 
@@ -18,17 +20,17 @@ class Tail:
     """Tokens (b, n, d) of the last block → what the head reads: (b, d), (b, 2 d) for cls+mean, (b, n, d) for none,
     (b, n d) for flat. mask (b, n): which tokens are no padding, and have a part in the mean or are the last.
 
-    Norms and pooler are the backbone's own modules; the tail refers to them and owns nothing.
+    The modules before and after pooling, and the pooler, are the backbone's own: the tail refers to them.
     """
 
-    norm: nn.Module
-    post: nn.Module
+    norm: tuple[nn.Module, ...]
+    post: tuple[nn.Module, ...]
     pooler: nn.Module
     pool: str
     prefix: int
 
     def __call__(self, tokens: Tokens, mask: Tensor | None = None) -> Tensor:
-        x = self.norm(tokens)
+        x = _through(self.norm, tokens)
         if self.pool == "cls":
             x = x[:, 0]
         elif self.pool == "last":
@@ -39,34 +41,44 @@ class Tail:
             x = self._mean(x, mask)
         elif self.pool == "cls+mean":
             x = torch.cat([x[:, 0], self._mean(x, mask)], dim=-1)
-        out: Tensor = self.post(x)
+        out = _through(self.post, x)
         return out.flatten(1) if self.pool == "flat" else out
 
     def _mean(self, x: Tensor, mask: Tensor | None) -> Tensor:
         return mean_of(x[:, self.prefix :], None if mask is None else mask[:, self.prefix :])
 
-    @property
-    def live(self) -> View:
-        """The tokens that the output can see, if nothing before it mixes tokens."""
-        return seen_by(self.pool)
 
-
-def seen_by(pool: str) -> View:
-    """The tokens that a pooling reads."""
-    return {"cls": FIRST, "last": LAST}.get(pool, ALL)
+def _through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Tokens (b, n, d) or pooled (b, d), which a module of maps has as (b, d, n, 1)."""
+    for module in modules:
+        if layout_of(module) == "first":
+            said = as_tokens(module(as_tokens(x).transpose(1, 2).unsqueeze(-1)))
+            x = said if x.ndim == 3 else said.flatten(1)
+        else:
+            x = module(x)
+    return x
 
 
 def tail_of(backbone: nn.Module, sites: Sites, pool: str | None = None) -> Tail:
-    """The backbone's tail with its own pooling or the one named. Raises SiteError for a pooling that is not known."""
+    """The backbone's tail with its own pooling or the one named. Raises SiteError for a pooling that is not known, or
+    that needs a CLS token where there is none."""
     pool = sites.pool if pool is None else pool
     if pool not in (*POOLS, "flat"):
         raise SiteError(f"unknown pooling {pool!r}: expected one of {', '.join(POOLS)}")
     if pool == "map" and sites.pooler is None:
         raise SiteError(f"pooling 'map' is by the backbone's own attention, and this {sites.anatomy.name} has none")
+    if "cls" in pool and sites.port.grid == 0:
+        raise SiteError(f"pooling {pool!r}: {sites.anatomy.name} has no CLS token here; use mean or none")
     pooler = nn.Identity() if sites.pooler is None else backbone.get_submodule(sites.pooler)
-    norm = nn.Identity() if sites.norm is None else backbone.get_submodule(sites.norm)
-    post = nn.Identity() if sites.post is None or pool == "cls+mean" else backbone.get_submodule(sites.post)
-    return Tail(norm, post, pooler, pool, sites.prefix)
+    norm, post = (tuple(backbone.get_submodule(path) for path in paths) for paths in (sites.norm, sites.post))
+    return Tail(norm, () if pool == "cls+mean" else post, pooler, pool, sites.prefix)
+
+
+def live(sites: Sites, pool: str) -> View:
+    """The tokens of the last layer that the output can see."""
+    if pool == "mean" and not sites.norm and sites.prefix == 0:
+        return MEAN
+    return {"cls": FIRST, "last": LAST}.get(pool, ALL)
 
 
 def head_width(width: int, pool: str, tokens: int = 1) -> int:

@@ -53,7 +53,7 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
         y, lse = plain(call.q, call.k, call.v, _full_mask(call), call.scale)
     else:
         y, lse = call.said, call.lse
-    for k, v in pieces:
+    for k, v in ([_batched(t, call.q) if t.ndim == 4 else t for t in piece] for piece in pieces):
         h, lse_more = plain(call.q, k, v, None, call.scale)
         weight = torch.sigmoid(lse_more - lse)  # λ = Z_pre / (Z + Z_pre)
         y = y + weight.unsqueeze(-1).to(y.dtype) * (h - y)
@@ -158,7 +158,8 @@ def _backward_kernel(
 
 
 def _batched(t: Tensor, q: Tensor) -> Tensor:
-    return t if t.ndim == 4 else t.expand(len(q), *t.shape)
+    """For every row of q; rows of a batch that come as several windows have the same in each."""
+    return t.repeat_interleave(len(q) // len(t), 0) if t.ndim == 4 else t.expand(len(q), *t.shape)
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:
@@ -201,9 +202,9 @@ class _Seen(TorchFunctionMode):
             said = func(*args, **kwargs)
             return self._one(Call(self.q, self.k, args[1], self.mask, False, self.scale, said, self.lse))
         out = func(*args, **kwargs)
-        if not (isinstance(out, Tensor) and isinstance(first, Tensor) and first.ndim == 4):
+        if not (isinstance(out, Tensor) and isinstance(first, Tensor) and first.ndim in (4, 5)):
             return out
-        if name == "matmul" and self.scores is None and not self.found:
+        if name == "matmul" and self.scores is None and first.ndim == 4 and not self.found:
             self.q, self.k, self.scores = first, args[1].transpose(-2, -1), out
         elif self.scores is not None and first is self.scores:
             self._follow(name, args, out)
@@ -218,7 +219,7 @@ class _Seen(TorchFunctionMode):
             scores = args[0]
             self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
             self.weights, self.scores = out, None
-        elif out.shape == args[0].shape:
+        elif out.shape == args[0].shape or name == "view":  # windows take their masks in five dimensions
             if len(args) > 1 and isinstance(args[1], int | float):
                 self.scale *= {"mul": args[1], "mul_": args[1], "div": 1 / args[1], "div_": 1 / args[1]}.get(name, 1.0)
             elif len(args) > 1 and isinstance(args[1], Tensor) and name in ("add", "add_"):
