@@ -17,9 +17,9 @@ import restuning as rt
 from restuning.errors import RestuningError
 from restuning.measure import saved_bytes
 from restuning.methods import from_dict, to_dict
+from restuning.wiring.anatomies import ANATOMIES
 from restuning.wiring.attach import MASK, tap
 from restuning.wiring.live import ALL
-from restuning.wiring.sites import ANATOMIES
 
 
 class Mixer(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 
 import restuning as rt
 from restuning.errors import SiteError
-from restuning.wiring.sites import AFFINE, PARTS
+from restuning.wiring.anatomy import AFFINE, PARTS
 
 EVERY = TINY | MORE
 

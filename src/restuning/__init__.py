@@ -33,12 +33,12 @@ from restuning.tuners import PrefixTuning as PrefixTuning
 from restuning.tuners import Prompt as Prompt
 from restuning.tuners import PromptTuning as PromptTuning
 from restuning.tuners import Ssf as Ssf
-from restuning.wiring.sites import Anatomy as Anatomy
-from restuning.wiring.sites import Op as Op
-from restuning.wiring.sites import Weight as Weight
+from restuning.wiring.anatomy import Anatomy as Anatomy
+from restuning.wiring.anatomy import Op as Op
+from restuning.wiring.anatomy import Weight as Weight
+from restuning.wiring.anatomy import into as into
+from restuning.wiring.anatomy import out_of as out_of
 from restuning.wiring.sites import find_sites as find_sites
-from restuning.wiring.sites import into as into
-from restuning.wiring.sites import out_of as out_of
 
 if TYPE_CHECKING:
     from restuning.backbones import load_backbone as load_backbone

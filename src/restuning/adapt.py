@@ -19,10 +19,11 @@ from restuning.methods import Full, Method, find_method, from_dict, to_dict
 from restuning.objective import objective
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
+from restuning.wiring.anatomy import AFFINE, Anatomy
 from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
-from restuning.wiring.sites import AFFINE, Anatomy, Site, find_sites
+from restuning.wiring.sites import Site, find_sites
 from restuning.wiring.tail import live, tail_of
 from restuning.wiring.thrift import Thrift
 

@@ -12,9 +12,10 @@ from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
+from restuning.wiring.anatomy import PARTS, Affine
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
 from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
-from restuning.wiring.sites import PARTS, Affine, Site, Sites, check_blocks
+from restuning.wiring.sites import Site, Sites, check_blocks
 from restuning.wiring.tail import Tail, head_width, live
 
 

@@ -13,7 +13,8 @@ from restuning.methods import Method, Mix, Residual
 from restuning.saved import CONFIG, MODEL, fetch
 from restuning.tuners import Lora
 from restuning.tuners.lora import ConvLoraTuner, LoraTuner
-from restuning.wiring.sites import PARTS, Sites
+from restuning.wiring.anatomy import PARTS
+from restuning.wiring.sites import Sites
 
 _PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
 """Settings of PEFT's that change what is computed, and the values at which they do not."""

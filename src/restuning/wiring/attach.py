@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.errors import MethodError, SiteError
+from restuning.wiring.anatomy import Point
 from restuning.wiring.live import ALL, View
-from restuning.wiring.sites import Point, Site, Sites
+from restuning.wiring.sites import Site, Sites
 from restuning.wiring.unbind import Call, Piece, merged, on_call, on_weight
 
 INPUT = -1
