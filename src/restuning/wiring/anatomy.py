@@ -130,8 +130,8 @@ class Anatomy:
         """What a block must have; of several after a `|`, one."""
         points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p and p.path}
         weights = {c.weight for found in self.parts.values() for c in found if isinstance(c, Weight)}
-        several = {"|".join(several(some)) for some in (self.width, self.reads) if some}
-        return sorted(points | weights | {*self.has} | several)
+        either = {"|".join(several(some)) for some in (self.width, self.reads) if some}
+        return sorted(points | weights | {*self.has} | either)
 
 
 def several(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
