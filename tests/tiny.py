@@ -272,12 +272,13 @@ _CONVNEXT = {
     **_STAGES,
     **dict.fromkeys(("prefix", "mam-adapter"), "no operation 'attention' here: .* has embed, ffn, block, conv, norm1"),
     "noah": "no operation 'qkv' here",
+    "res-tuning-nlp": "no operation 'mha' here",
 }
 _CONV = {
     **_STAGES,
     **dict.fromkeys(("prefix", "mam-adapter"), "no operation 'attention' here: .* has (embed, )?block, conv, norms"),
     **dict.fromkeys(("res-tuning-single", "noah"), "no operation 'ffn' here"),
-    "res-tuning-tri": "no operation 'mha' here",
+    **dict.fromkeys(("res-tuning-tri", "res-tuning-nlp"), "no operation 'mha' here"),
 }
 REFUSED: dict[str, dict[str, str]] = {
     "timm-eva02": {**_ROTARY, **_GATED, "ladder-grid4": "an ungated FFN"},
@@ -290,7 +291,6 @@ REFUSED: dict[str, dict[str, str]] = {
     **{name: _CONVNEXT if "convnext" in name else _STAGES if "swin" in name else _CONV for name in HIERARCHIES},
     "timm-swin-v2": {
         **_STAGES,
-        **dict.fromkeys(("lora", "bitfit", "ssf"), "calls no module at 0_qkv"),
         **dict.fromkeys(("prefix", "mam-adapter"), "no operation 'attention' here"),
     },
 }

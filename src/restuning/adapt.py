@@ -277,7 +277,7 @@ class Tuned(nn.Module):
                 yield taps
 
         # a block that is run again in a backward pass has to keep what it kept
-        thrifty = self.family and not checkpoints(self.backbone)
+        thrifty = self._sites.anatomy.convolutional and not checkpoints(self.backbone)
         with torch.no_grad() if frozen else Thrift() if thrifty else nullcontext(), on() as taps:
             self.backbone(*args, **kwargs)
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())

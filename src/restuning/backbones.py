@@ -255,7 +255,7 @@ def _classifier(key: str) -> bool:
 
 
 def _resize(backbone: nn.Module, image_size: int) -> None:
-    if find_sites(backbone).anatomy.family:  # convolutions alone
+    if find_sites(backbone).anatomy.convolutional:
         return
     resize: Any = getattr(backbone, "set_input_size", None)
     if resize is None:

@@ -170,6 +170,7 @@ methods: dict[str, Method] = {
     "res-tuning-single": Residual({"ffn": Prompt(10)}),
     "res-tuning": Residual(_DUAL),
     "res-tuning-tri": Residual({**_DUAL, "block": Adapter(10)}),
+    "res-tuning-nlp": Residual({"mha": Prefix(10), "ffn": Adapter(10)}),
     "bypass-none": Bypass(),
     "bypass-horizontal": Bypass(horizontal=Adapter(10)),
     "bypass-vertical": Bypass(vertical=Adapter(10)),
@@ -183,6 +184,11 @@ methods: dict[str, Method] = {
 
 _BOTH = ("conv", "ffn")
 FAMILIES: dict[str, dict[str, Method]] = {
+    "text": {
+        "mam-adapter": Residual(
+            {"attention": PrefixTuning(16), "ffn": Adapter(16, act="relu", init="kaiming", factor=2.0)}
+        ),
+    },
     "conv": {
         "adapter": Residual({"block": Adapter(96, init="zeros", source="out")}),
         "adapter-houlsby": Residual({"block": Adapter(64, init="houlsby", source="out")}),
@@ -203,6 +209,7 @@ FAMILIES: dict[str, dict[str, Method]] = {
 """What a name means on a family of backbones (`Anatomy.family`), where that is not what it means on transformers."""
 
 NOTES: dict[str, str] = {
+    "text": "BERT, RoBERTa, Llama and the like: prefixes of 16 and a parallel adapter of 16, s = 2",
     "conv": "ResNet, RegNet, EfficientNet, MobileNet: on the block and its convolutions",
     "convnext": "on its depthwise convolution and its FFN",
 }
@@ -230,6 +237,7 @@ ABOUT: dict[str, str] = {
     "res-tuning-single": "Table 3a: Res-Prompt on the FFN",
     "res-tuning": "Table 3a, dual: Res-Adapters on MHA and FFN",
     "res-tuning-tri": "Table 3a: Res-Adapters on MHA, FFN and Block",
+    "res-tuning-nlp": "Table 17: Res-Prefix on MHA, Res-Adapter on FFN",
     "bypass-none": "Table 3b: Eq. 8 with identity tuners, learned λ",
     "bypass-horizontal": "Table 3b: Eq. 8, horizontal Res-Adapters",
     "bypass-vertical": "Table 3b: Eq. 8, vertical Res-Adapters",

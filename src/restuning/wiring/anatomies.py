@@ -191,6 +191,7 @@ _LLAMA = Anatomy(
     norm="norm",
     pool=_last,
     prefix=_zero,
+    family="text",
 )
 _MAPS: dict[str, Any] = {"prefix": _zero, "grid": True}
 _CONV: dict[str, Any] = {**_MAPS, "ops": {}, "parts": {"conv": ("*",), "norms": ("*",)}, "family": "conv"}
@@ -307,6 +308,7 @@ _HIERARCHIES: tuple[Anatomy, ...] = (
         _SWIN,
         name="timm Swin V2",
         ops={"mha": Op(into(""), into("drop_path1")), "ffn": Op(into("mlp"), into("drop_path2"))},
+        parts={**_TIMM.parts, "qkv": (Weight("attn", "attn.qkv.weight"),)},
         attention=None,
         has=("attn.logit_scale",),
     ),
@@ -448,5 +450,6 @@ ANATOMIES: tuple[Anatomy, ...] = (
         width="output.LayerNorm.weight",
         heads="attention.self.num_attention_heads",
         embed="embeddings.LayerNorm",
+        family="text",
     ),
 )

@@ -126,6 +126,10 @@ class Anatomy:
     last: bool = False
     family: str = ""
 
+    @property
+    def convolutional(self) -> bool:
+        return self.family.startswith("conv")
+
     def paths(self) -> list[str]:
         """What a block must have; of several after a `|`, one."""
         points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p and p.path}
