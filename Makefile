@@ -11,8 +11,8 @@ setup: .venv/ready
 demo: setup  ## linear probing, res-tuning and bypass on digits and two sprite tasks: a table and a picture
 	$(PY) scripts/demo.py
 
-test: setup
-	$(PY) -m pytest
+test: setup  ## a process for each core
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
 
 check: setup  ## format, lint, types, import layers
 	$(PY) -m ruff format --check .

@@ -56,7 +56,7 @@ OTHER = {
 }
 TUNERS: dict[str, Any] = {**ZERO, **OTHER}
 OPS = ("mha", "ffn", "block")
-FAMILY = {name: rt.find_sites(tiny.backbone(), tiny.anatomy).anatomy.family for name, tiny in TINY.items()}
+FAMILY = {name: rt.find_sites(tiny.backbone(), tiny.anatomy).anatomy.family for name, tiny in (TINY | MORE).items()}
 OPS_OF = {"": OPS, "text": OPS, "convnext": ("conv", "ffn", "block"), "conv": ("block", "conv")}
 ALIKE = HIERARCHIES.keys() - {"timm-convnext", "timm-resnet", "timm-swin"}  # these are tried with fewer tuners
 FEW = ("adapter", "lora", "own")
@@ -68,8 +68,8 @@ def places(tuners: Iterable[str]) -> list[Any]:
     """(backbone, operation, tuner)"""
     return [
         (name, op, tuner)
-        for name, family in FAMILY.items()
-        for op in OPS_OF[family]
+        for name in TINY
+        for op in OPS_OF[FAMILY[name]]
         for tuner in tuners
         if (name not in ALIKE or tuner in FEW) and not (op == "conv" and name in SQUEEZED)
     ]

@@ -710,7 +710,7 @@ def test_evaluate() -> None:
     values = dict(evaluate(Copies(), data, 2))
     assert values["accuracy"] == pytest.approx(100 / 3) and values["top5"] == pytest.approx(200 / 3)
     assert values["loss"] == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor([0, 4, 5])).item())
-    assert [name for name, _ in evaluate(net(), Points(), 4)] == ["accuracy", "loss"]
+    assert [name for name, _ in evaluate(net(), Points(), 4)] == ["accuracy", "f1", "loss"]
     with pytest.raises(RestuningError, match="0 examples"):
         list(evaluate(net(), Points(0), 4))
 

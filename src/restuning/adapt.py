@@ -193,7 +193,7 @@ class Tuned(nn.Module):
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
                 )
-            standardised = type(self.backbone.get_submodule(site.reads.path)).__name__
+            standardised = "" if site.weight else type(self.backbone.get_submodule(site.reads.path)).__name__
             if standardised.startswith(("StdConv", "ScaledStdConv")):
                 raise MethodError(f"{standardised} standardises its weight: nothing can be merged into it")
             affine = site.affine(self.backbone)

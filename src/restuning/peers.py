@@ -18,6 +18,7 @@ from restuning.measure import count
 from restuning.methods import Method, Residual, find_method
 from restuning.tuners import Lora
 from restuning.wiring.sites import Sites, find_sites
+from restuning.wiring.unbind import Call
 
 PEERS = {"peft-lora": "peft", "peft-lora-equal": "peft", "swift-bypass": "swift.tuners"}
 """Peers, and the package that each needs. LoRA of PEFT: at the rank of ours, and with as many parameters as
@@ -109,7 +110,8 @@ def _bound_prefix(tuned: Tuned) -> Iterator[None]:
     fused = F.scaled_dot_product_attention
 
     def attention(q: Tensor, k: Tensor, v: Tensor, **rest: Any) -> Tensor:
-        keys, values = (t.expand(len(q), -1, -1, -1) for t in next(tuners)(None))
+        own = next(tuners)(Call(q, k, v, None, False, 1.0))
+        keys, values = (t.expand(len(q), -1, -1, -1) for t in own)
         return fused(q, torch.cat([keys, k], 2), torch.cat([values, v], 2), **rest)
 
     F.scaled_dot_product_attention = attention  # type: ignore[assignment]
