@@ -27,12 +27,12 @@ TASKS = {  # where, and pixels a side
 }
 RATES = {
     "linear": (0.01, 0.003),
-    "bypass": (0.005, 0.001),
+    "bypass": (0.02, 0.01),
     "res-tuning": (0.01, 0.003),
     "lora": (0.003, 0.001),
     "full": (0.001, 0.0003),
 }
-EPOCHS = {"linear": 50, "bypass": 30}  # others, inside the backbone: 8
+EPOCHS = {"linear": 50, "bypass": 50}  # others, inside the backbone: 8
 SEEDS = (0, 1, 2)
 BATCH = 32
 

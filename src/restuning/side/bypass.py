@@ -18,8 +18,8 @@ class BypassNet(nn.Module):
     carry no gradient, become the tokens (b, n, d) that take the place of the final norm's input.
 
     Where x_l is of another grid or width than x_{l−1}, the path is averaged over the cells of the new grid, and mapped
-    to the new width without a bias, before T_v. widths: of x_0 … x_L. At birth these maps are the identity on the
-    channels that both have.
+    to the new width without a bias, before T_v. widths: of x_0 … x_L. These maps are zero at birth: the last stage
+    alone speaks.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class BypassNet(nn.Module):
         for layer, (a, b) in enumerate(pairwise(widths)):
             if a != b:
                 self.across[str(layer)] = linear = nn.Linear(a, b, bias=False)
-                nn.init.eye_(linear.weight)
+                nn.init.zeros_(linear.weight)
 
     @property
     def mixes_tokens(self) -> bool:
