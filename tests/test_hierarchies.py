@@ -177,6 +177,10 @@ def test_a_merged_backbone_says_what_was_tuned(name: str, method: str) -> None:
     inputs = tiny.inputs(dtype=torch.float64)
     with torch.no_grad():
         expected = tuned(**inputs)
+        if name == "timm-swin-v2" and method != "lora":  # its bias is put together on the spot
+            with pytest.raises(RestuningError, match="no bias is there to take what 0_qkv adds"):
+                tuned.merge_and_unload()
+            return
         own = tuned.merge_and_unload()(**inputs)
     torch.testing.assert_close(own if isinstance(own, Tensor) else own.pooler_output.flatten(1), expected)
 
