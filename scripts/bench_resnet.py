@@ -120,7 +120,7 @@ def record(args: argparse.Namespace) -> None:
         table += [
             f"## {task}, {side} x {side}",
             "",
-            "| method | reads | test accuracy | seeds | epochs | rate | decay | trained | kept, MiB | seconds an epoch |",
+            "| method | reads | test accuracy | seeds | epochs | rate | decay | trained | kept, MiB | s an epoch |",
             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for method in RATES:
