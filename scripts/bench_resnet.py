@@ -3,8 +3,8 @@
 python scripts/bench_resnet.py [--data ../shared/data]
 
 Every head reads the mean over all positions of the last stage. A method's rate (and, beside the backbone, its weight
-decay) is chosen once, with seed 0, on 500 of the training images; then it is trained on all of them with three seeds, and tested once each, at the last epoch. Killed, it goes on where it was. Writes
-docs/results/resnet.jsonl and .md.
+decay) is chosen once, with seed 0, on 500 of the training images; then it is trained on all of them with three seeds,
+and tested once each, at the last epoch. Killed, it goes on where it was. Writes docs/results/resnet.jsonl and .md.
 """
 
 import argparse
@@ -145,8 +145,8 @@ def record(args: argparse.Namespace) -> None:
     first = rows[0]
     text = f"""# Three stages of a real ResNet-18
 
-`{STAGES}`: a ResNet-18 up to its third stage, pretrained on ImageNet, batch norms folded. No augmentation, batch {BATCH},
-the last epoch. Every head reads the mean over the last stage.
+`{STAGES}`: a ResNet-18 up to its third stage, pretrained on ImageNet, batch norms folded. No augmentation, batch
+{BATCH}, the last epoch. Every head reads the mean over the last stage.
 `bypass` runs over the three stages. Rates (two each) and, for `linear` and `bypass`, weight decays
 ({", ".join(map(str, DECAYS))}) were chosen with seed 0 on 500 of the training images. Bytes kept for backward: of one
 batch.
