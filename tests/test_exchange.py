@@ -167,6 +167,25 @@ MERGES = {
 }
 
 
+def test_tuners_of_one_site_see_the_frozen_operation() -> None:
+    """In whatever order they are there; and so they merge."""
+    outs = []
+    for order in ((0, 1), (1, 0)):
+        parts = (rt.Residual({"qkv": rt.Lora(3, dropout=0.0)}), rt.Residual({"qkv": rt.Ssf()}))
+        torch.manual_seed(0)
+        tuned = rt.adapt(TINY["timm-vit"].backbone(torch.float64), rt.Mix(tuple(parts[i] for i in order)))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            by_kind = sorted(tuned.adapters.named_parameters(), key=lambda pair: (pair[0].split(".")[-1], pair[0]))
+            for _, p in by_kind:
+                p.copy_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+        x = torch.ones(2, 3, 16, 16, dtype=torch.float64)
+        with torch.no_grad():
+            outs += [tuned(x), tuned.merge_and_unload()(x)]
+    for out in outs[1:]:
+        torch.testing.assert_close(out, outs[0], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["timm-vit", "hf-clip", "hf-siglip", "bert", "open-clip"])
 @pytest.mark.parametrize("method", MERGES)
 def test_merged_weights_are_the_tuners(name: str, method: str) -> None:

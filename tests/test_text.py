@@ -130,20 +130,24 @@ def test_kinds_of_labels(tmp_path: Path) -> None:
     def of(*labels: Any, text: Any = "a b", more: str = "") -> Any:
         file = tmp_path / "t.jsonl"
         file.write_text("\n".join(json.dumps({"text": text, "label": label}) for label in labels))
-        return load_task(f"text:{file}{more}", test_size=1)
+        return load_task(f"text:{file}{more}", test_size=2)
 
     multi = of(["x", "y"], ["y"], [], ["z"])
     assert multi.kind == "multi-label" and multi.classes == ("x", "y", "z")
     assert sorted([*multi.train.labels, *multi.test.labels]) == [[0, 0, 0], [0, 0, 1], [0, 1, 0], [1, 1, 0]]
-    number = of(0.5, 2.0, 3.5)
+    number = of(3, 0.5, 2.0, 3.5)
     assert number.kind == "regression" and number.classes == ("label",)
-    assert sorted([*number.train.labels, *number.test.labels]) == [[0.5], [2.0], [3.5]]
+    assert sorted([*number.train.labels, *number.test.labels]) == [[0.5], [2.0], [3.0], [3.5]]
     assert of(1, 2, 3).kind == "single-label" and of(1, 2, 3, more="?kind=regression").kind == "regression"
     token = of(["N", "V"], ["V", "V"], ["N", "N"], text=["a", "b"])
     assert token.kind == "per-token" and token.classes == ("N", "V")
     file = tmp_path / "m.tsv"
     file.write_text("text\tlabel\na\tx|y\nb\ty\nc\tx\n")
     assert load_task(f"text:{file}?kind=multi-label", test_size=1).classes == ("x", "y")
+    file.write_text("text\tlabel\na\t1\nb\t2.5\nc\t-.5\nd\t3\n")
+    assert load_task(f"text:{file}", test_size=2).kind == "regression"
+    file.write_text("question\tsentence\tlabel\nwho\tme\t0\nwhat\tthat\t1\nwhy\tso\t1\n")
+    assert len(load_task(f"text:{file}", test_size=1).train.item(0)) == 2, "a question has its sentence"
 
 
 BROKEN: dict[str, tuple[dict[str, str | bytes], str, str]] = {
@@ -189,6 +193,23 @@ BROKEN: dict[str, tuple[dict[str, str | bytes], str, str]] = {
         "?kind=per-token",
         "line 1: 1 labels for 2 words",
     ),
+    "words and texts": (
+        {"train.jsonl": '{"text": "a", "label": 0}\n{"text": ["b"], "label": 1}\n'},
+        "",
+        "line 2: 'text' is not of the kind of the first row's",
+    ),
+    "an open quote": ({"train.csv": 'text,label\n"a,0\nb,1\n'}, "", "unexpected end of data"),
+    "no finite number": (
+        {"train.jsonl": '{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n'},
+        "",
+        "line 2: 'label' is nan: expected a finite number",
+    ),
+    "labels that are none": (
+        {"train.jsonl": '{"text": "a", "label": [{"a": 1}]}\n'},
+        "",
+        "line 1: 'label' is [{'a': 1}]: expected a list of labels",
+    ),
+    "a name that only begins so": ({"trainer.csv": "text,label\na,0\nb,1\n"}, "", "has no training file"),
     "no words": ({"train.tsv": "text\ttags\na b\tN\nc\tV\n"}, "?kind=per-token", "need 'text' as a list of words"),
 }
 
@@ -302,6 +323,12 @@ def test_what_a_tokenizer_says_no_to(model: Path, tmp_path: Path, capsys: pytest
     texts = ["train", "--data", f"text:{long}", "--test-size", "1", "--out", tmp_path / "o4", *FAST]
     assert "is a text, which this backbone does not read" in refused(capsys, *texts)
     assert "reads images: a tokenizer" in refused(capsys, *texts, "--max-length", "9")
+    assert "an image size and a crop are for images" in refused(capsys, *train, *again, "--crop")
+    short = ["--max-length", "20", "--test-size", "2"]
+    assert "augmentation and views are for images" in refused(capsys, *train, *again, *short, "--augment")
+    assert "there are no classes" in refused(
+        capsys, *train, "--data", f"text:{long}?kind=regression", *again[2:], *short, "--class-weights", "balanced"
+    )
 
 
 def test_roberta_reads_two_tokens_less_than_it_has_positions() -> None:
@@ -409,6 +436,8 @@ def test_train_evaluate_and_predict(
     assert call("predict", tmp_path / "a", " ".join(GOOD)) == 0
     assert "%" in capsys.readouterr().out
     assert "there is no text" in refused(capsys, "predict", tmp_path / "a", " ")
+    assert "a pair parted by one tab" in refused(capsys, "predict", tmp_path / "a", "a\tb\tc")
+    assert "is no .txt file" in refused(capsys, "predict", tmp_path / "a", picture)
 
 
 def test_from_a_bank_as_from_texts(
@@ -479,6 +508,9 @@ def test_other_kinds_of_task(
     (said,) = json.loads(capsys.readouterr().out)
     if kind == "per-token":
         assert [w["word"] for w in said["words"]] == GOOD[:7] and said["words"][0]["class"] == "G"
+        assert call("predict", tmp_path / "a", f"{GOOD[0]} \u200b {BAD[0]}", "--json") == 0
+        (said,) = json.loads(capsys.readouterr().out)
+        assert [w["word"] for w in said["words"]] == [GOOD[0], "\u200b", BAD[0]], "each keeps its own class"
     elif kind == "regression":
         assert said["values"]["label"] > 1.5
     else:
@@ -574,6 +606,17 @@ def test_the_trainer_is_given_the_kinds_own_loss(model: Path) -> None:
     torch.testing.assert_close(out["loss"], expected)
     with pytest.raises(RestuningError, match="unknown kind of task 'ranking'"):
         rt.adapt(rt.load_backbone(f"hf:{model}"), "lora", 3, kind="ranking")
+
+
+def test_rows_of_a_batch_are_of_one_kind_of_task(model: Path) -> None:
+    tuned = rt.adapt(rt.load_backbone(f"hf:{model}"), "bypass", 3, "a", kind="multi-label")
+    tuned.add_adapter("b", "bypass", 3, kind="multi-label")
+    tuned.add_adapter("c", "bypass", 3)
+    inputs, labels = {"input_ids": torch.tensor([[2, 5, 3], [2, 6, 3]])}, torch.tensor([[1.0, 0.0, 1.0]] * 2)
+    out = tuned(inputs, labels=labels, adapter_names=["a", "b"])
+    torch.testing.assert_close(out["loss"], nn.functional.binary_cross_entropy_with_logits(out["logits"], labels))
+    with pytest.raises(RestuningError, match="several kinds of task"):
+        tuned(inputs, labels=labels, adapter_names=["a", "c"])
 
 
 def test_a_kind_is_saved_with_its_adapter(model: Path, tmp_path: Path) -> None:

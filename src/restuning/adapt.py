@@ -247,7 +247,10 @@ class Tuned(nn.Module):
             return logits
         if not isinstance(logits, Tensor):
             raise MethodError("labels= needs one active adapter")
-        loss = objective(self.card().kind if adapter_names is None else "single-label").loss
+        kinds = {self.card(name).kind for name in adapter_names or self._active() if name is not None}
+        if len(kinds) > 1:
+            raise MethodError(f"labels= for adapters of several kinds of task ({', '.join(sorted(kinds))})")
+        loss = objective(kinds.pop() if kinds else "single-label").loss
         return {"loss": loss(logits, labels), "logits": logits}
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:

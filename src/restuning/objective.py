@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from restuning.errors import MissingExtra, RestuningError
 
+KINDS = ("single-label", "multi-label", "regression", "per-token")
+
 IGNORED = -100
 """The label of a token that has none: padding, a special token, the rest of a word."""
 
@@ -38,16 +40,17 @@ def objective(kind: str = "single-label", weights: Tensor | None = None) -> Obje
 
     weights: (c,) of the classes, in the loss. Raises RestuningError for an unknown kind, and weights under regression.
     """
-    if kind not in _KINDS:
-        raise RestuningError(f"unknown kind of task {kind!r}: expected one of {', '.join(_KINDS)}")
+    if kind not in KINDS:
+        raise RestuningError(f"unknown kind of task {kind!r}: expected one of {', '.join(KINDS)}")
     if kind == "regression" and weights is not None:
         raise RestuningError("class weights under regression: there are no classes")
-    return _KINDS[kind](weights)
+    return _MADE[kind](weights)
 
 
 def balanced(kind: str, labels: Sequence[Any], classes: int) -> Tensor:
     """Weights n / (c · count) of the classes, whose mean over the labels is 1. Under `multi-label`: how many labels are
-    absent for one that is there."""
+    absent for one that is there. Raises RestuningError under regression."""
+    objective(kind, torch.ones(classes))
     if kind == "multi-label":
         there = torch.tensor(labels).sum(0)
         return (len(labels) - there) / there.clamp(min=1)
@@ -170,9 +173,6 @@ def _torchmetrics(part: str = "classification") -> Any:
         raise MissingExtra("torchmetrics", "train") from error
 
 
-_KINDS: dict[str, Callable[[Tensor | None], Objective]] = {
-    "single-label": _single,
-    "multi-label": _multi,
-    "regression": _regression,
-    "per-token": _per_token,
-}
+_MADE: dict[str, Callable[[Tensor | None], Objective]] = dict(
+    zip(KINDS, (_single, _multi, _regression, _per_token), strict=True)
+)

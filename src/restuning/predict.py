@@ -89,27 +89,30 @@ def _texts(given: str, words: bool) -> Texts:
             lines = [one for one in Path(given).read_text(encoding="utf-8").splitlines() if one.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{given} cannot be read as UTF-8 text: {line(error)}") from error
+    elif Path(given).exists():
+        raise DataError(f"{given} is no .txt file, and this adapter reads texts")
     else:
         lines = [given] if given.strip() else []
     if not lines:
         raise DataError(f"{given!r}: there is no text")
     texts: list[tuple[Any, ...]] = [(one.split(),) if words else tuple(one.split("\t")) for one in lines]
-    if len({len(text) for text in texts}) > 1:
-        raise DataError(f"{given}: some lines are pairs, parted by a tab, and some are not")
-    return Texts(texts, [0] * len(lines), lines)
+    if len(sizes := {len(text) for text in texts}) > 1 or max(sizes) > 2:
+        raise DataError(f"{given}: expected a text in every line, or a pair parted by one tab in every line")
+    return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
 
 
 def _said(logits: Tensor, card: Card, top: int, items: Items, begins: Tensor | None) -> list[dict[str, Any]]:
-    """Rows of one adapter. begins: which tokens begin a word (not IGNORED)."""
+    """Rows of one adapter. begins: the word that a token begins, or IGNORED; a word that the
+    tokenizer drops has no class."""
     classes = card.classes or [str(c) for c in range(logits.shape[-1])]
     if card.kind == "regression":
         return [{"values": dict(zip(classes, row, strict=True))} for row in logits.tolist()]
     if begins is not None:
-        picked = [logits[i].argmax(-1)[begins[i] != IGNORED].tolist() for i in range(len(logits))]
-        return [
-            {"words": [{"word": w, "class": classes[c]} for w, c in zip(items.item(i)[0], row, strict=False)]}
-            for i, row in enumerate(picked)
-        ]
+        rows: list[dict[str, Any]] = []
+        for i, (own, which) in enumerate(zip(logits.argmax(-1).tolist(), begins.tolist(), strict=True)):
+            said = {word: classes[c] for c, word in zip(own, which, strict=True) if word != IGNORED}
+            rows.append({"words": [{"word": w, "class": said.get(k)} for k, w in enumerate(items.item(i)[0])]})
+        return rows
     p = logits.sigmoid() if card.kind == "multi-label" else logits.softmax(-1)
     best = p.topk(min(top, len(classes)))
     return [

@@ -19,7 +19,7 @@ class TrainConfig:
     """The recipe: AdamW, linear warm-up (at most a fifth of the epochs), then a cosine to 0.
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
-    With `patience`, training stops after so many epochs without a better validation accuracy, and the best state
+    With `patience`, training stops after so many epochs without a better validation score, and the best state
     stands.
     """
 

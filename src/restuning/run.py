@@ -16,14 +16,26 @@ from torch import nn
 from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
-from restuning.bank import LIMIT, Bank, FromBank, FromFeatures, build, bytes_each, keep
-from restuning.data import Items, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split
+from restuning.bank import LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep
+from restuning.data import (
+    Items,
+    Prepared,
+    Preprocess,
+    Reading,
+    Task,
+    Tokenise,
+    check,
+    load_task,
+    prepared,
+    reading,
+    split,
+)
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
 from restuning.files import locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
-from restuning.methods import Bypass, Method, find_method, on_blocks, resize
+from restuning.methods import Bypass, Full, Method, find_method, on_blocks, resize
 from restuning.objective import Objective, balanced, objective
 from restuning.progress import bar
 from restuning.recipe import TrainConfig
@@ -140,11 +152,12 @@ def execute(
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: trials[str(rate)])
         model, tuned = task.model(whole.train)
+        examples = task.read(tuned, whole.train, run.augment)
         history = fit(
             model,
-            task.read(tuned, whole.train, run.augment),
+            examples,
             None if whole.val is None else task.read(tuned, whole.val),
-            replace(run.training, lr=lr),
+            _training(run, lr, examples),
             state=out / "state.pt",
             resume=resume,
             progress=progress,
@@ -182,22 +195,27 @@ def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, pr
         if str(lr) in trials:
             continue
         model, tuned = task.model(held.train)
-        state = out / f"trial-{lr}.pt"
+        state, examples = out / f"trial-{lr}.pt", task.read(tuned, held.train, run.augment)
         fit(
             model,
-            task.read(tuned, held.train, run.augment),
+            examples,
             task.read(tuned, held.val),
-            replace(run.training, lr=lr),
+            _training(run, lr, examples),
             state=state,
             resume=resume,
             progress=progress,
             objective=_objective(run, held),
         )
-        examples = task.read(tuned, held.val)
-        trials[str(lr)] = next(evaluate(model, examples, run.training.batch_size, kind=held.kind))[1]
+        trials[str(lr)] = next(evaluate(model, task.read(tuned, held.val), run.training.batch_size, kind=held.kind))[1]
         write_whole(file, _json(trials))
         state.unlink(missing_ok=True)
     return trials
+
+
+def _training(run: Run, lr: float, examples: Examples) -> TrainConfig:
+    """Features that are kept have no length any more."""
+    grouped = run.training.group_by_length and not isinstance(examples, Kept | FromBank)
+    return replace(run.training, lr=lr, group_by_length=grouped)
 
 
 def _objective(run: Run, task: Task) -> Objective:
@@ -227,7 +245,7 @@ class _FromItems:
         self.plain: dict[tuple[str, ...], Examples] = {}
         self.kept: dict[tuple[str, ...], Examples] = {}
         state = self.backbone.state_dict()
-        self.came = {k: v.clone() for k, v in state.items()} if run.method == "full" else None
+        self.came = {k: v.clone() for k, v in state.items()} if isinstance(find_method(run.method), Full) else None
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
@@ -254,7 +272,10 @@ class _FromItems:
     def _examples(self, items: Items) -> Examples:
         key = tuple(items.names)
         if key not in self.plain:
-            self.plain[key] = prepared(items, self.how)
+            made = prepared(items, self.how)
+            if isinstance(made, Prepared):  # it keeps its own pixels, for as long as it is used
+                return made
+            self.plain[key] = made
         return self.plain[key]
 
     def _keeps(self, tuned: Tuned) -> bool:

@@ -237,7 +237,7 @@ def search(
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Train a supernet on the run's data, search it on validation images; method.json and search.json in `out`.
+    """Train a supernet on the run's data, search it on validation items; method.json and search.json in `out`.
 
     The found method is trained again from its birth by `restuning train --method OUT/method.json`. Returns what
     search.json holds. Raises MethodError for a limit below the smallest subnet.
@@ -252,9 +252,11 @@ def search(
             run.data, train_size=run.train_size, val_size=run.val_size, test_size=run.test_size, seed=config.seed
         )
         if task.val is None:
-            raise RestuningError("a search chooses on validation images, and there are none: give --val-size")
+            raise RestuningError("a search chooses on validation items, and there are none: give --val-size")
         torch.manual_seed(config.seed)
-        net = Supernet(backbone, (1, 5, 10), limit, config.seed, num_classes=len(task.classes), pool=run.pool)
+        net = Supernet(
+            backbone, (1, 5, 10), limit, config.seed, num_classes=len(task.classes), pool=run.pool, kind=task.kind
+        )
         train, val = prepared(task.train, how, run.augment, config.seed), prepared(task.val, how)
         asked = objective(task.kind)
         fit(net, train, None, config, state=out / SUPERNET, resume=resume, progress=progress, objective=asked)

@@ -431,8 +431,9 @@ def _hash_of_weights(backbone: nn.Module) -> str:
 
 def _hash_of_data(items: Items) -> dict[str, Any]:
     digest = hashlib.sha256()
-    for name, label in zip(items.names, items.labels, strict=True):
-        digest.update(f"{name} {label}\n".encode())
+    texts = len(items) > 0 and isinstance(items.item(0), tuple)
+    for i, (name, label) in enumerate(zip(items.names, items.labels, strict=True)):
+        digest.update(f"{name} {label} {items.item(i) if texts else ''}\n".encode())
     return {"count": len(items), "sha256": digest.hexdigest()}
 
 

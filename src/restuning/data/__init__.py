@@ -54,6 +54,8 @@ def prepared(
     texts = len(items) > 0 and isinstance(items.item(0), tuple)
     if texts != isinstance(how, Tokenise):
         raise DataError(f"{items.names[0]} is {'a text' if texts else 'an image'}, which this backbone does not read")
+    if texts and augment:
+        raise DataError(f"{items.names[0]} is a text: augmentation and views are for images")
     return Tokenised(items, how) if isinstance(how, Tokenise) else Prepared(items, how, augment, seed, cache)
 
 

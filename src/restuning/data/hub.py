@@ -67,7 +67,12 @@ def load_hub(rest: str) -> Source:
     features = splits["train"].features
     images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
     texts = settings.get("text") in features or any(n in features for n in TEXTS)
-    return _texts(rest, splits, settings) if texts and not images else _images(rest, splits, images)
+    if texts and not images:
+        return _texts(rest, splits, settings)
+    strange = sorted(settings.keys() - {"label"})
+    if strange:
+        raise DataError(f"{rest}: {strange[0]!r} is a setting of texts, and these are images")
+    return _images(rest, splits, images, settings.get("label"))
 
 
 def _texts(rest: str, splits: dict[str, Any], settings: dict[str, str]) -> Source:
@@ -80,13 +85,15 @@ def _texts(rest: str, splits: dict[str, Any], settings: dict[str, str]) -> Sourc
     names = inner.names if isinstance(inner, datasets.ClassLabel) else None
     tables = {}
     for split, rows in splits.items():
-        if split == "test" and column in rows.features and set(rows.unique(column) if feature is inner else ()) == {-1}:
-            continue  # a hub's hidden test labels
+        hidden = column not in rows.features or (feature is inner and set(rows.unique(column)) == {-1})
+        if split == "test" and hidden:
+            continue  # as a hub has them
         kept = rows.to_list()
         if names is not None:
             for row in kept:
-                value = row[column]
-                many = [names[v] if 0 <= v < len(names) else v for v in (value if isinstance(value, list) else [value])]
+                value = row.get(column)
+                listed = value if isinstance(value, list) else [value]
+                many = [names[v] if v is not None and 0 <= v < len(names) else v for v in listed]
                 row[column] = many if isinstance(value, list) else many[0]
         where = f"{rest}/{split}"
         tables[split] = Table(where, tuple(rows.features), kept, [f"{where}[{i}]" for i in range(len(kept))])
@@ -95,14 +102,16 @@ def _texts(rest: str, splits: dict[str, Any], settings: dict[str, str]) -> Sourc
     return source_of(tables, settings, names)
 
 
-def _images(rest: str, splits: dict[str, Any], images: list[str]) -> Source:
+def _images(rest: str, splits: dict[str, Any], images: list[str], given: str | None) -> Source:
     import datasets
 
     features = splits["train"].features
     image = _one(rest, "image", images, features)
     named = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
     plain = [n for n in ("label", "labels", "class", "target") if n in features]
-    label = _one(rest, "label", named or plain, features)
+    if given is not None and given not in features:
+        raise DataError(f"{rest}: no column {given!r} among {', '.join(features)}")
+    label = given or _one(rest, "label", named or plain, features)
     if label in named:
         classes = tuple(features[label].names)
         index = {i: i for i in range(len(classes))}

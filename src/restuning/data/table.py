@@ -4,6 +4,8 @@ import csv
 import difflib
 import io
 import json
+import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +15,11 @@ from urllib.parse import parse_qsl
 from restuning.data.folder import Files
 from restuning.data.task import Source
 from restuning.errors import DataError
+from restuning.objective import KINDS
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
 LABELS = ("label", "labels", "class", "target", "score", "tags", "ner_tags")
-KINDS = ("single-label", "multi-label", "regression", "per-token")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def tables_of(path: str) -> dict[str, Table]:
     found: dict[str, list[Path]] = {}
     for file in sorted(root.iterdir()):
         for split, stems in SPLITS.items():
-            if file.suffix in SUFFIXES and file.stem.startswith(stems):
+            if file.suffix in SUFFIXES and re.fullmatch(rf"({'|'.join(stems)})([^a-z].*)?", file.stem):
                 found.setdefault(split, []).append(file)
     if "train" not in found:
         raise DataError(f"{root.absolute()} has no training file: expected train{' or train'.join(SUFFIXES)}")
@@ -119,7 +121,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 def _separated(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """A tsv's quotes are text, as in GLUE's files."""
     tabs = path.suffix == ".tsv"
-    style: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
+    style: Any = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
     reader = csv.reader(io.StringIO(text, newline=""), **style)
     columns: list[str] = []
     try:
@@ -160,10 +162,8 @@ def labels_of(
     those of the training rows, sorted.
     Raises DataError for a label that is missing, unseen in training, or of another kind.
     """
-    first = tables["train"].rows[0].get(column)
     if kind is None:
-        listed = "per-token" if words else "multi-label"
-        kind = {list: listed, tuple: listed, float: "regression"}.get(type(first), "single-label")
+        kind = _kind([row.get(column) for row in tables["train"].rows], words is not None)
     raw = {split: list(_raw(table, column, kind)) for split, table in tables.items()}
     if kind == "regression":
         wide = {len(v) for rows in raw.values() for v in rows}
@@ -194,6 +194,18 @@ def labels_of(
     return Labels(kind, tuple(map(str, known)), made)
 
 
+def _kind(labels: Sequence[Any], words: bool) -> str:
+    """What the labels of all training rows are, by their types; in a tsv or csv, numbers are written with a point."""
+    if any(isinstance(label, list) for label in labels):
+        return "per-token" if words else "multi-label"
+    numbers = [label for label in labels if isinstance(label, int | float) and not isinstance(label, bool)]
+    texts = [label for label in labels if isinstance(label, str)]
+    pointed = any(isinstance(v, float) for v in numbers) or any("." in v for v in texts)
+    written = not numbers and all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", v.strip()) for v in texts)
+    whole = len(numbers) == len(labels) or (len(texts) == len(labels) and written)
+    return "regression" if pointed and whole else "single-label"
+
+
 def _raw(table: Table, column: str, kind: str) -> Iterator[Any]:
     """Labels as they stand: one, or a list."""
     for name, row in zip(table.names, table.rows, strict=True):
@@ -201,7 +213,7 @@ def _raw(table: Table, column: str, kind: str) -> Iterator[Any]:
         if value is None or value == "":
             raise DataError(f"{name}: no {column!r}")
         if kind == "single-label":
-            if isinstance(value, list | dict):
+            if not isinstance(value, str | int | float):
                 raise DataError(f"{name}: {column!r} is a {type(value).__name__}: expected one label")
             yield value
             continue
@@ -211,7 +223,18 @@ def _raw(table: Table, column: str, kind: str) -> Iterator[Any]:
                 values = [float(v) for v in values]
             except (TypeError, ValueError) as error:
                 raise DataError(f"{name}: {column!r} is {value!r}: expected a number") from error
+            if not all(map(math.isfinite, values)):
+                raise DataError(f"{name}: {column!r} is {value!r}: expected a finite number")
+        elif not all(isinstance(v, str | int | float) for v in values):
+            raise DataError(f"{name}: {column!r} is {value!r}: expected a list of labels")
         yield values
+
+
+def _beside(table: Table, column: str) -> list[Path]:
+    for name, row in zip(table.names, table.rows, strict=True):
+        if not isinstance(row.get(column), str) or not row[column]:
+            raise DataError(f"{name}: {column!r} is {row.get(column)!r}: expected the name of a file")
+    return [Path(table.where).parent / row[column] for row in table.rows]
 
 
 def load_table(rest: str) -> Source:
@@ -225,8 +248,7 @@ def load_table(rest: str) -> Source:
         table.column("image", image, ())
         table.column("label", label, ())
     labels = labels_of(tables, label, settings.get("kind"))
-    made = {
-        split: Files([Path(table.where).parent / str(row[image]) for row in table.rows], labels.splits[split])
-        for split, table in tables.items()
-    }
+    if labels.kind == "per-token":
+        raise DataError(f"{train.where}: images have no words for per-token labels")
+    made = {split: Files(_beside(table, image), labels.splits[split]) for split, table in tables.items()}
     return Source(labels.classes, made["train"], made.get("val"), made.get("test"), labels.kind)

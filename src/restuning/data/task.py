@@ -96,6 +96,9 @@ def split(spec: str, source: Source, train_size: int | None, val_size: int, test
             raise DataError(f"{spec}: val_size is {val_size}, expected fewer than the {len(rest)} to train on")
         held, rest = _draw(source.train, rest, val_size, seed)
         val = View(source.train, held)
+    for name, items in (("validation", val), ("test", test)):
+        if source.kind == "regression" and items is not None and len(items) < 2:
+            raise DataError(f"{spec}: {len(items)} {name} item: a regression is judged on two or more")
     return Task(spec, source.classes, View(source.train, rest), val, test, source.kind)
 
 

@@ -9,16 +9,16 @@ from restuning.errors import DataError
 
 SETTINGS = ("text", "pair", "label", "kind")
 TEXTS = {
-    "sentence": None,
-    "text": None,
-    "tokens": None,
-    "words": None,
     "sentence1": "sentence2",
     "premise": "hypothesis",
     "question1": "question2",
     "question": "sentence",
+    "sentence": None,
+    "text": None,
+    "tokens": None,
+    "words": None,
 }
-"""Columns that hold a text, and the one that is its pair if it is there."""
+"""Columns that hold a text, and the one that is its pair if it is there; the first that is there is meant."""
 
 
 class Texts(Items):
@@ -54,10 +54,14 @@ def source_of(tables: Mapping[str, Table], settings: Mapping[str, str], classes:
             table.column("text", column, ())
     texts = {split: [_text(table, n, columns) for n in range(len(table.rows))] for split, table in tables.items()}
     split_words = isinstance(texts["train"][0][0], list)
+    for split, rows in texts.items():
+        for name, row in zip(tables[split].names, rows, strict=True):
+            if isinstance(row[0], list) != split_words or any(isinstance(part, list) for part in row[1:]):
+                raise DataError(f"{name}: {text!r} is not of the kind of the first row's: words or a text in every row")
     words = {split: [t[0] for t in rows] for split, rows in texts.items()} if split_words else None
     labels = labels_of(tables, label, settings.get("kind"), words, classes)
-    if labels.kind == "per-token" and words is None:
-        raise DataError(f"{train.where}: per-token labels need {text!r} as a list of words")
+    if labels.kind == "per-token" and (words is None or len(columns) > 1):
+        raise DataError(f"{train.where}: per-token labels need {text!r} as a list of words, and no pair")
     made = {s: Texts(rows, labels.splits[s], tables[s].names) for s, rows in texts.items()}
     return Source(labels.classes, made["train"], made.get("val"), made.get("test"), labels.kind)
 

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from restuning.data.task import Items
 from restuning.errors import DataError, MissingExtra, line
-from restuning.hub import hub
+from restuning.hub import hub, packaged
 from restuning.objective import IGNORED
 
 
@@ -52,8 +52,11 @@ class Tokenise:
         except ImportError as error:
             raise MissingExtra("transformers", "transformers") from error
         try:
-            with nullcontext() if Path(self.tokenizer).is_dir() else hub():
-                tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            path = packaged(self.tokenizer)
+            with nullcontext() if Path(path).is_dir() else hub():
+                tokenizer = AutoTokenizer.from_pretrained(path)
+        except MissingExtra:
+            raise
         except Exception as error:
             raise DataError(f"no tokenizer at {self.tokenizer!r}: {line(error)}; name one with --tokenizer") from error
         if len(tokenizer) > self.vocabulary:
@@ -97,10 +100,9 @@ class Tokenised(Dataset[tuple[dict[str, list[int]], Any]]):
                     f"--max-length {how.limit}"
                 )
         self.labels: Sequence[Any] = items.labels
-        if words:
+        if _by_token(items.labels):
             self.labels = [_aligned(self.fields.word_ids(i), labels) for i, labels in enumerate(items.labels)]
         self.pads = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-        self.side = tokenizer.padding_side
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -114,16 +116,19 @@ class Tokenised(Dataset[tuple[dict[str, list[int]], Any]]):
             name: self._padded([fields[name] for fields, _ in examples], self.pads.get(name, 0)) for name in self.fields
         }
         labels = [label for _, label in examples]
-        by_token = isinstance(labels[0], list) and isinstance(labels[0][0], int)
-        return inputs, self._padded(labels, IGNORED) if by_token else torch.tensor(labels)
+        return inputs, self._padded(labels, IGNORED) if _by_token(labels) else torch.tensor(labels)
 
     def _padded(self, rows: Sequence[Sequence[int]], value: int) -> Tensor:
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=self.side)
+        """At the end, whatever side a decoder's tokenizer pads for generation: the first token stays the first."""
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
 
-def _aligned(words: Sequence[int | None], labels: Any) -> list[int]:
-    """The label of each token. Texts to predict have none: `labels` is 0 then, and stands for every word."""
-    first = [word is not None and (i == 0 or words[i - 1] != word) for i, word in enumerate(words)]
-    each = [labels[w] if isinstance(labels, list) else labels for w in (w or 0 for w in words)]
-    return [label if begins else IGNORED for label, begins in zip(each, first, strict=True)]
+def _by_token(labels: Sequence[Any]) -> bool:
+    """Whether a label is a class for each word, and not a target for each class."""
+    return len(labels) > 0 and isinstance(labels[0], list) and isinstance(labels[0][0], int)
+
+
+def _aligned(words: Sequence[int | None], labels: Sequence[int]) -> list[int]:
+    """The label of each token: its word's, at the first token of a word."""
+    begins = [word is not None and (i == 0 or words[i - 1] != word) for i, word in enumerate(words)]
+    return [labels[word or 0] if first else IGNORED for word, first in zip(words, begins, strict=True)]

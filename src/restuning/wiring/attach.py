@@ -75,15 +75,15 @@ class Joint:
         if not all(self.x.values()):
             raise SiteError("an operation spoke before it read: the anatomy's points are in the wrong order")
         x = {source: stack.pop() for source, stack in self.x.items()}
-        x["out"] = y
+        said = x["out"] = y
         for name, tuner in self.tuners:
             on_grid = getattr(tuner, "on_grid", False)
             more = sum(g.more for g in self.grown if self.site.block in g.span) if on_grid else 0
             read = x[_source(tuner)]
             if getattr(tuner, "on_maps", False):
-                pair = [read, y]
+                pair = [read, said]
             else:
-                pair = [t[:, : t.shape[1] - more] for t in (as_tokens(_on_grid_of(y, read)), as_tokens(y))]
+                pair = [t[:, : t.shape[1] - more] for t in (as_tokens(_on_grid_of(said, read)), as_tokens(said))]
             added = tuner(*pair, self._carry(name)) if _carries(tuner) else tuner(*pair)
             if added is not None:
                 y = y + _as(F.pad(added, (0, 0, 0, more)) if more else added, y)

@@ -26,7 +26,7 @@ class View:
     prefix: int = 1
 
     def __call__(self, x: Tokens, mask: Tensor | None = None) -> Tensor:
-        """mask (b, n): which tokens are no padding; None: all. Of a longer one, with what a cache holds, the end."""
+        """mask (b, n): which tokens are no padding; None: all. Of one longer by a cache, `last` reads the end."""
         if self.tokens == "all":
             return x
         if self.tokens == "last":
