@@ -27,7 +27,7 @@ bench: setup  ## the recorded tables of docs/results; hours
 	$(PY) scripts/bench_bank_formats.py
 	$(PY) scripts/bench_text.py
 	$(PY) scripts/bench_resnet.py
-	.venv/bin/restuning bench memory --backbone resnet50 --batch 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out docs/results/resnet50
+	.venv/bin/restuning bench memory --backbone resnet50 --batch 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
 
 clean:
 	rm -rf .venv runs

@@ -124,8 +124,8 @@ def one(args: argparse.Namespace, task: str, spec: str, row: Row) -> None:
 
 
 def ratio(args: argparse.Namespace, task: str, spec: str) -> None:
-    """An epoch of bypass from the bank of CLS over one of full fine-tuning, both of as many batches: steps in turn, reading
-    and the optimizer included, round by round."""
+    """An epoch of bypass from the bank of CLS over one of full fine-tuning, both of as many batches: steps in turn,
+    round by round, reading and the optimizer included."""
     out = args.out / f"{task}-ratio.json"
     if out.exists():
         return
