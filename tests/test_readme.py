@@ -26,7 +26,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_the_commands_parse() -> None:
     lines = [line for line in README.splitlines() if line.startswith("restuning ")]
-    assert len(lines) == 10
+    assert len(lines) == 11
     for line in lines:
         _parser().parse_args(line.split()[1:])
 
