@@ -27,7 +27,7 @@ from restuning.data import load_task, prepared
 from restuning.evaluate import Examples, loader
 from restuning.measure import in_turn, saved_bytes, spread
 from restuning.recipe import TrainConfig, data_order
-from restuning.run import RUN, Run, build_bank, execute
+from restuning.run import RESULT, RUN, Run, build_bank, execute
 from restuning.sweep import Sweep, sweep
 
 BATCH, MAX_LENGTH, DONE = 32, 128, "done.json"
@@ -105,20 +105,29 @@ def one(args: argparse.Namespace, task: str, spec: str, row: Row) -> None:
         lrs=row.rates[:1],
         training=TrainConfig(epochs=1 if row.bank else epochs, batch_size=BATCH, group_by_length=row.bank is None),
     )
-    result = execute(run, out / "run", resume=(out / "run" / RUN).exists())
+    finished = out / "run" / RESULT
+    result = (
+        json.loads(finished.read_text())
+        if finished.exists()
+        else execute(run, out / "run", resume=(out / "run" / RUN).exists())
+    )
     found, rates = [result["test_accuracy"]], [result["lr"]]
     if row.bank:
         grid = Sweep(str(at), (row.method,), row.rates, (epochs,), SEEDS, pool, training=TrainConfig(batch_size=BATCH))
         seeds = sweep(grid, out / "sweep", resume=(out / "sweep").exists())["methods"][row.method]["seeds"]
         found, rates = [s["test_score"] for s in seeds], [s["lr"] for s in seeds]
+    seconds = statistics.median(e["seconds"] for e in result.pop("epochs"))
     more = {
         "test_accuracies": found,
         "rates": rates,
         "epochs_trained": epochs,
-        "epoch_seconds": statistics.median(e["seconds"] for e in result.pop("epochs")),
+        "epoch_seconds": seconds,
         "saved_bytes": kept_for_backward(run, result["classes"]),
         "commit": commit(),
     }
+    if row.bank:  # of the run of one epoch, only what the grid's runs share
+        result = {k: result[k] for k in ("examples", "classes", "parameters", "kept_features", "versions")}
+        more["grid"] = {"rates": row.rates, "seeds": SEEDS, "bank": str(at), "pool": pool}
     (out / DONE).write_text(json.dumps({"task": task, "row": row.name, **result, **more}) + "\n")
     print(f"{task}, {row.name}: {statistics.fmean(found):.2f} % at lr {rates}", flush=True)
 
@@ -156,18 +165,6 @@ def ratio(args: argparse.Namespace, task: str, spec: str) -> None:
     out.write_text(json.dumps(spread(times["bank"], times["full"])) + "\n")
 
 
-def told(row: dict) -> dict:
-    """Of a grid from a bank, what the run of one epoch found is left out: it was there for its time."""
-    if row["settings"]["bank"] is None:
-        return row
-    own = ("settings", "metric", "lr", "validation_score", "stopped", "seconds")
-    kept = {k: v for k, v in row.items() if k not in own and not (k.startswith("test_") and k != "test_accuracies")}
-    return {
-        **kept,
-        "grid": {"rates": HEADS, "epochs": row["epochs_trained"], "seeds": SEEDS, "pool": row["settings"]["pool"]},
-    }
-
-
 def folder(args: argparse.Namespace, task: str, row: Row) -> Path:
     return args.out / f"{task}-{row.method}-{row.pool}"
 
@@ -192,7 +189,7 @@ def kept_for_backward(run: Run, classes: int) -> int:
 def record(args: argparse.Namespace) -> None:
     """Both files, from what is done so far."""
     files = [folder(args, task, row) / DONE for task in TASKS for row in ROWS]
-    rows = [told(json.loads(file.read_text())) for file in files if file.exists()]
+    rows = [json.loads(file.read_text()) for file in files if file.exists()]
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = []

@@ -155,13 +155,18 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
 PREFIX = rt.Residual({"attention": rt.PrefixTuning(5)})
 
 
-@pytest.mark.parametrize("tiny", PREFIXED.values(), ids=PREFIXED)
+MASKED = [
+    (name, padded) for name, tiny in PREFIXED.items() for padded in (True, False) if padded or tiny.kind == "text"
+]
+
+
+@pytest.mark.parametrize(("name", "padded"), MASKED)
 @each_dtype
-@pytest.mark.parametrize("padded", [True, False])
-def test_unbound_prefix_is_the_bound_one(tiny: Tiny, dtype: torch.dtype, padded: bool) -> None:
+def test_unbound_prefix_is_the_bound_one(name: str, dtype: torch.dtype, padded: bool) -> None:
+    tiny = PREFIXED[name]
     inputs = tiny.inputs(dtype=dtype)
-    if not padded and inputs.pop("attention_mask", None) is None:
-        pytest.skip("images have no padding")
+    if not padded:
+        del inputs["attention_mask"]
     unbound, bound = shaken(tiny, PREFIX, dtype), shaken(fused_twin(tiny), PREFIX, dtype)
     with bound_prefix(bound):
         expected = outcome(bound, inputs, bound=True)

@@ -153,7 +153,9 @@ def _timm(name: str, pretrained: bool, **settings: Any) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, [MICRO, STAGES, *timm.list_models()], 3)
         hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise SiteError(f"unknown backbone {name!r}: expected {MICRO}, a timm model, hf:FOLDER or {MINILM}{hint}")
+        raise SiteError(
+            f"unknown backbone {name!r}: expected {MICRO}, a timm model, hf:FOLDER, {MINILM} or {STAGES}{hint}"
+        )
     try:
         with hub() if pretrained else nullcontext():
             model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)

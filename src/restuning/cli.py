@@ -67,13 +67,8 @@ def _parser() -> argparse.ArgumentParser:
     _backbone_flags(train)
     train.add_argument("--size", type=int, help="width of every adapter, tokens of every prefix and prompt")
     train.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
-    train.add_argument(
-        "--pool",
-        choices=["cls", "mean", "cls+mean", "last", "map"],
-        help="what the head reads (default: the backbone's)",
-    )
-    for name in ("train", "val", "test"):
-        train.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    train.add_argument("--pool", choices=_POOLS, help="what the head reads (default: the backbone's)")
+    _size_flags(train)
     _text_flags(train)
     train.add_argument(
         "--class-weights", choices=["balanced"], help="weigh classes in the loss so that each counts as much"
@@ -124,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     bank.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], default="float32")
     bank.add_argument("--views", type=int, default=1, metavar="K", help="augmented views of each training image")
-    for name in ("train", "val", "test"):
-        bank.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    _size_flags(bank)
     bank.add_argument("--batch-size", type=int, default=32)
     bank.add_argument("--seed", type=int, default=0)
     bank.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -144,9 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--lr", type=float, nargs="+", dest="lrs", help="(default 0.05 0.01 0.005 0.001)")
     sweep.add_argument("--epochs", type=int, nargs="+", help="(default 50 100)")
     sweep.add_argument("--seeds", type=int, nargs="+", help="(default 0 1 2)")
-    sweep.add_argument("--pool", choices=["cls", "mean", "cls+mean", "last", "map"], help="what the head reads")
-    for name in ("train", "val", "test"):
-        sweep.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    sweep.add_argument("--pool", choices=_POOLS, help="what the head reads (default: the backbone's)")
+    _size_flags(sweep)
     sweep.add_argument("--batch-size", type=int, help="(default 32)")
     sweep.add_argument("--weight-decay", type=float, help="(default 0.05)")
     sweep.add_argument("--warmup-epochs", type=float, help="(default 10, at most a fifth of all)")
@@ -166,8 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--limit", type=int, default=360_000, help="most tuner parameters (default 360,000)")
     search.add_argument("--population", type=int, default=16, help="subnets in a generation (default 16)")
     search.add_argument("--generations", type=int, default=4, help="(default 4)")
-    for name in ("train", "val", "test"):
-        search.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    _size_flags(search)
     search.add_argument("--lr", type=_rates, dest="lrs", metavar="LR", help="learning rate (default 0.001)")
     search.add_argument("--epochs", type=int, help="of the supernet (default 50)")
     search.add_argument("--batch-size", type=int, help="(default 32)")
@@ -256,8 +248,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("data", metavar="SPEC", help=_DATA)
     data.add_argument("--check", action="store_true", help="decode every image of it")
-    for name in ("train", "val", "test"):
-        data.add_argument(f"--{name}-size", type=int, metavar="N", help=_SIZES[name])
+    _size_flags(data)
     data.add_argument("--seed", type=int, default=0)
     return parser
 
@@ -265,6 +256,7 @@ def _parser() -> argparse.ArgumentParser:
 _DATA = (
     "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location or sprites:orientation"
 )
+_POOLS = ("cls", "mean", "cls+mean", "last", "map")
 _BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank")
 _SIZES = {
     "train": "items to train on, those held out for validation among them (default all)",
@@ -275,13 +267,19 @@ _SIZES = {
 
 def _backbone_flags(parser: argparse.ArgumentParser, weights: bool = True) -> None:
     parser.add_argument(
-        "--backbone", help="restuning-micro (default, bundled), a timm model, hf:FOLDER, or all-MiniLM-L6-v2"
+        "--backbone",
+        help="restuning-micro (default, bundled), a timm model, hf:FOLDER, all-MiniLM-L6-v2, or resnet18-stages",
     )
     if weights:
         parser.add_argument(
             "--weights", help="file of pretrained weights, or 'random' (default: bundled, or from the hub)"
         )
         parser.add_argument("--image-size", type=int, help="pixels a side (default: the backbone's own)")
+
+
+def _size_flags(parser: argparse.ArgumentParser) -> None:
+    for name, about in _SIZES.items():
+        parser.add_argument(f"--{name}-size", type=int, metavar="N", help=about)
 
 
 def _text_flags(parser: argparse.ArgumentParser) -> None:
@@ -480,17 +478,19 @@ def _evaluate(args: argparse.Namespace) -> None:
         tuned, prepared(test, card_reading(args.adapter, card.preprocessing)), args.batch_size
     )
     metrics = {name: round(value, 4) for name, value in asked.metrics(logits, labels)}
-    each = {name: [round(v, 4) for v in t.tolist()] for name, t in asked.each(logits, labels).items()}
+    each = {}
+    if args.per_class:
+        each = {name: [round(v, 4) for v in t.tolist()] for name, t in asked.each(logits, labels).items()}
     if args.confusion is not None:
         from restuning.figures import matrix
 
         matrix(confusion(logits, labels).tolist(), task.classes, args.confusion)
     if args.json:
         said = {"data": spec, "examples": len(test), **metrics}
-        print(json.dumps({**said, "classes": list(task.classes), "per_class": each} if args.per_class else said))
+        print(json.dumps({**said, "classes": list(task.classes), "per_class": each} if each else said))
         return
     print(f"{len(test)} examples: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-    if args.per_class:
+    if each:
         rows = [[c, *(f"{values[i]:g}" for values in each.values())] for i, c in enumerate(task.classes)]
         _table(["class", *each], rows)
 

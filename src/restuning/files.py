@@ -1,12 +1,19 @@
 """Files written whole or not at all."""
 
 import fcntl
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from restuning.errors import RestuningError
+
+
+def as_json(data: Any) -> bytes:
+    """What a JSON file holds."""
+    return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def write_whole(path: Path, data: bytes | memoryview) -> None:

@@ -1,6 +1,7 @@
 """What a task asks of a model's output: a loss to train by, and the metrics that it is judged by."""
 
 import importlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +46,11 @@ def objective(kind: str = "single-label", weights: Tensor | None = None) -> Obje
     if kind == "regression" and weights is not None:
         raise RestuningError("class weights under regression: there are no classes")
     return _MADE[kind](weights)
+
+
+def worth(score: float | None) -> float:
+    """A score to choose by: none, and one that is no number (the correlation of a constant), is the worst."""
+    return -math.inf if score is None or math.isnan(score) else score
 
 
 def balanced(kind: str, labels: Sequence[Any], classes: int) -> Tensor:

@@ -32,14 +32,15 @@ from restuning.data import (
 )
 from restuning.errors import CheckpointError, RestuningError
 from restuning.evaluate import Examples, evaluate
-from restuning.files import locked, write_whole
+from restuning.files import as_json, locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
 from restuning.methods import Bypass, Full, Method, find_method, on_blocks, resize
-from restuning.objective import Objective, balanced, objective
+from restuning.objective import Objective, balanced, objective, worth
 from restuning.progress import bar
 from restuning.recipe import TrainConfig
 from restuning.train import fit
+from restuning.wiring.live import MEAN
 
 RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 
@@ -150,7 +151,7 @@ def execute(
             if whole.val is None or run.val_size:
                 held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
             trials = _choose(run, task, held, out, resume, progress)
-            lr = max(run.lrs, key=lambda rate: trials[str(rate)])
+            lr = max(run.lrs, key=lambda rate: worth(trials[str(rate)]))
         model, tuned = task.model(whole.train)
         examples = task.read(tuned, whole.train, run.augment)
         history = fit(
@@ -181,7 +182,7 @@ def execute(
             "settings": run.to_dict(),
         }
         tuned.save_pretrained(out)
-        write_whole(out / RESULT, _json(result))
+        write_whole(out / RESULT, as_json(result))
         (out / "state.pt").unlink(missing_ok=True)
         return result
 
@@ -207,7 +208,7 @@ def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, pr
             objective=_objective(run, held),
         )
         trials[str(lr)] = next(evaluate(model, task.read(tuned, held.val), run.training.batch_size, kind=held.kind))[1]
-        write_whole(file, _json(trials))
+        write_whole(file, as_json(trials))
         state.unlink(missing_ok=True)
     return trials
 
@@ -337,12 +338,12 @@ def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
             raise RestuningError(f"{out} is not empty and holds no run ({', '.join(held[:3])}): choose another folder")
         if record.exists() and read_run(record) != run:
             before, now = read_run(record).to_dict(), run.to_dict()
-            other = [f"{k} was {before[k]}, is {now[k]}" for k in now if _json(before[k]) != _json(now[k])]
+            other = [f"{k} was {before[k]}, is {now[k]}" for k in now if as_json(before[k]) != as_json(now[k])]
             raise RestuningError(f"{out} holds a run of other settings: {'; '.join(other)}")
         if record.exists() and (out / RESULT).exists():
             raise RestuningError(f"{out} holds a finished run: there is nothing to resume")
         try:
-            write_whole(record, _json(run.to_dict()))
+            write_whole(record, as_json(run.to_dict()))
             yield
         except OSError as error:
             raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
@@ -390,8 +391,8 @@ def build_bank(
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
 
-    tokens: `first`, `last`, `all`, `mean` (of a text), or g for CLS and a g × g grid; None: what the backbone's pooling
-    sees.
+    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), or g for CLS and a g × g grid; None:
+    what the backbone's pooling sees.
     """
     model = load_backbone(backbone, weights, image_size)
     if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
@@ -403,6 +404,8 @@ def build_bank(
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
     pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
     tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
+    if tokens == "mean" and tuned._live() != MEAN:
+        raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
     if torch.cuda.is_available():
         tuned.cuda()
     task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
@@ -443,7 +446,3 @@ def card_reading(folder: Path, data: Mapping[str, Any] | None) -> Reading:
 def versions() -> dict[str, str]:
     """Of what computed the numbers."""
     return {"restuning": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from restuning._version import __version__
 from restuning.errors import CheckpointError, MissingExtra, line
-from restuning.files import write_whole
+from restuning.files import as_json, write_whole
 from restuning.hub import hub
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -43,7 +43,7 @@ def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
     tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     try:
         write_whole(folder / MODEL, save(tensors))
-        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(folder / CONFIG, as_json(config))
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 

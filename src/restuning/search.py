@@ -18,9 +18,9 @@ from restuning.backbones import load_backbone, reading_of
 from restuning.data import load_task, prepared
 from restuning.errors import MethodError, RestuningError
 from restuning.evaluate import Examples, evaluate
-from restuning.files import write_whole
+from restuning.files import as_json, write_whole
 from restuning.methods import Method, Mix, Residual, resize, to_dict
-from restuning.objective import objective
+from restuning.objective import objective, worth
 from restuning.run import Run, claimed
 from restuning.train import fit
 from restuning.tuners import Adapter, Lora, PromptTuning
@@ -211,7 +211,7 @@ def evolve(
         key = json.dumps(subnet)
         if key not in seen:
             net.use(subnet)
-            seen[key] = next(evaluate(net, val, batch_size, kind=kind))[1], subnet
+            seen[key] = worth(next(evaluate(net, val, batch_size, kind=kind))[1]), subnet
 
     for _ in range(population):
         look(space.within(space.any(rng), rng))
@@ -282,8 +282,8 @@ def search(
             "best_by_generation": history,
             "settings": run.to_dict(),
         }
-        write_whole(out / METHOD, (json.dumps(to_dict(to_method(subnet)), indent=2) + "\n").encode())
-        write_whole(out / SEARCH, (json.dumps(found, indent=2) + "\n").encode())
+        write_whole(out / METHOD, as_json(to_dict(to_method(subnet))))
+        write_whole(out / SEARCH, as_json(found))
         return found
 
 

@@ -18,10 +18,10 @@ from restuning.bank.stack import Point, scores, train
 from restuning.data import Items, Task, split
 from restuning.errors import RestuningError
 from restuning.evaluate import padded
-from restuning.files import locked, write_whole
+from restuning.files import as_json, locked, write_whole
 from restuning.measure import count
 from restuning.methods import find_method, to_dict
-from restuning.objective import objective
+from restuning.objective import objective, worth
 from restuning.recipe import TrainConfig
 from restuning.run import RESULT, RUN, Run, from_bank, on_bank, versions
 from restuning.stack import Stack
@@ -85,7 +85,7 @@ def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]
         for method in settings.methods:
             done[method] = done.get(method) or _method(settings, bank, method, out)
             result = {"settings": asdict(settings), "versions": versions(), "methods": done}
-            write_whole(out / SWEEP, _json(result))
+            write_whole(out / SWEEP, as_json(result))
         return result
 
 
@@ -95,9 +95,9 @@ def _record(settings: Sweep, out: Path, resume: bool) -> None:
         raise RestuningError(f"{out} holds a sweep: continue it with --resume, or choose another folder")
     if not record.exists() and any(p.name != ".lock" for p in out.iterdir()):
         raise RestuningError(f"{out} is not empty and holds no sweep: choose another folder")
-    if record.exists() and json.loads(record.read_text()) != json.loads(_json(asdict(settings))):
+    if record.exists() and json.loads(record.read_text()) != json.loads(as_json(asdict(settings))):
         raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
-    write_whole(record, _json(asdict(settings)))
+    write_whole(record, as_json(asdict(settings)))
 
 
 def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         points = [Point(config(lr, epochs, seed), rows(held[seed].train)) for seed, lr, epochs in grid]
         finite = train(stack, features, labels, points, asked)
         validated = scores(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid], asked)
-        trials = {p: a if good and a == a else -math.inf for p, a, good in zip(grid, validated, finite, strict=True)}
+        trials = {p: worth(a if good else None) for p, a, good in zip(grid, validated, finite, strict=True)}
     pairs = list(itertools.product(settings.lrs, settings.epochs))
     # of equal score the first, as in a run
     best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), -math.inf)) for s in settings.seeds}  # type: ignore[misc]
@@ -147,8 +147,8 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         run = settings.run(method, seed)
         run = replace(run, lrs=(lr,), training=config(lr, epochs, seed))
         winners[seed].tuned.save_pretrained(folder)
-        write_whole(folder / RUN, _json(run.to_dict()))
-        write_whole(folder / RESULT, _json({**row, "settings": run.to_dict(), "versions": versions()}))
+        write_whole(folder / RUN, as_json(run.to_dict()))
+        write_whole(folder / RESULT, as_json({**row, "settings": run.to_dict(), "versions": versions()}))
     found = [a for a, good in zip(tested, finite, strict=True) if good]
     return {
         "test_score": statistics.fmean(found) if found else None,
@@ -191,7 +191,3 @@ def _everything(bank: Bank, layers: Sequence[int]) -> tuple[tuple[Tensor, ...], 
 
 def _only(model: FromFeatures, layers: Sequence[int]) -> FromFeatures:
     return FromFeatures(model.tuned, model.kept, layers)
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2) + "\n").encode()

@@ -27,7 +27,7 @@ from restuning.checkpoint import (
 )
 from restuning.errors import MissingExtra, RestuningError
 from restuning.evaluate import Examples, HasEpoch, HasLengths, loader, padded, predict_logits, to_device
-from restuning.objective import IGNORED, Objective
+from restuning.objective import IGNORED, Objective, worth
 from restuning.objective import objective as objective_of
 from restuning.progress import Epoch as Epoch
 from restuning.progress import History as History
@@ -65,7 +65,7 @@ class _Run:
 
     def stale(self) -> bool:
         """Whether the last `patience` epochs brought nothing better."""
-        seen = [_or_worst(e.val_score) for e in self.place.history]
+        seen = [worth(e.val_score) for e in self.place.history]
         return bool(self.config.patience and seen and len(seen) - 1 - seen.index(max(seen)) >= self.config.patience)
 
     def epoch(self, show: Callable[[int, str], None]) -> Epoch:
@@ -115,7 +115,7 @@ class _Run:
                 self.lr((place.epoch + 1) * self.steps - 1),
                 place.seconds,
             )
-            better = all(_or_worst(val_score) > _or_worst(e.val_score) for e in place.history)
+            better = all(worth(val_score) > worth(e.val_score) for e in place.history)
             best = changing_tensors(self.model) if config.patience and better else place.best
             self.place = Place(place.epoch + 1, history=[*place.history, row], best=best)
             self.save()
@@ -201,11 +201,6 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**row) for row in state["place"].pop("history")]
         self.place = Place(**state["place"], history=history)
-
-
-def _or_worst(score: float | None) -> float:
-    """A score to compare; none, or one that is no number (a constant's correlation), is the worst."""
-    return -math.inf if score is None or math.isnan(score) else score
 
 
 @contextmanager

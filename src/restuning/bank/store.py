@@ -24,7 +24,7 @@ from restuning.bank.kept import Kept, tapped
 from restuning.data import Items, Reading, Source, Task, prepared
 from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, line
 from restuning.evaluate import Examples, HasEpoch, padded
-from restuning.files import locked, write_whole
+from restuning.files import as_json, locked, write_whole
 from restuning.methods import Ladder
 from restuning.wiring.live import View
 
@@ -119,12 +119,12 @@ def build(
                             data = _write(out / file, tensors)
                             shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
                         shards.append(shard)
-                        write_whole(out / PARTIAL, _json({**plan, "shards": [asdict(s) for s in shards]}))
+                        write_whole(out / PARTIAL, as_json({**plan, "shards": [asdict(s) for s in shards]}))
                         count += len(rows)
                         seen(count, total)
             tail = hashlib.sha256((out / TAIL).read_bytes()).hexdigest()
             manifest = {**plan, "tail_sha256": tail, "shards": [asdict(shard) for shard in shards]}
-            write_whole(out / PARTIAL, _json(manifest))
+            write_whole(out / PARTIAL, as_json(manifest))
             (out / PARTIAL).replace(out / MANIFEST)  # one move: a bank is either finished or not
             return manifest
     except OSError as error:
@@ -435,7 +435,3 @@ def _hash_of_data(items: Items) -> dict[str, Any]:
     for i, (name, label) in enumerate(zip(items.names, items.labels, strict=True)):
         digest.update(f"{name} {label} {items.item(i) if texts else ''}\n".encode())
     return {"count": len(items), "sha256": digest.hexdigest()}
-
-
-def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=1) + "\n").encode()

@@ -51,12 +51,10 @@ class Tokenise:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise MissingExtra("transformers", "transformers") from error
+        path = packaged(self.tokenizer)
         try:
-            path = packaged(self.tokenizer)
             with nullcontext() if Path(path).is_dir() else hub():
                 tokenizer = AutoTokenizer.from_pretrained(path)
-        except MissingExtra:
-            raise
         except Exception as error:
             raise DataError(f"no tokenizer at {self.tokenizer!r}: {line(error)}; name one with --tokenizer") from error
         if len(tokenizer) > self.vocabulary:

@@ -44,7 +44,8 @@ class Sites(Sequence[Site]):
     """All sites of a backbone, block by block, and what its tail needs to know.
 
     stages: the layers at which stages end. features: the port of every layer x_0 … x_L, as something that reads it and
-    says as much. port: that of what the head reads. norm and post: the modules before and after pooling.
+    says as much. port: that of what the head reads. norm, post and pooler: the
+    modules before and after pooling, and in its place.
     """
 
     anatomy: Anatomy
@@ -226,7 +227,7 @@ def _widened(backbone: nn.Module, tail: Sequence[str], width: int) -> int:
 
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "conv": lambda m: isinstance(m, nn.Conv2d),
-    "norms": lambda m: getattr(getattr(m, "weight", None), "ndim", 0) == 1,
+    "norms": lambda m: not isinstance(m, nn.PReLU) and getattr(getattr(m, "weight", None), "ndim", 0) == 1,
 }
 
 
