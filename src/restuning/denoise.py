@@ -1,0 +1,100 @@
+"""Tuning a backbone that denoises: side paths join its last modules, and it is called as it always was."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.adaptation import Adaptation
+from restuning.errors import MethodError
+from restuning.wiring.attach import argument, before, tap
+from restuning.wiring.sites import Sites
+
+
+@contextmanager
+def joined(backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], apart: bool = False) -> Iterator[None]:
+    """While it lasts, what the adapters' side paths say of the features is added to what the backbone's last modules
+    read; up to there the backbone runs without autograd if nothing inside it is tuned.
+
+    apart: each adapter's alone, (n · b, …), adapter by adapter.
+    """
+    sides = [adapter for adapter in adapters if adapter.side is not None]
+    if not sides:
+        yield
+        return
+    assert sites.join is not None
+    grad, frozen = torch.is_grad_enabled(), all(adapter.reads_features for adapter in adapters)
+    layers = {layer for adapter in sides for layer in adapter.path}
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        torch.set_grad_enabled(grad)
+        name, x = argument(module, args, kwargs)
+        more = [adapter.beside([taps.kept[layer] for layer in adapter.path]) for adapter in sides]
+        said = torch.cat([x + m.to(x.dtype) for m in more]) if apart else x + sum(more[1:], more[0]).to(x.dtype)
+        return ((said, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: said})
+
+    with (
+        torch.set_grad_enabled(grad and not frozen),
+        tap(backbone, sites, layers) as taps,
+        before(backbone.get_submodule(sites.join), add),
+    ):
+        yield
+
+
+def each_of(
+    backbone: nn.Module, sites: Sites, adapters: Mapping[str, Adaptation], args: Any, kwargs: Any
+) -> dict[str, Tensor]:
+    """{name: output} of each adapter alone, from one call of the backbone."""
+    wrong = [name for name, adapter in adapters.items() if adapter.side is None or not adapter.reads_features]
+    if wrong or not sites.anatomy.stems:
+        why = f"{wrong[0]!r} acts inside the backbone" if wrong else f"{sites.anatomy.name} tells its last modules more"
+        raise MethodError(f"one call of the backbone cannot serve each adapter alone: {why}")
+    with joined(backbone, sites, list(adapters.values()), apart=True):
+        said = output_of(backbone(*args, **kwargs))
+    return dict(zip(adapters, said.chunk(len(adapters)), strict=True))
+
+
+def output_of(said: Any) -> Tensor:
+    """The tensor of an output as diffusers gives it."""
+    return said if isinstance(said, Tensor) else said[0]
+
+
+class Plug:
+    """Hooks on a backbone that make every call of it one of the tuned backbone, until `remove()`.
+
+    What is tuned goes to where the sample is, as pipelines that move their parts about put that.
+    """
+
+    def __init__(self, backbone: nn.Module, tuned: Any) -> None:
+        self._running: list[tuple[ExitStack, Callable[[Any], None]]] = []
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            sample = argument(module, args, kwargs)[1]
+            if any(p.device != sample.device for p in tuned.adapters.parameters()):
+                tuned.adapters.to(sample.device)
+            stack = ExitStack()
+            self._running.append((stack, stack.enter_context(tuned.acting())))
+
+        def leave(module: nn.Module, args: Any, out: Any) -> None:
+            stack, spoke = self._running.pop()
+            if out is not None:
+                spoke(out)
+            stack.close()
+
+        self._handles = [
+            backbone.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            backbone.register_forward_hook(leave, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """The backbone as it came."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __enter__(self) -> "Plug":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
