@@ -4,6 +4,9 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from restuning.data.captioned import Captioned as Captioned
+from restuning.data.captioned import Square as Square
+from restuning.data.captions import load_captions as load_captions
 from restuning.data.digits import load_digits
 from restuning.data.folder import load_folder
 from restuning.data.folder import load_images as load_images
