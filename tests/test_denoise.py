@@ -22,10 +22,15 @@ ZERO = ("lora", "adapter", "res-tuning", "bypass", "scedit")
 
 def unet(**more: Any) -> nn.Module:
     torch.manual_seed(0)
-    kind = {"attention_head_dim": 4, "cross_attention_dim": 24, "norm_num_groups": 8, **more}
+    kind = {
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+        "norm_num_groups": 8,
+        "block_out_channels": (32, 64, 64),
+        **more,
+    }
     return diffusers.UNet2DConditionModel(  # type: ignore[no-any-return]
         sample_size=8,
-        block_out_channels=(32, 64, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
@@ -204,7 +209,7 @@ def test_one_call_serves_several_bypasses() -> None:
         assert not torch.equal(said, together)
     tuned.add_adapter("c", small("lora"))
     tuned.set_adapter(["a", "c"])
-    with pytest.raises(MethodError, match="'c' acts inside the backbone"):
+    with pytest.raises(MethodError, match="'c' acts inside it"):
         tuned.each(**given)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.adaptation import Adaptation, Reader, grid_of
-from restuning.denoise import Plug, each_of, joined, output_of
+from restuning.denoise import Apart, Plug, each_of, joined, output_of, serves
 from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
@@ -285,15 +285,20 @@ class Tuned(nn.Module):
         with attachment.on(), joined(self.backbone, self._sites, active):
             yield spoke
 
-    def each(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    def shares(self, name: str) -> bool:
+        """Whether `each` can serve this adapter."""
+        return serves(self._sites, self._find(name))
+
+    def each(self, *args: Any, rows: bool = False, plain: bool = False, **kwargs: Any) -> dict[str, Tensor]:
         """{name: output} of every active adapter alone, from one call of a backbone that denoises.
 
-        Raises MethodError if one of them tunes inside the backbone, or if its last modules are told more than what
-        comes before them (DiT's).
+        rows: the batch holds a part of rows for each of them, in their order; else all of them read all of it. plain:
+        the untuned backbone's too, under "". Raises MethodError if one of them tunes inside the backbone, or if its
+        last modules are told more than what comes before them (DiT's).
         """
-        names = self._active()
         args, kwargs = arguments(args, kwargs)
-        return each_of(self.backbone, self._sites, {name: self._find(name) for name in names}, args, kwargs)
+        active = {name: self._find(name) for name in self._active()}
+        return each_of(self.backbone, self._sites, active, Apart(rows, plain), args, kwargs)
 
     def plug(self) -> Plug:
         """Have a backbone that denoises act as the tuned one wherever it is called, in a pipeline of diffusers too,

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from restuning.diffusion import commands as diffusion
 from restuning.errors import MissingExtra, RestuningError
 
 
@@ -100,6 +101,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="(default 0)")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    diffusion.add_commands(add)
 
     bank = add(
         "bank",

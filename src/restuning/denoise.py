@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,23 @@ from restuning.wiring.attach import argument, before, tap
 from restuning.wiring.sites import Sites
 
 
+@dataclass(frozen=True)
+class Apart:
+    """Each adapter alone. rows: the batch holds as many parts as there are adapters, a part each; else each reads all
+    of it. plain: before them, what the untuned backbone says."""
+
+    rows: bool = False
+    plain: bool = False
+
+
 @contextmanager
-def joined(backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], apart: bool = False) -> Iterator[None]:
+def joined(
+    backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], apart: Apart | None = None
+) -> Iterator[None]:
     """While it lasts, what the adapters' side paths say of the features is added to what the backbone's last modules
     read; up to there the backbone runs without autograd if nothing inside it is tuned.
 
-    apart: each adapter's alone, (n · b, …), adapter by adapter.
+    apart: in place of their sum, each adapter's alone, (n · b, …), adapter by adapter.
     """
     sides = [adapter for adapter in adapters if adapter.side is not None]
     if not sides:
@@ -31,8 +43,15 @@ def joined(backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], ap
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         torch.set_grad_enabled(grad)
         name, x = argument(module, args, kwargs)
-        more = [adapter.beside([taps.kept[layer] for layer in adapter.path]) for adapter in sides]
-        said = torch.cat([x + m.to(x.dtype) for m in more]) if apart else x + sum(more[1:], more[0]).to(x.dtype)
+        n, rows = len(sides), apart is not None and apart.rows
+        parts = {layer: kept.chunk(n) if rows else [kept] * n for layer, kept in taps.kept.items()}
+        more = [a.beside([parts[layer][i] for layer in a.path]).to(x.dtype) for i, a in enumerate(sides)]
+        if rows:
+            said = x + torch.cat(more)
+        elif apart:
+            said = torch.cat([*([x] if apart.plain else []), *(x + m for m in more)])
+        else:
+            said = x + sum(more[1:], more[0])
         return ((said, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: said})
 
     with (
@@ -44,16 +63,23 @@ def joined(backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], ap
 
 
 def each_of(
-    backbone: nn.Module, sites: Sites, adapters: Mapping[str, Adaptation], args: Any, kwargs: Any
+    backbone: nn.Module, sites: Sites, adapters: Mapping[str, Adaptation], apart: Apart, args: Any, kwargs: Any
 ) -> dict[str, Tensor]:
-    """{name: output} of each adapter alone, from one call of the backbone."""
-    wrong = [name for name, adapter in adapters.items() if adapter.side is None or not adapter.reads_features]
-    if wrong or not sites.anatomy.stems:
-        why = f"{wrong[0]!r} acts inside the backbone" if wrong else f"{sites.anatomy.name} tells its last modules more"
+    """{name: output} of each adapter alone, from one call of the backbone; under "" the untuned backbone's."""
+    wrong = [name for name, adapter in adapters.items() if not serves(sites, adapter)]
+    if wrong:
+        inside = not adapters[wrong[0]].reads_features
+        why = f"{wrong[0]!r} acts inside it" if inside else f"{sites.anatomy.name} tells its last modules more"
         raise MethodError(f"one call of the backbone cannot serve each adapter alone: {why}")
-    with joined(backbone, sites, list(adapters.values()), apart=True):
+    with joined(backbone, sites, list(adapters.values()), apart):
         said = output_of(backbone(*args, **kwargs))
-    return dict(zip(adapters, said.chunk(len(adapters)), strict=True))
+    names = [*([""] if apart.plain else []), *adapters]
+    return dict(zip(names, said.chunk(len(names)), strict=True))
+
+
+def serves(sites: Sites, adapter: Adaptation) -> bool:
+    """Whether one call of the backbone can serve this adapter beside others."""
+    return adapter.side is not None and adapter.reads_features and bool(sites.anatomy.stems)
 
 
 def output_of(said: Any) -> Tensor:
