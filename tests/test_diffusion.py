@@ -310,6 +310,103 @@ def test_latents_are_those_of_the_pipeline(base: str) -> None:
     assert torch.equal(texts_of(pipe, ["a red square"])["encoder_hidden_states"], embeds)
 
 
+# ---- how good pictures are
+
+
+def test_distances_by_hand() -> None:
+    """Against numpy: ‖μ − ν‖² + tr(C + D − 2 (C D)^½), and the unbiased polynomial MMD."""
+    import numpy as np
+    from scipy.linalg import sqrtm
+
+    from restuning.diffusion.quality import distances
+
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(60, 5)), random.normal(size=(60, 5)) * 1.3 + 0.2
+    found = distances(torch.tensor(a).float(), torch.tensor(b).float())
+    c, d = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    fid = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(c + d - 2 * sqrtm(c @ d).real)
+    assert found["fid"] == pytest.approx(fid, rel=1e-4)
+
+    def k(x: Any, y: Any) -> Any:
+        return (x @ y.T / 5 + 1) ** 3
+
+    n = len(a)
+    within = sum((k(x, x).sum() - np.trace(k(x, x))) / (n * (n - 1)) for x in (a, b))
+    assert found["kid"] == pytest.approx(within - 2 * k(a, b).mean(), rel=1e-4)
+
+
+def test_scores_from_the_command_line(data: str, tmp_path: Path, capsys: Any) -> None:
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    from transformers.models.clip.image_processing_clip import CLIPImageProcessor
+
+    from restuning.diffusion.generation import Picture
+
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        asked = Asked((f"a {name} square",))
+        Picture(Image.new("RGB", (16, 16), colour), "", f"a {name} square", i, asked).save(tmp_path / "p" / f"{i}.png")
+    call = ["score", str(tmp_path / "p"), "--real", data, "--features", "restuning-micro", "--json"]
+    assert main(call) == 0
+    near = json.loads(capsys.readouterr().out)
+    assert near["pictures"] == near["real"] == 4 and abs(near["fid"]) < 0.1
+    for file in (tmp_path / "p").glob("*.png"):
+        Image.new("RGB", (16, 16), "white").save(file)
+    assert main(call) == 0
+    far = json.loads(capsys.readouterr().out)
+    assert far["fid"] > near["fid"] and far["kid"] > near["kid"]
+    config = CLIPConfig()
+    config.text_config.update(
+        {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 90}
+    )
+    config.vision_config.update(
+        {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        }
+    )
+    CLIPModel(config).save_pretrained(tmp_path / "clip")
+    size = {"shortest_edge": 16}
+    crop = {"height": 16, "width": 16}
+    CLIPProcessor(CLIPImageProcessor(size=size, crop_size=crop), pipeline().tokenizer).save_pretrained(
+        tmp_path / "clip"
+    )
+    capsys.readouterr()
+    assert "says nothing of its prompt" in said(capsys, *call, "--clip", str(tmp_path / "clip"))
+    Picture(Image.new("RGB", (16, 16)), "", "a red square", 0, asked).save(tmp_path / "q" / "0.png")
+    Picture(Image.new("RGB", (16, 16), "red"), "", "blue", 1, asked).save(tmp_path / "q" / "1.png")
+    call[1] = str(tmp_path / "q")
+    assert main([*call, "--clip", str(tmp_path / "clip")]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["clip_score"] <= 100
+    assert "no CLIP model at" in said(capsys, *call, "--clip", str(tmp_path / "nothing"))
+    call[call.index("restuning-micro")] = f"inception:{tmp_path / 'nothing.pth'}"
+    assert "no Inception weights" in said(capsys, *call)
+
+
+def test_inception_by_path(tmp_path: Path) -> None:
+    """The published network, with weights from a file: torch-fidelity's own features of it."""
+    pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    from restuning.diffusion.quality import _net, seen
+
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+        patch.setattr(torch, "load", lambda *_, **__: {})
+        empty = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], "none")
+    torch.manual_seed(0)
+    state = {
+        k: torch.randn(v.shape) * 0.02 if v.is_floating_point() else torch.tensor(0)
+        for k, v in empty.state_dict().items()
+    }
+    state |= {k: v.abs() + 1 for k, v in state.items() if k.endswith("running_var")}
+    torch.save(state, tmp_path / "inception.pth")
+    features = seen(_net(f"inception:{tmp_path / 'inception.pth'}", None), [Image.new("RGB", (64, 64), "red")] * 2)
+    assert features.shape == (2, 2048) and features.isfinite().all()
+
+
 # ---- the command line
 
 

@@ -81,6 +81,27 @@ def add_commands(add: Add) -> None:
         "--grid", type=Path, metavar="FILE", help="a picture of all: adapters down, prompts and seeds across"
     )
 
+    judge = add(
+        "score",
+        _score,
+        "Measure painted pictures: Fréchet and kernel distance to real ones (FID, KID), CLIP score.",
+        "restuning score pictures --real captions:photos --features inception:weights-inception-2015-12-05.pth",
+    )
+    judge.add_argument("generated", type=Path, metavar="PICTURES", help="a folder of pictures")
+    judge.add_argument("--real", required=True, help=_DATA)
+    judge.add_argument(
+        "--features", required=True, help="inception:FILE (torch-fidelity's weights), or a backbone of images"
+    )
+    judge.add_argument("--weights", help="file of the backbone's weights")
+    judge.add_argument("--clip", metavar="FOLDER", help="a CLIP model, for the CLIP score of `generate`'s pictures")
+
+
+def _score(args: argparse.Namespace) -> None:
+    from restuning.diffusion.quality import score
+
+    found = score(args.generated, args.real, features=args.features, weights=args.weights, clip=args.clip)
+    _say(args, found, "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in found.items()))
+
 
 def _train(args: argparse.Namespace) -> None:
     from restuning.diffusion.training import RECIPE, DiffusionRun, execute, read_run
