@@ -599,7 +599,7 @@ def _paper(args: argparse.Namespace) -> None:
             row["table"],
             row["row"],
             f"{row['printed']:g}",
-            "" if row["parameters"] is None else f"{row['parameters']:,}",
+            f"{row['parameters']:,}",
             "" if row["difference"] is None else f"{row['difference']:+.4f}",
             row["why"],
         ]
