@@ -172,16 +172,16 @@ def record(args: argparse.Namespace, rows: dict[str, dict], tasks: dict, facts: 
     ratio = "{median:.3f} ({min:.3f} to {max:.3f})".format(**tasks)
     text = f"""# Stable Diffusion 1.5's U-Net
 
-Its shape with random weights, {args.batch} picture(s) of {8 * args.side} pixels, precision {args.precision}. Kept: bytes
-that autograd keeps for a backward pass. A step: forward, backward, plain gradient descent (AdamW would add full
+Its shape with random weights, {args.batch} picture(s) of {8 * args.side} pixels, precision {args.precision}. Kept:
+bytes that autograd keeps for a backward pass. A step: forward, backward, plain gradient descent (AdamW would add full
 fine-tuning two copies of what it trains). Paper: Table 6, at 512 pixels, batch 8, on an A100.
 
 {chr(10).join(table)}
 
 Wanted of the bypass: at most {WANTED["bytes"]} of full's bytes and {WANTED["step"]} of its step.
 
-{args.tasks} bypasses on one evaluation of the U-Net take {ratio} of {args.tasks} evaluations, each with its bypass; wanted
-is at most {WANTED["tasks"]}. (The paper: ten prompts' work at 0.164.)
+{args.tasks} bypasses on one evaluation of the U-Net take {ratio} of {args.tasks} evaluations, each with its bypass;
+wanted is at most {WANTED["tasks"]}. (The paper: ten prompts' work at 0.164.)
 
 Command: `python scripts/bench_unet.py --side {args.side} --device {args.device} --precision {args.precision}`; commit
 {facts["commit"]}; torch {torch.__version__}; {where}. Median of {args.rounds} rounds, all calls of a round in turn.
