@@ -19,7 +19,14 @@ diffusers = pytest.importorskip("diffusers")
 
 from PIL import Image  # noqa: E402
 
-from restuning.diffusion.base import check_prompts, latents_of, load_base, texts_of  # noqa: E402
+from restuning.diffusion.base import (  # noqa: E402
+    check_prompts,
+    denoiser_of,
+    latents_of,
+    load_base,
+    scheduler_of,
+    texts_of,
+)
 from restuning.diffusion.generation import Asked, draw, painted, pictures, plug  # noqa: E402
 from restuning.diffusion.training import DiffusionRun, Noised, execute, held_out_loss  # noqa: E402
 
@@ -91,6 +98,71 @@ def pipeline(kind: str = "sd", prediction: str = "epsilon") -> Any:
     )
 
 
+def larger() -> Any:
+    """Stable Diffusion XL's kind: two encoders, a pooled text, sizes beside the timestep."""
+    from test_denoise import unet
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    small = pipeline()
+    config = {**small.text_encoder.config.to_dict(), "projection_dim": 12}
+    return diffusers.StableDiffusionXLPipeline(
+        vae=small.vae,
+        text_encoder=small.text_encoder,
+        tokenizer=small.tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**config)).eval(),
+        tokenizer_2=small.tokenizer,
+        unet=unet(
+            cross_attention_dim=48,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 12,
+        ),
+        scheduler=small.scheduler,
+        add_watermarker=False,
+    )
+
+
+def transformer() -> Any:
+    """PixArt's kind: a T5 encoder, whose padding is masked, and a transformer that says variances too."""
+    from test_denoise import pixart
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", "a", "square", *COLOURS]
+    fast = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    fast.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=120
+    )
+    config = T5Config(vocab_size=len(words), d_model=24, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    small = pipeline()
+    return diffusers.PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(config).eval(),
+        vae=small.vae,
+        transformer=pixart(),
+        scheduler=diffusers.DPMSolverMultistepScheduler.from_config(small.scheduler.config),
+    )
+
+
+@pytest.mark.parametrize("make", [larger, transformer])
+def test_other_pipelines(make: Any, data: str, tmp_path: Path) -> None:
+    """The same pictures as the pipeline's own, at birth; trained, saved, painted."""
+    make().save_pretrained(tmp_path / "base")
+    pipe = load_base(str(tmp_path / "base"))
+    pipe.scheduler = scheduler_of(pipe, "dpm")
+    call: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 16, "width": 16}
+    call |= {"clean_caption": False, "use_resolution_binning": False} if make is transformer else {}
+    call |= {"negative_prompt": "", "generator": torch.Generator().manual_seed(1)}
+    theirs = pipe("a red square", **call).images[0]
+    tuned = rt.adapt(denoiser_of(pipe), resize(find_method("bypass", "unet"), 4))
+    ours = draw(pipe, tuned, Asked(("a red square",), seeds=(1,), size=16, steps=3, sampler="dpm"))[0]
+    assert list(ours.getdata()) == list(theirs.getdata())
+    run = run_of(str(tmp_path / "base"), data, "bypass", prompts=("blue",))
+    result = execute(run, tmp_path / "run", progress=False)
+    assert math.isfinite(result["loss"]) and (tmp_path / "run" / "samples-0001.png").is_file()
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("base")
@@ -138,7 +210,6 @@ def test_every_method_learns_and_comes_back(method: str, base: str, data: str, t
     from restuning.diffusion.latents import Latents
 
     latents = Latents(tmp_path / "run" / "latents")
-    from restuning.diffusion.base import denoiser_of, scheduler_of
     from restuning.diffusion.training import Denoiser
 
     linear = Denoiser(pipe, rt.adapt(denoiser_of(pipe), "linear"), 16)
@@ -191,7 +262,6 @@ def test_the_mean_of_the_weights(base: str, data: str, tmp_path: Path) -> None:
 def test_targets(base: str, data: str, tmp_path: Path) -> None:
     """Noise, or velocity α ε − σ z, by numpy's arithmetic."""
     from restuning.data.captions import load_captions
-    from restuning.diffusion.base import scheduler_of
     from restuning.diffusion.latents import keep_latents
 
     pipe = load_base(base)
@@ -224,7 +294,6 @@ def moved(pipe: Any, names: str = "a", method: str = "bypass") -> rt.Tuned:
 
 @pytest.mark.parametrize("sampler", ["plms", "ddim", "dpm"])
 def test_as_the_pipeline_paints(sampler: str, base: str) -> None:
-    from restuning.diffusion.base import scheduler_of
 
     pipe = load_base(base)
     tuned = moved(pipe, method="res-tuning")
@@ -259,7 +328,6 @@ def test_pictures_at_birth_and_after_a_round_trip(base: str, tmp_path: Path) -> 
     assert list(draw(pipe, None, asked)[0].getdata()) == plain != ours
     handle = plug(pipe, tmp_path)
     generator = torch.Generator().manual_seed(0)
-    from restuning.diffusion.base import scheduler_of
 
     pipe.scheduler = scheduler_of(pipe, "plms")
     call = {"num_inference_steps": 3, "guidance_scale": 3.0, "generator": generator, "height": 16, "width": 16}

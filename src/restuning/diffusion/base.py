@@ -1,6 +1,7 @@
 """A base: a pipeline of diffusers, what its texts become, and what its pictures become."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,16 @@ def denoiser_of(pipe: Any) -> nn.Module:
     return found
 
 
-def _kind(pipe: Any) -> str:
-    name = type(pipe).__name__
-    return next((kind for kind in ("StableDiffusionXL", "StableDiffusion", "PixArt") if name == f"{kind}Pipeline"), "")
+KINDS = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "xl",
+    "PixArtAlphaPipeline": "pixart",
+    "PixArtSigmaPipeline": "pixart",
+}
+
+
+def _kind(pipe: Any) -> str | None:
+    return KINDS.get(type(pipe).__name__)
 
 
 def scheduler_of(pipe: Any, name: str) -> Any:
@@ -67,7 +75,7 @@ def scheduler_of(pipe: Any, name: str) -> Any:
 
 def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
     """Raises DataError for a text that is longer than the encoder reads."""
-    most = pipe.tokenizer.model_max_length
+    most = min(pipe.tokenizer.model_max_length, _longest(pipe))
     for prompt in prompts:
         count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if count > most:
@@ -76,15 +84,21 @@ def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
             )
 
 
+def _longest(pipe: Any) -> int:
+    """Tokens to which a pipeline pads by its own default."""
+    default = inspect.signature(pipe.encode_prompt).parameters.get("max_sequence_length")
+    return 1 << 30 if default is None else int(default.default)
+
+
 @torch.no_grad()
 def texts_of(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """What the text encoders make of the prompts, a row each, by the names of the denoiser's arguments."""
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with _quiet():  # of what is truncated
         said = pipe.encode_prompt(list(prompts), **given)
-    if _kind(pipe) == "StableDiffusionXL":
+    if _kind(pipe) == "xl":
         return {"encoder_hidden_states": said[0], "text_embeds": said[2]}
-    if _kind(pipe) == "PixArt":
+    if _kind(pipe) == "pixart":
         return {"encoder_hidden_states": said[0], "encoder_attention_mask": said[1]}
     return {"encoder_hidden_states": said[0]}
 

@@ -156,8 +156,10 @@ def _alone(pipe: Any, tuned: Tuned | None, name: str, asked: Asked, noise: Tenso
     def says(sample: Tensor, t: Tensor) -> Tensor:
         if name and tuned is not None:
             tuned.set_adapter(name)
-            return noise_of(tuned(sample, timestep=t, **given, return_dict=False)[0], sample)
-        return noise_of(denoiser_of(pipe)(sample, timestep=t, **given, return_dict=False)[0], sample)
+            return noise_of(tuned(sample, timestep=t.expand(len(sample)), **given, return_dict=False)[0], sample)
+        return noise_of(
+            denoiser_of(pipe)(sample, timestep=t.expand(len(sample)), **given, return_dict=False)[0], sample
+        )
 
     return _loop(pipe, asked, noise, lambda z, t, scheduler: _guided(asked, z, t, scheduler, says))
 
@@ -173,7 +175,7 @@ def _side_by_side(
 
     def each(sample: Tensor, t: Tensor, rows: bool = False) -> Tensor:
         more = _repeated(given, n) if rows else given
-        said = tuned.each(sample, timestep=t, **more, rows=rows, plain=plain)
+        said = tuned.each(sample, timestep=t.expand(len(sample)), **more, rows=rows, plain=plain)
         return torch.stack([noise_of(one, sample) for one in said.values()])
 
     def step(z: Tensor, t: Tensor, scheduler: Any) -> Tensor:
