@@ -242,6 +242,21 @@ def test_processors_and_slices_of_attention_still_work() -> None:
     torch.testing.assert_close(tuned(**given).sample, said)
 
 
+def test_offloaded_weights() -> None:
+    """Weights that come for a call and go again, as a pipeline that offloads has them."""
+    from accelerate import cpu_offload
+
+    backbone, given = unet(), inputs()
+    tuned = moved(rt.adapt(backbone, small("bypass")))
+    tuned.add_adapter("b", small("res-tuning"))
+    moved(tuned).set_adapter(["default", "b"])
+    said = tuned(**given).sample
+    cpu_offload(backbone, execution_device=torch.device("cpu"))
+    assert backbone.conv_in.weight.is_meta  # type: ignore[union-attr]
+    with tuned.plug(), torch.no_grad():
+        torch.testing.assert_close(backbone(**given).sample, said)
+
+
 def test_refusals(tmp_path: Any) -> None:
     with pytest.raises(MethodError, match="denoises"):
         rt.adapt(unet(), "bypass", num_classes=3)

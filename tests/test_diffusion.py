@@ -251,6 +251,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("method", ["bypass", "res-tuning"])
+def test_in_half_precision_with_checkpoints(method: str, base: str, data: str, tmp_path: Path) -> None:
+    run = run_of(base, data, method, training={"precision": "bf16"}, gradient_checkpointing=True)
+    plain = run_of(base, data, method)
+    found, other = (execute(r, tmp_path / str(i), progress=False) for i, r in enumerate((run, plain)))
+    assert found["loss"] == pytest.approx(other["loss"], rel=0.05)
+    if method == "res-tuning":
+        assert found["kept_bytes"] < other["kept_bytes"]
+
+
 def test_the_mean_of_the_weights(base: str, data: str, tmp_path: Path) -> None:
     """By hand: the average of what each step left."""
     execute(run_of(base, data, "bypass", training={"ema": 0.9, "epochs": 1}), tmp_path / "mean", progress=False)

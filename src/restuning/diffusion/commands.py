@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -157,6 +158,7 @@ def _generate(args: argparse.Namespace) -> None:
     tuned.to(pipe.device)
     rows: dict[str, list[Any]] = {name: [] for name in names}
     paths = []
+    start = time.perf_counter()
     for picture in pictures(pipe, tuned, asked, names):
         prompt = asked.prompts.index(picture.prompt)
         paths.append(args.out / f"{picture.adapter or 'base'}-{prompt:03}-{picture.seed}.png")
@@ -165,7 +167,9 @@ def _generate(args: argparse.Namespace) -> None:
     if args.grid is not None:
         columns = [f"{seed} {prompt}" for prompt in asked.prompts for seed in asked.seeds]
         grid(args.grid, {name or "base": images for name, images in rows.items()}, columns)
-    _say(args, {"pictures": [str(path) for path in paths]}, f"{len(paths)} pictures → {args.out}")
+    each = (time.perf_counter() - start) / len(paths)
+    found = {"pictures": [str(path) for path in paths], "seconds_each": each}
+    _say(args, found, f"{len(paths)} pictures, {each:.2f} s each → {args.out}")
 
 
 def _say(args: argparse.Namespace, data: Any, text: str) -> None:

@@ -19,10 +19,10 @@ from restuning.diffusion.latents import Latents, keep_latents
 from restuning.errors import RestuningError
 from restuning.evaluate import Examples, loader, to_device
 from restuning.files import as_json, write_whole
-from restuning.measure import count
+from restuning.measure import count, peak_bytes, saved_bytes
 from restuning.methods import Method, find_method, on_blocks, resize
 from restuning.objective import Objective
-from restuning.progress import bar
+from restuning.progress import History, bar
 from restuning.recipe import TrainConfig, seed_of
 from restuning.run import RESULT, claimed, versions
 from restuning.train import fit
@@ -218,6 +218,7 @@ def held_out_loss(model: Denoiser, latents: Latents, scheduler: Any, *, draws: i
 def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
     """Train, save: run.json, the adapter, sample grids and result.json in `out`. Returns what result.json holds.
 
+    Of these, kept_bytes is what autograd keeps of one batch for backward, peak_bytes the most that training held.
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
     with claimed(out, run, resume, read_run):
@@ -226,9 +227,9 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
         if not run.truncate:
             check_prompts(pipe, run.prompts)
         scheduler = scheduler_of(pipe, "ddim")
-        kept = Path(run.latents) if run.latents else out / "latents"
+        shared = Path(run.latents) if run.latents else out / "latents"
         with bar(1, progress) as show:
-            latents = _latents(run, pipe, run.data, kept, run.flip, lambda _, text: show(0, text))
+            latents = _latents(run, pipe, run.data, shared, run.flip, lambda _, text: show(0, text))
         own = Noised(latents, scheduler, seed=run.training.seed, drop=run.drop)
         examples: Examples = own
         if run.prior_prompt is not None:
@@ -249,17 +250,28 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
                 painted = draw(pipe, tuned, Asked(run.prompts, size=run.size, steps=20))
                 grid(out / f"samples-{epoch:04}.png", {f"epoch {epoch}": painted}, run.prompts)
 
-        history = fit(
-            model,
-            examples,
-            None,
-            run.training,
-            state=out / "state.pt",
-            resume=resume,
-            progress=progress,
-            objective=denoising(),
-            after=after,
-        )
+        batch, _ = next(iter(loader(examples, run.training.batch_size)))
+        kept = saved_bytes(lambda: model.train()(to_device(batch, pipe.device)), model.parameters())
+        histories: list[History] = []
+
+        def train() -> None:
+            state, how = out / "state.pt", denoising()
+            histories.append(
+                fit(
+                    model,
+                    examples,
+                    None,
+                    run.training,
+                    state=state,
+                    resume=resume,
+                    objective=how,
+                    after=after,
+                    progress=progress,
+                )
+            )
+
+        peak = sum(peak_bytes(train, pipe.device))
+        (history,) = histories
         if run.gradient_checkpointing:
             tuned.gradient_checkpointing_disable()
         result = {
@@ -268,6 +280,8 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
             "pictures": len(latents),
             "captions": sum(map(len, latents.captions)),
             "parameters": count(tuned),
+            "kept_bytes": kept,
+            "peak_bytes": peak,
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
             "settings": run.to_dict(),
