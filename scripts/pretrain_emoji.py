@@ -1,7 +1,7 @@
 """Pre-train a small text-to-image base, in Stable Diffusion's form, on emoji, with three categories held out.
 
 python scripts/convert_taef2.py --out runs/emoji/vae
-python scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji [--data-out runs/emoji/data] [--steps 5000]
+python scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji [--data-out runs/emoji/data] [--steps 2400]
 
 Pictures: EmojiOne (CC BY 4.0), 64 x 64, on white. Latents: TAEF2's, 32 x 8 x 8. Texts: the name and keywords of an
 emoji, read by MiniLM. OUT/pipeline is what `StableDiffusionPipeline.from_pretrained` loads; OUT/samples.png shows what
@@ -36,10 +36,6 @@ from restuning.hub import MINILM, packaged
 HELD_OUT = ("flags", "nature", "travel")  # whole categories, to tune on: every fourth picture is for tests
 TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "a small drawing of {}")
 TONES = ("light", "medium light", "medium", "medium dark", "dark")
-DROPPED = re.compile(  # keywords that say nothing of what is drawn
-    "911|boobs|boys night|butt|condolence|creationism|diarrhea|diversity|drugs|emojione|feminist|gay|girls night|"
-    "hump day|jew|lesbian|lgbt|nutcase|omg|penis|rip|sarcastic|scientology|sex|sexy|shit|sol|symbol|vagina|wth"
-)
 SHAPE = {
     "sample_size": 8,
     "in_channels": 32,
@@ -104,7 +100,7 @@ def captions(entry: dict) -> tuple[str, ...]:
     name = re.sub(r" tone ?([1-5])\b", lambda found: f", {TONES[int(found[1]) - 1]} skin", entry["name"])
     if entry["category"] == "flags" and "flag" not in name:
         name = f"flag of {name}"
-    words = [word for word in dict.fromkeys(entry["keywords"]) if not DROPPED.fullmatch(word) and word not in name]
+    words = [word for word in dict.fromkeys(entry["keywords"]) if word not in name]
     return (*(template.format(name) for template in TEMPLATES), *([", ".join([name, *words])] if words else []))
 
 
@@ -265,7 +261,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data-out", type=Path)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=2400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--save-every", type=int, default=500)
