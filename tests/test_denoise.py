@@ -242,6 +242,34 @@ def test_processors_and_slices_of_attention_still_work() -> None:
     torch.testing.assert_close(tuned(**given).sample, said)
 
 
+def test_a_copy_of_what_is_plugged_in() -> None:
+    backbone, given = unet(), inputs()
+    tuned = moved(rt.adapt(backbone, small("bypass")))
+    plain = unet()(**given).sample
+    plug = tuned.plug()
+    said = backbone(**given).sample
+    other = copy.deepcopy(backbone)
+    assert torch.equal(other(**given).sample, said)
+    with torch.no_grad():
+        for p in tuned.adapters.parameters():
+            p.zero_()
+    assert torch.equal(other(**given).sample, said) and torch.equal(backbone(**given).sample, plain)
+    plug.remove()
+    assert torch.equal(other(**given).sample, said) and torch.equal(backbone(**given).sample, plain)
+
+
+def test_a_call_that_fails_leaves_nothing() -> None:
+    backbone, given = unet(), inputs()
+    tuned = moved(rt.adapt(backbone, small("bypass")))
+    with tuned.plug():
+        said = backbone(**given).sample
+        with pytest.raises(RuntimeError):
+            backbone(**{**given, "sample": torch.randn(2, 3, 8, 8)})
+        assert torch.equal(backbone(**given).sample, said)
+    assert torch.is_grad_enabled()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in backbone.modules())
+
+
 def test_offloaded_weights() -> None:
     """Weights that come for a call and go again, as a pipeline that offloads has them."""
     from accelerate import cpu_offload

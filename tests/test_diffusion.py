@@ -505,23 +505,26 @@ def test_from_the_command_line(base: str, data: str, tmp_path: Path, capsys: Any
         "16",
         "--width",
         "3",
+        "--lr",
+        "0.05",
         "--epochs",
         "2",
         "--batch-size",
         "2",
         "--quiet",
     ]
-    for method in ("bypass", "lora"):
+    for method in ("bypass", "full", "lora"):
         out = str(tmp_path / method)
         assert main(["train-diffusion", *common, "--method", method, "--prompts", "a red square", "--out", out]) == 0
         assert (tmp_path / method / "samples-0002.png").is_file()
         assert json.loads((tmp_path / method / "result.json").read_text())["parameters"]["head"] == 0
-    runs = [str(tmp_path / m) for m in ("bypass", "lora")]
+    runs = [str(tmp_path / m) for m in ("bypass", "full", "lora")]
     call = ["generate", *runs, "--base", base, "--plain", "--prompts", "a red square", "blue", "--seeds", "1", "2"]
     call += ["--steps", "2", "--out", str(tmp_path / "pictures"), "--grid", str(tmp_path / "grid.png")]
     assert main(call) == 0
     files = sorted((tmp_path / "pictures").glob("*.png"))
-    assert len(files) == 12
+    assert len(files) == 16
+    assert len({Image.open(file).tobytes() for file in files if file.name.endswith("000-1.png")}) == 4
     held = Image.open(files[0]).text  # type: ignore[attr-defined]
     settings = json.loads(held["restuning"])
     assert settings["prompt"] == held["prompt"] and settings["guidance"] == 3.0 and settings["sampler"] == "plms"

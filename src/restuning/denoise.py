@@ -94,25 +94,25 @@ class Plug:
     """
 
     def __init__(self, backbone: nn.Module, tuned: Any) -> None:
+        self.tuned = tuned
         self._running: list[tuple[ExitStack, Callable[[Any], None]]] = []
-
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            sample = argument(module, args, kwargs)[1]
-            if any(p.device != sample.device for p in tuned.adapters.parameters()):
-                tuned.adapters.to(sample.device)
-            stack = ExitStack()
-            self._running.append((stack, stack.enter_context(tuned.acting())))
-
-        def leave(module: nn.Module, args: Any, out: Any) -> None:
-            stack, spoke = self._running.pop()
-            if out is not None:
-                spoke(out)
-            stack.close()
-
-        self._handles = [
-            backbone.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
-            backbone.register_forward_hook(leave, always_call=True),
+        self._handles = [  # bound methods, so that a copy of the backbone has hooks of its own
+            backbone.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            backbone.register_forward_hook(self._leave, always_call=True),
         ]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample = argument(module, args, kwargs)[1]
+        if any(p.device != sample.device for p in self.tuned.adapters.parameters()):
+            self.tuned.adapters.to(sample.device)
+        stack = ExitStack()
+        self._running.append((stack, stack.enter_context(self.tuned.acting())))
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        stack, spoke = self._running.pop()
+        if out is not None:
+            spoke(out)
+        stack.close()
 
     def remove(self) -> None:
         """The backbone as it came."""

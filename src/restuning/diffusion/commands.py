@@ -132,10 +132,11 @@ def _generate(args: argparse.Namespace) -> None:
     import torch
 
     from restuning.adapt import Tuned
-    from restuning.diffusion.base import check_prompts, denoiser_of, load_base
+    from restuning.diffusion.base import denoiser_of, load_base
     from restuning.diffusion.generation import Asked, grid, pictures
     from restuning.diffusion.training import read_run
     from restuning.run import RUN
+    from restuning.saved import changes_the_base
 
     if not args.adapters and not args.base:
         raise RestuningError("nothing to paint with: expected a tuned file, or --base")
@@ -147,27 +148,33 @@ def _generate(args: argparse.Namespace) -> None:
     given = {k: v for k, v in vars(args).items() if v is not None and k in Asked.__dataclass_fields__}
     given |= {name: tuple(given[name]) for name in ("prompts", "seeds") if name in given}
     asked = Asked(**{"size": run.size if run else None, **given})
-    pipe = load_base(args.base or run.base, "cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[union-attr]
-    check_prompts(pipe, (*asked.prompts, asked.negative))
-    tuned, names = Tuned(denoiser_of(pipe)), [""] * (args.plain or not args.adapters)
+    base, device = args.base or run.base, "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[union-attr]
+    named: dict[str, Path] = {}
     for folder in args.adapters:
         name = folder.name.replace(".", "-")
-        name = name if name not in names else f"{name}-{len(names)}"
-        tuned.load_adapter(folder, name)
-        names.append(name)
-    tuned.to(pipe.device)
-    rows: dict[str, list[Any]] = {name: [] for name in names}
-    paths = []
-    start = time.perf_counter()
-    for picture in pictures(pipe, tuned, asked, names):
-        prompt = asked.prompts.index(picture.prompt)
-        paths.append(args.out / f"{picture.adapter or 'base'}-{prompt:03}-{picture.seed}.png")
-        picture.save(paths[-1])
-        rows[picture.adapter].append(picture.image)
+        named[name if name not in named else f"{name}-{len(named)}"] = folder
+    full = [name for name, folder in named.items() if changes_the_base(folder)]
+    plain = [""] * (args.plain or not named)
+    groups = [[*plain, *(name for name in named if name not in full)], *([name] for name in full)]
+    rows: dict[str, list[Any]] = {name: [] for name in (*plain, *named)}
+    paths, seconds = [], 0.0
+    for names in filter(None, groups):
+        pipe = load_base(base, device)
+        tuned = Tuned(denoiser_of(pipe))
+        for name in filter(None, names):
+            tuned.load_adapter(named[name], name)
+        tuned.to(pipe.device)
+        start = time.perf_counter()
+        for picture in pictures(pipe, tuned, asked, names):
+            prompt = asked.prompts.index(picture.prompt)
+            paths.append(args.out / f"{picture.adapter or 'base'}-{prompt:03}-{picture.seed}.png")
+            picture.save(paths[-1])
+            rows[picture.adapter].append(picture.image)
+        seconds += time.perf_counter() - start
     if args.grid is not None:
         columns = [f"{seed} {prompt}" for prompt in asked.prompts for seed in asked.seeds]
         grid(args.grid, {name or "base": images for name, images in rows.items()}, columns)
-    each = (time.perf_counter() - start) / len(paths)
+    each = seconds / len(paths)
     found = {"pictures": [str(path) for path in paths], "seconds_each": each}
     _say(args, found, f"{len(paths)} pictures, {each:.2f} s each → {args.out}")
 

@@ -36,7 +36,7 @@ class Asked:
     size: pixels a side; None: the base's own. guidance: classifier-free, away from `negative`; 1: none. share: how
     several bypasses share the U-Net's work. `exact`: at the first step, where they have one latent, they share one
     evaluation; from then on each has its own. `base-trajectory`: one evaluation at every step, at the untuned base's
-    latent; `mean-trajectory`: one, at the mean of their latents. Both are approximations.
+    latent; `mean-trajectory`: one, at the mean of their latents. Both are approximations. batch_size: pictures at once.
     """
 
     prompts: tuple[str, ...]
@@ -109,8 +109,9 @@ def pictures(pipe: Any, tuned: Tuned | None, asked: Asked, names: Sequence[str] 
     size = asked.size or config.sample_size * pipe.vae_scale_factor
     side = check_size(pipe, size)
     wanted = [(prompt, seed) for prompt in asked.prompts for seed in asked.seeds]
-    for i in range(0, len(wanted), asked.batch_size):
-        some = wanted[i : i + asked.batch_size]
+    most = max(1, asked.batch_size // max(1, len(_together(tuned, names))))
+    for i in range(0, len(wanted), most):
+        some = wanted[i : i + most]
         shape = (1, config.in_channels, side, side)
         drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for _, seed in some]
         texts = texts_of(pipe, [prompt for prompt, _ in some])
@@ -138,9 +139,7 @@ def painted(
         modes = [(m, m.training) for m in tuned.modules()]
         tuned.eval()
     try:
-        together = [n for n in names if n and tuned is not None and tuned.shares(n)]
-        if len(together) < 2 or tuned is None:
-            together = []
+        together = _together(tuned, names)
         found = _side_by_side(pipe, tuned, together, asked, noise, given) if together and tuned else {}
         for name in names:
             if name not in found:
@@ -150,6 +149,12 @@ def painted(
         if tuned is not None:
             for module, mode in modes:
                 module.training = mode
+
+
+def _together(tuned: Tuned | None, names: Sequence[str]) -> list[str]:
+    """Those that run side by side."""
+    found = [name for name in names if name and tuned is not None and tuned.shares(name)]
+    return found if len(found) > 1 else []
 
 
 def _alone(pipe: Any, tuned: Tuned | None, name: str, asked: Asked, noise: Tensor, given: Mapping[str, Any]) -> Tensor:
