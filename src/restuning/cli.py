@@ -553,7 +553,7 @@ def _params(args: argparse.Namespace) -> None:
     from restuning.adapt import adapt
     from restuning.backbones import MICRO, describe_backbone
     from restuning.measure import count
-    from restuning.methods import find_method, methods, on_blocks, resize
+    from restuning.methods import FAMILIES, find_method, methods, on_blocks, resize
     from restuning.wiring.sites import find_sites
 
     if args.paper:
@@ -563,13 +563,14 @@ def _params(args: argparse.Namespace) -> None:
         raise RestuningError(f"--classes {args.classes}: expected at least 1")
     backbone = describe_backbone(args.backbone or MICRO)
     counts, refused = {}, {}
-    family = find_sites(backbone).anatomy.family
-    for name in [args.method] if args.method else methods:
+    sites = find_sites(backbone)
+    family, classes = sites.anatomy.family, args.classes if sites.join is None else None
+    for name in [args.method] if args.method else {**methods, **FAMILIES.get(family, {})}:
         method = find_method(name, family)
         method = method if args.size is None else resize(method, args.size)
         method = method if args.blocks is None else on_blocks(method, args.blocks)
         try:
-            tuned = adapt(backbone, method, args.classes)
+            tuned = adapt(backbone, method, classes)
         except RestuningError as error:
             if args.method:
                 raise

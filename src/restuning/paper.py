@@ -1,16 +1,13 @@
 """The parameter counts that the paper prints, and what this library counts there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from restuning.adapt import adapt
 from restuning.backbones import describe_backbone
-from restuning.errors import MissingExtra
 from restuning.measure import count
 from restuning.methods import Bypass, Method, find_method, on_blocks, resize
 from restuning.tuners import Adapter
@@ -30,7 +27,7 @@ _GROUP = "one of the two groups stays at width 10: with both at this width the c
 _NO_MLP = "about .60 by arithmetic; the paper's 46.78 in training count prefix MLPs that inference never uses"
 _TWO = "two adapters of width 10 a block, without scales, and the head are .861"
 _WIDTH = "the paper gives no width here: at width 46 with channel scales, counts agree on both backbones"
-_UNET = "the U-Net as it is published has 859.52M; the paper's 862 is not explained"
+_UNET = "the U-Net as it is published has 859.52M; with Res-Tuning's tuners it has 862.06M"
 _STEMS = (
     "5 stems (the middle and 4 decoder blocks), horizontal and vertical adapters of width 100, 1.02M of transitions, a "
     "zero map at the end; with a second 1280→640 transition in that map's place, and no up-biases, it would be 3.764"
@@ -215,7 +212,7 @@ def compare() -> Iterator[dict[str, Any]]:
     for p in PRINTED:
         row = {"table": p.table, "row": p.row, "printed": p.millions}
         if p.backbone not in backbones:
-            backbones[p.backbone] = _BACKBONES[p.backbone]()
+            backbones[p.backbone] = describe_backbone(p.backbone)
         tuned = adapt(backbones[p.backbone], p.method)
         ours = count(tuned)["tuners"] + p.head
         tuned.unload()
@@ -226,31 +223,3 @@ def compare() -> Iterator[dict[str, Any]]:
             "difference": None if agree else round(ours / 1e6 - p.millions, 4),
             "why": p.why,
         }
-
-
-def _roberta() -> nn.Module:
-    try:
-        from transformers import RobertaConfig, RobertaModel
-    except ImportError as error:
-        raise MissingExtra("transformers", "transformers") from error
-    with torch.device("meta"):
-        model: nn.Module = RobertaModel(RobertaConfig(), add_pooling_layer=False)
-    return model
-
-
-def _sd() -> nn.Module:
-    """Stable Diffusion 1.5's U-Net: its shapes."""
-    try:
-        from diffusers import UNet2DConditionModel
-    except ImportError as error:
-        raise MissingExtra("diffusers", "diffusion") from error
-    with torch.device("meta"):
-        unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
-    return unet
-
-
-_BACKBONES: dict[str, Callable[[], nn.Module]] = {
-    **{name: partial(describe_backbone, name) for name in ("vit_base_patch16_224", "convnext_base", "resnet101")},
-    "roberta-base": _roberta,
-    "sd-v1-5": _sd,
-}
