@@ -35,13 +35,16 @@ def load_base(path: str, device: torch.device | str = "cpu") -> Any:
     logging.disable_progress_bar()
     more_logging.disable_progress_bar()
     try:
-        with hub():
-            pipe = DiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+        with hub(), _quiet():  # of parts that are other classes than usual
+            pipe = DiffusionPipeline.from_pretrained(path)
     except Exception as error:
         raise RestuningError(f"{path} cannot be loaded as a pipeline of diffusers: {line(error)}") from error
     if not _kind(pipe):
         raise RestuningError(f"{path} holds a {type(pipe).__name__}: expected Stable Diffusion 1, 2, XL, or PixArt")
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        if isinstance(part, nn.Module):
+            part.float()
     return pipe.to(device)
 
 
@@ -94,7 +97,7 @@ def _longest(pipe: Any) -> int:
 def texts_of(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     """What the text encoders make of the prompts, a row each, by the names of the denoiser's arguments."""
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-    with _quiet():  # of what is truncated
+    with _quiet():  # of what it truncates
         said = pipe.encode_prompt(list(prompts), **given)
     if _kind(pipe) == "xl":
         return {"encoder_hidden_states": said[0], "text_embeds": said[2]}
