@@ -14,7 +14,7 @@ from restuning.hub import hub
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "ddim": ("DDIMScheduler", {}),
+    "ddim": ("DDIMScheduler", {"clip_sample": False}),  # latents have no bounds
     "dpm": ("DPMSolverMultistepScheduler", {}),
 }
 """Samplers, as diffusers names them. PLMS is the paper's."""
