@@ -69,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
     train.add_argument("--pool", choices=_POOLS, help="what the head reads (default: the backbone's)")
     _size_flags(train)
+    train.add_argument("--shots", type=int, metavar="K", help=_SHOTS)
     _text_flags(train)
     train.add_argument(
         "--class-weights", choices=["balanced"], help="weigh classes in the loss so that each counts as much"
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--seeds", type=int, nargs="+", help="(default 0 1 2)")
     sweep.add_argument("--pool", choices=_POOLS, help="what the head reads (default: the backbone's)")
     _size_flags(sweep)
+    sweep.add_argument("--shots", type=int, metavar="K", help=_SHOTS)
     sweep.add_argument("--batch-size", type=int, help="(default 32)")
     sweep.add_argument("--weight-decay", type=float, help="(default 0.05)")
     sweep.add_argument("--warmup-epochs", type=float, help="(default 10, at most a fifth of all)")
@@ -243,19 +245,23 @@ def _parser() -> argparse.ArgumentParser:
     data = add(
         "data",
         _data,
-        "Describe a data set: splits, classes, how many there are of each; check every item.",
-        "restuning data tar:photos.tar",
+        "Describe a data set: splits, classes, how many there are of each; check every item. Or list the paper's data\n"
+        "sets; or check one of them against what is known of it.",
+        "restuning data tar:photos.tar; restuning data list; restuning data check vtab/dtd ~/vtab-1k/dtd",
     )
-    data.add_argument("data", metavar="SPEC", help=_DATA)
+    data.add_argument("data", nargs="+", metavar="SPEC", help=f"{_DATA}; or list; or check NAME PATH")
     data.add_argument("--check", action="store_true", help="decode every image of it")
     _size_flags(data)
+    data.add_argument("--shots", type=int, metavar="K", help=_SHOTS)
     data.add_argument("--seed", type=int, default=0)
     return parser
 
 
 _DATA = (
-    "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location or sprites:orientation"
+    "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location, sprites:orientation, "
+    "sprites:count, or a layout of the paper's sets, see `restuning data list`"
 )
+_SHOTS = "items of each class to train on, in place of --train-size"
 _POOLS = ("cls", "mean", "cls+mean", "last", "map")
 _BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank")
 _SIZES = {
@@ -608,9 +614,17 @@ def _paper(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from restuning.data import check, load_task
 
-    task = load_task(
-        args.data, train_size=args.train_size, val_size=args.val_size or 0, test_size=args.test_size, seed=args.seed
-    )
+    if args.data == ["list"]:
+        _known(args)
+        return
+    if args.data[0] == "check":
+        _inspect(args)
+        return
+    if len(args.data) != 1:
+        raise RestuningError(f"data {' '.join(args.data)}: expected one SPEC, or list, or check NAME PATH")
+    (spec,) = args.data
+    sizes = {f"{name}_size": getattr(args, f"{name}_size") for name in ("train", "test")}
+    task = load_task(spec, **sizes, val_size=args.val_size or 0, shots=args.shots, seed=args.seed)
     splits = {name: items for name, items in (("train", task.train), ("val", task.val), ("test", task.test)) if items}
     if args.check:
         for items in splits.values():
@@ -618,13 +632,61 @@ def _data(args: argparse.Namespace) -> None:
     counts = {name: _counts(task.kind, items.labels, len(task.classes)) for name, items in splits.items()}
     sizes = {name: len(items) for name, items in splits.items()}
     if args.json:
-        said = {"data": args.data, "kind": task.kind, "classes": list(task.classes), "examples": sizes}
+        said = {"data": spec, "kind": task.kind, "classes": list(task.classes), "examples": sizes}
         print(json.dumps({**said, "labels": counts, "checked": args.check}))
         return
     total = ", ".join(f"{name} {n}" for name, n in sizes.items())
-    print(f"{args.data}: {task.kind}, {len(task.classes)} classes; {total}{'; all readable' if args.check else ''}")
+    print(f"{spec}: {task.kind}, {len(task.classes)} classes; {total}{'; all readable' if args.check else ''}")
     about = "mean" if task.kind == "regression" else "class"
     _table([about, *counts], [[c, *(f"{n[i]:g}" for n in counts.values())] for i, c in enumerate(task.classes)])
+
+
+def _known(args: argparse.Namespace) -> None:
+    from restuning.data.known import KNOWN
+
+    if args.json:
+        print(json.dumps([{**asdict(k), "spec": k.spec("PATH")} for k in KNOWN.values()]))
+        return
+    rows = [
+        [
+            k.name,
+            k.about,
+            f"{k.classes:,}",
+            f"{k.train:,}" if k.train else "shots",
+            f"{k.test:,}",
+            k.spec("PATH"),
+            k.note,
+        ]
+        for k in KNOWN.values()
+    ]
+    _table(["name", "data set", "classes", "train", "test", "as --data", "from"], rows)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from restuning.data import load_source
+    from restuning.data.inspect import inspect
+    from restuning.data.known import find
+
+    if len(args.data) != 3:
+        raise RestuningError(
+            "data check: expected a NAME (of `restuning data list`, or -) and a PATH (or, after -, a SPEC)"
+        )
+    _, name, path = args.data
+    known = None if name == "-" else find(name)
+    spec = path if known is None else known.spec(path)
+    if known is not None and known.kind == "glue":
+        raise RestuningError(f"{name} is texts from a hub: restuning data {spec} --check")
+    found = inspect(load_source(spec), known)
+    if args.json:
+        print(json.dumps({"data": spec, **asdict(found)}))
+    else:
+        total = ", ".join(f"{split} {n} images of {found.seen[split]} classes" for split, n in found.counts.items())
+        print(f"{spec}: {total}; {found.pixels} pixels")
+        for note in (*found.wrong, *found.notes):
+            print(f"- {note}")
+    if found.wrong:
+        more = f" (and {len(found.wrong) - 1} more)" if len(found.wrong) > 1 else ""
+        raise RestuningError(f"{spec}: {found.wrong[0]}{more}")
 
 
 def _counts(kind: str, labels: Sequence[Any], classes: int) -> list[float]:

@@ -63,6 +63,7 @@ class Run:
     blocks: tuple[int, ...] | None = None
     pool: str | None = None
     train_size: int | None = None
+    shots: int | None = None
     val_size: int = 0
     test_size: int | None = None
     augment: bool = False
@@ -135,7 +136,8 @@ def execute(
     """
     with claimed(out, run, resume):
         start = time.perf_counter()
-        sizes = {"train_size": run.train_size, "test_size": run.test_size, "seed": run.training.seed}
+        sizes = {"train_size": run.train_size, "shots": run.shots, "test_size": run.test_size}
+        sizes["seed"] = run.training.seed
         bank = None if run.bank is None else Bank(run.bank)
         load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
         whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)

@@ -40,6 +40,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     pool: str | None = None
     train_size: int | None = None
+    shots: int | None = None
     val_size: int = 0
     test_size: int | None = None
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -62,6 +63,7 @@ class Sweep:
             method=spec,
             pool=self.pool,
             train_size=self.train_size,
+            shots=self.shots,
             val_size=self.val_size,
             test_size=self.test_size,
             training=replace(self.training, seed=seed),
@@ -162,7 +164,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
 
 def _task(settings: Sweep, bank: Bank, seed: int, hold: bool) -> Task:
     """The splits of a run of this seed; with `hold`, those on which its rate is chosen."""
-    sizes = {"train_size": settings.train_size, "test_size": settings.test_size, "seed": seed}
+    sizes = {"train_size": settings.train_size, "shots": settings.shots, "test_size": settings.test_size, "seed": seed}
     spec, source = str(bank.manifest["data"]["spec"]), bank.source()
     whole = split(spec, source, **sizes, val_size=0)  # type: ignore[arg-type]
     if not hold:
