@@ -29,10 +29,9 @@ def load_vtab(rest: str) -> Source:
     """
     root = _folder(rest, "vtab:PATH/NAME, NAME one of " + ", ".join(VTAB))
     parts = {name: read_list(root / f"{name}.txt", [root]) for name in ("train800", "val200", "test")}
-    known = VTAB.get(root.name)
-    return _source(
-        root, [*parts["train800"], *parts["val200"]], None, parts["test"], known and known.classes, len(parts["val200"])
-    )
+    known = VTAB[root.name].classes if root.name in VTAB else None
+    train, held = [*parts["train800"], *parts["val200"]], len(parts["val200"])
+    return _source(root, train, None, parts["test"], known, held)
 
 
 def load_fewshot(rest: str) -> Source:

@@ -28,6 +28,9 @@ FACTOR = {"location": 3, "orientation": 2}
 POOL = 60_000  # pictures that training and test images are drawn from, spread over all
 MOST = 8  # shapes in a scene
 
+Shape = tuple[int, float, float, float, float, int]
+"""Which shape, radius, angle, x and y of the centre, grey; in parts of the side."""
+
 
 class _Names(Sequence[str]):
     def __init__(self, indices: Tensor) -> None:
@@ -64,8 +67,8 @@ def draw(shape: int, scale: float, angle: float, x: float, y: float) -> "Image":
     return _drawn([(shape, 0.16 * scale, angle, cx, cy, 255)])  # the radius of the circle around the shape
 
 
-def _drawn(shapes: Sequence[tuple[int, float, float, float, float, int]]) -> "Image":
-    """(shape, radius, angle, x and y of the centre, grey) each, in parts of the side, on black."""
+def _drawn(shapes: Sequence[Shape]) -> "Image":
+    """On black."""
     from PIL import Image, ImageDraw
 
     fine = SIDE * FINE
@@ -86,7 +89,8 @@ class Scenes(Items):
         self.names = [f"scene {i}" for i in indices]
 
     def item(self, i: int) -> "Image":
-        draw, shapes = random.Random(self.indices[i]), []
+        draw = random.Random(self.indices[i])
+        shapes: list[Shape] = []
         while len(shapes) <= self.labels[i]:
             radius = draw.uniform(0.06, 0.12)
             x, y = (draw.uniform(radius, 1 - radius) for _ in "xy")
