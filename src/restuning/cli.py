@@ -642,7 +642,7 @@ def _data(args: argparse.Namespace) -> None:
 
 
 def _known(args: argparse.Namespace) -> None:
-    from restuning.data.known import KNOWN
+    from restuning.known import KNOWN
 
     if args.json:
         print(json.dumps([{**asdict(k), "spec": k.spec("PATH")} for k in KNOWN.values()]))
@@ -665,7 +665,7 @@ def _known(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from restuning.data import load_source
     from restuning.data.inspect import inspect
-    from restuning.data.known import find
+    from restuning.known import find
 
     if len(args.data) != 3:
         raise RestuningError(

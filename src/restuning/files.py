@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from restuning.errors import RestuningError
+from restuning.errors import Busy, RestuningError
 
 
 def as_json(data: Any) -> bytes:
@@ -48,7 +48,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """A folder, made where it is missing, for one process alone. Raises RestuningError if another has it."""
+    """A folder, made where it is missing, for one process alone. Raises Busy if another has it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -58,5 +58,5 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RestuningError(f"{out} is in use by another run: choose another folder, or wait for it") from error
+            raise Busy(f"{out} is in use by another run: choose another folder, or wait for it") from error
         yield

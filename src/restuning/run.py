@@ -30,7 +30,7 @@ from restuning.data import (
     reading,
     split,
 )
-from restuning.errors import CheckpointError, RestuningError
+from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.evaluate import Examples, evaluate
 from restuning.files import as_json, locked, write_whole
 from restuning.initialise import initialise, needs_data
@@ -147,7 +147,7 @@ def execute(
             task: _Prepared = _FromItems(run, whole)
         else:
             task = _FromBank(run, whole, bank)
-        lr, trials = run.lrs[0], {}
+        lr, trials = run.lrs[0], dict[str, float | None]()
         if len(run.lrs) > 1:
             held = whole
             if whole.val is None or run.val_size:
@@ -189,27 +189,33 @@ def execute(
         return result
 
 
-def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool) -> dict[str, float]:
+def _choose(
+    run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool
+) -> dict[str, float | None]:
     """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
-    trials: dict[str, float] = json.loads(file.read_text()) if resume and file.exists() else {}
+    trials: dict[str, float | None] = json.loads(file.read_text()) if resume and file.exists() else {}
     assert held.val is not None
     for lr in run.lrs:
         if str(lr) in trials:
             continue
         model, tuned = task.model(held.train)
         state, examples = out / f"trial-{lr}.pt", task.read(tuned, held.train, run.augment)
-        fit(
-            model,
-            examples,
-            task.read(tuned, held.val),
-            _training(run, lr, examples),
-            state=state,
-            resume=resume,
-            progress=progress,
-            objective=_objective(run, held),
-        )
-        trials[str(lr)] = next(evaluate(model, task.read(tuned, held.val), run.training.batch_size, kind=held.kind))[1]
+        val = task.read(tuned, held.val)
+        try:
+            fit(
+                model,
+                examples,
+                val,
+                _training(run, lr, examples),
+                state=state,
+                resume=resume,
+                progress=progress,
+                objective=_objective(run, held),
+            )
+            trials[str(lr)] = next(evaluate(model, val, run.training.batch_size, kind=held.kind))[1]
+        except Diverged:  # a rate that is too high is no choice, and no reason to stop
+            trials[str(lr)] = None
         write_whole(file, as_json(trials))
         state.unlink(missing_ok=True)
     return trials

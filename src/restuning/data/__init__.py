@@ -19,6 +19,7 @@ from restuning.data.task import Items as Items
 from restuning.data.task import Source as Source
 from restuning.data.task import Task as Task
 from restuning.data.task import check as check
+from restuning.data.task import part
 from restuning.data.task import split as split
 from restuning.data.text import Texts as Texts
 from restuning.data.text import load_glue, load_text
@@ -79,7 +80,7 @@ def load_task(
 ) -> Task:
     """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation`, `sprites:count`, `table:PATH`,
     `text:PATH`, `glue:NAME` or `hf:NAME[:CONFIG]`; `vtab:PATH/NAME`, `fgvc:PATH`, `fewshot:PATH`, `domains:PATH` and
-    `cifar100:PATH`; `altered:HOW:SPEC`.
+    `cifar100:PATH`; `altered:HOW:SPEC` and `part:TRAIN,TEST:SPEC` of others.
 
     Where there is no test split, `test_size` items (a fifth) are drawn first, the same at every call. `train_size`
     items (all), or `shots` of each class, are then drawn by `seed`, and `val_size` of these held out for validation;
@@ -104,4 +105,12 @@ def _altered(rest: str) -> Source:
     return altered(load_source(spec), how)
 
 
-KINDS["altered"] = _altered
+def _part(rest: str) -> Source:
+    sizes, _, spec = rest.partition(":")
+    train, _, test = sizes.partition(",")
+    if not (train.isdecimal() and test.isdecimal()):
+        raise DataError(f"part:{rest}: expected part:TRAIN,TEST:SPEC, as in part:1000,500:folder:photos")
+    return part(spec, load_source(spec), int(train), int(test))
+
+
+KINDS |= {"altered": _altered, "part": _part}

@@ -130,6 +130,14 @@ def split(
     return Task(spec, source.classes, View(source.train, rest), val, test, source.kind, held_last)
 
 
+def part(spec: str, source: Source, train_size: int, test_size: int) -> Source:
+    """So many training and test items, drawn once, whatever the seed; a fifth of the first are its own draw for
+    validation, as VTAB-1k's val200 are."""
+    task = split(spec, source, train_size, 0, test_size, 0)
+    held, rest = _draw(task.train, range(train_size), train_size // 5, 0)
+    return Source(source.classes, View(task.train, [*rest, *held]), None, task.test, source.kind, len(held))
+
+
 def _enough(spec: str, name: str, size: int, there: int) -> None:
     if size > there:
         raise DataError(f"{spec}: {name} is {size}, expected at most the {there} that there are for it")
