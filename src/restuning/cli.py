@@ -168,6 +168,27 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--seed", type=int, help="(default 0)")
     search.add_argument("--quiet", action="store_true", help="no progress bar")
 
+    reproduce = add(
+        "reproduce",
+        _reproduce,
+        "Run an experiment of the paper, or of the small edition: choose on validation, train again, test once.\n"
+        "A killed one goes on where it was, and several processes may work in one --out.",
+        "restuning reproduce tab4 --data-root ~/data --out runs/tab4 && restuning report runs/tab4 --out report",
+    )
+    reproduce.add_argument("experiments", nargs="*", metavar="NAME", help="tab4, fig5, small, …; none: list them")
+    reproduce.add_argument("--data-root", metavar="DIR", help="where its data are; see `restuning data list`")
+    reproduce.add_argument("--out", type=Path, help="folder for results.jsonl, banks and runs")
+    reproduce.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
+    reproduce.add_argument("--row", nargs="+", default=[], dest="rows", help="these rows alone")
+    reproduce.add_argument("--column", nargs="+", default=[], dest="columns", help="these columns alone")
+    reproduce.add_argument("--seeds", type=int, nargs="+", help="in place of the experiment's")
+    reproduce.add_argument("--lr", type=float, nargs="+", dest="lrs", help="in place of the experiment's")
+    reproduce.add_argument("--epochs", type=int, nargs="+", help="in place of the experiment's")
+    _backbone_flags(reproduce)
+    reproduce.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the banks"
+    )
+
     bench = add(
         "bench",
         _bench,
@@ -405,6 +426,54 @@ def _sweep(args: argparse.Namespace) -> None:
         for name, m in found["methods"].items()
     ]
     _table(["method", "test score", "parameters", "points", "seconds", "chosen (lr/epochs by seed)"], rows)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from functools import cache
+
+    from restuning.experiments import EXPERIMENTS, SUITES, find
+    from restuning.reproduce import Only, Settings, cost, plan, reproduce, seconds_each
+
+    if not args.experiments:
+        rows = [[e.name, e.about, e.said] for e in EXPERIMENTS.values()]
+        suites = [[name, f"all of {', '.join(parts)}", ""] for name, parts in SUITES.items()]
+        _table(["name", "what", "command"], [*rows, *suites])
+        return 0
+    found = [e for name in args.experiments for e in find(name)]
+    for experiment in found:
+        if not experiment.tasks:
+            raise RestuningError(f"{experiment.name} is made by another command: {experiment.said}")
+    if args.data_root is None:
+        raise RestuningError("--data-root is missing: expected the folder of the data sets")
+    given: dict[str, Any] = {
+        k: v for k, v in vars(args).items() if v is not None and k in Settings.__dataclass_fields__
+    }
+    settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    only = Only(tuple(args.rows), tuple(args.columns))
+    only.check(found)
+    jobs = [job for experiment in found for job in plan(experiment, settings, only)]
+    if args.dry_run:
+        costs = cost(jobs, cache(seconds_each))
+        if args.json:
+            print(json.dumps(costs))
+            return 0
+        cells = [
+            [*(str(c[k]) for k in ("experiment", "column", "jobs", "scores")), f"{c['passes']:,.0f}"] for c in costs
+        ]
+        cells = [[*cell, f"{c['hours']:.2f}"] for cell, c in zip(cells, costs, strict=True)]
+        _table(["experiment", "column", "jobs", "scores", "forward passes", "hours here"], cells)
+        print(f"about {sum(c['hours'] for c in costs):.1f} hours on this machine")
+        return 0
+    if args.out is None:
+        raise RestuningError("--out is missing: expected a folder")
+    failed = reproduce(jobs, args.out, settings)
+    if args.json:
+        print(json.dumps({"jobs": len(jobs), "failed": failed}))
+    else:
+        print(f"{len(jobs)} jobs, {len(failed)} of them failed; restuning report {args.out} shows them")
+    if failed:
+        raise RestuningError(f"{failed[0]}{f' (and {len(failed) - 1} more)' if len(failed) > 1 else ''}")
+    return 0
 
 
 def _search(args: argparse.Namespace) -> None:

@@ -30,10 +30,29 @@ from restuning.experiments.spec import Data as Data
 from restuning.experiments.spec import Experiment as Experiment
 from restuning.experiments.spec import Row as Row
 
-_FILES = (intro, tab1, tab2a, tab2b, tab2c, tab3a, tab3b, tab3c, tab4, tab5, tab6, fig4, fig5)
-_FILES += (tab12, tab13, tab14, tab15, tab16, tab17)
+_FILES = (
+    intro,
+    tab1,
+    tab2a,
+    tab2b,
+    tab2c,
+    tab3a,
+    tab3b,
+    tab3c,
+    tab4,
+    tab5,
+    tab6,
+    fig4,
+    fig5,
+    tab12,
+    tab13,
+    tab14,
+    tab15,
+)
 
-EXPERIMENTS: dict[str, Experiment] = {e.name: e for e in (*(f.EXPERIMENT for f in _FILES), *small.EXPERIMENTS)}
+EXPERIMENTS: dict[str, Experiment] = {
+    e.name: e for e in (*(f.EXPERIMENT for f in (*_FILES, tab16, tab17)), *small.EXPERIMENTS)
+}
 SUITES: dict[str, tuple[str, ...]] = {"small": tuple(e.name for e in small.EXPERIMENTS)}
 
 

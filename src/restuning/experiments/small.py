@@ -5,11 +5,16 @@ ViT-Ti/16 of ImageNet; 1,000 training images a task, of which 200 choose the rat
 pixels; what acts inside the backbone, and the bypass beside it, at 96 pixels and few epochs; few shots; other domains.
 """
 
+from typing import Any
+
 from restuning.experiments.spec import Data, Experiment, Row, residual
 
 _CALTECH = "tar:{root}/caltech101/caltech101_short128_max40.tar"
 _EUROSAT = "tar:{root}/eurosat/eurosat_rgb64_every6th.tar"
-_TI = {"backbone": "vit_tiny_patch16_224", "weights": "{root}/vit_tiny_patch16_224_in1k/model.safetensors"}
+_TI: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "weights": "{root}/vit_tiny_patch16_224_in1k/model.safetensors",
+}
 
 TASKS = (
     Data("Caltech-101", f"part:1000,800:{_CALTECH}", "natural", test=800),

@@ -1,0 +1,246 @@
+"""`restuning reproduce`: an experiment's jobs, one after another, by any number of processes beside one another."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from restuning.adaptation import grid_of
+from restuning.backbones import load_backbone
+from restuning.data import load_source
+from restuning.errors import Busy, RestuningError
+from restuning.experiments import Data, Experiment, Row
+from restuning.files import as_json, locked, write_whole
+from restuning.jobs import Job, finish, method_of, one_seed, reads_features
+from restuning.methods import find_method
+from restuning.results import RESULTS, Record, key_of, read
+
+SETTINGS = "reproduce.json"
+WAIT = 1.0  # seconds, where all that is left is being done by others
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is not the experiment's own: data_root, in place of `{root}`; the rest in place of what it says. dtype: of
+    the features kept."""
+
+    data_root: str
+    backbone: str | None = None
+    weights: str | None = None
+    image_size: int | None = None
+    lrs: tuple[float, ...] | None = None
+    epochs: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class Only:
+    """Which parts of an experiment: all where nothing is said."""
+
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+
+    def check(self, experiments: Sequence[Experiment]) -> None:
+        """Raises RestuningError for a name that none of them has."""
+        for given, known in (
+            (self.rows, [row.name for e in experiments for row in e.rows]),
+            (self.columns, [task.name for e in experiments for task in e.tasks]),
+        ):
+            strange = sorted(set(given) - set(known))
+            if strange:
+                raise RestuningError(f"{strange[0]!r} is not there: expected some of {', '.join(dict.fromkeys(known))}")
+
+
+EVERYTHING = Only()
+
+
+def plan(experiment: Experiment, settings: Settings, only: Only = EVERYTHING) -> list[Job]:
+    """Its jobs: the cheapest first, within a column what reads features before what does not."""
+    jobs: list[Job] = []
+    for task in experiment.tasks:
+        if only.columns and task.name not in only.columns:
+            continue
+        groups: dict[Any, list[Row]] = {}
+        for row in experiment.rows:
+            if row.method is not None and (not only.rows or row.name in only.rows):
+                groups.setdefault(_alike(experiment, row), []).append(row)
+        for rows in groups.values():
+            jobs += _jobs(experiment, task, rows, settings)
+    return jobs
+
+
+def _alike(experiment: Experiment, row: Row) -> Any:
+    """Rows that one bank and one sweep can serve; a grid of 1 is of other tokens than a finer one."""
+    assert row.method is not None
+    if experiment.augment or not reads_features(row.method):
+        return row.name
+    mean = grid_of(find_method(row.method)) == 1
+    return (row.lrs, row.epochs, row.backbone, row.weights, mean)
+
+
+def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Settings) -> Iterator[Job]:
+    first = rows[0]
+    weights = settings.weights or first.weights or experiment.weights
+    job = Job(
+        experiment=experiment.name,
+        column=task.name,
+        data=task.spec.replace("{root}", settings.data_root),
+        methods={row.name: method_of(row.method or "", row.size, row.blocks) for row in rows},
+        seeds=settings.seeds or experiment.seeds,
+        lrs=settings.lrs or first.lrs or experiment.lrs,
+        epochs=settings.epochs or first.epochs or experiment.epochs,
+        backbone=settings.backbone or first.backbone or experiment.backbone,
+        # another backbone has other weights
+        weights=weights.replace("{root}", settings.data_root)
+        if weights and (settings.weights or not settings.backbone)
+        else None,
+        image_size=settings.image_size or experiment.image_size,
+        pool=experiment.pool,
+        crop=experiment.crop,
+        augment=experiment.augment,
+        shots=task.shots,
+        targets={name: spec.replace("{root}", settings.data_root) for name, spec in (task.targets or {}).items()},
+        images=(task.train, task.test),
+    )
+    if job.beside and "{seed}" not in job.data:
+        yield job
+    else:
+        yield from (one_seed(job, seed) for seed in job.seeds)
+
+
+def cost(jobs: Sequence[Job], timed: Callable[[str, int | None], float] | None = None) -> list[dict[str, Any]]:
+    """For each experiment and column: jobs, scores, forward passes, and (with `timed`) hours."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for job in jobs:
+        row = rows.setdefault(
+            (job.experiment, job.column),
+            {"experiment": job.experiment, "column": job.column, "jobs": 0, "scores": 0, "passes": 0.0, "hours": 0.0},
+        )
+        row["jobs"] += 1
+        row["scores"] += len(job.keys)
+        row["passes"] += job.passes
+        if timed is not None:
+            row["hours"] += job.passes * timed(job.backbone, job.image_size) / 3600
+    return list(rows.values())
+
+
+def seconds_each(backbone: str, image_size: int | None) -> float:
+    """Of one image's way through a backbone of random weights, on this machine: the better of two batches of 8."""
+    from restuning.adapt import adapt
+    from restuning.backbones import reading_of
+    from restuning.data import Preprocess
+
+    model = load_backbone(backbone, "random", image_size)
+    how = reading_of(model, image_size)
+    x: Any = torch.zeros(8, 128, dtype=torch.long)
+    if isinstance(how, Preprocess):
+        x = torch.zeros(8, 3, *how.size)
+    tuned = adapt(model, "linear", 2, backbone_name=backbone).eval()
+    if torch.cuda.is_available():
+        tuned, x = tuned.cuda(), x.cuda()
+    times = []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            tuned(x)
+            times.append(time.perf_counter() - start)
+    return min(times[1:]) / 8
+
+
+def claim(out: Path, settings: Settings) -> None:
+    """The folder for these settings. Raises RestuningError where it holds results of others."""
+    record = out / SETTINGS
+    now = as_json(asdict(settings))
+    if record.exists() and record.read_bytes() != now:
+        raise RestuningError(f"{out} holds results of other settings (see {record}): choose another folder")
+    if not record.exists():
+        with locked(out):
+            write_whole(record, now)
+
+
+def absent(jobs: Sequence[Job]) -> dict[str, str]:
+    """Data that cannot be read, and why; each is looked for once."""
+    found = {}
+    for data in dict.fromkeys(job.data for job in jobs):
+        try:
+            load_source(data)
+        except RestuningError as error:
+            found[data] = str(error)
+    return found
+
+
+def reproduce(
+    jobs: Sequence[Job],
+    out: Path,
+    settings: Settings,
+    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+) -> list[str]:
+    """Do what is not done, and what no other process is doing. Returns what failed, a line each."""
+    claim(out, settings)
+    missing = absent(jobs)
+    failed = [f"{data}: {why}" for data, why in missing.items()]
+    for line in failed:
+        say(f"absent: {line}")
+    jobs = [job for job in jobs if job.data not in missing]
+    meter = Meter(jobs, say)
+    left = list(jobs)
+    while left:
+        moved = False
+        for job in list(left):
+            done = {key_of(r) for r in read(out / RESULTS)}
+            if job.keys <= done:
+                left.remove(job)
+                meter.skipped(job)
+                moved = True
+                continue
+            start = time.perf_counter()
+            try:
+                records = finish(job, out, settings.dtype)
+            except Busy:
+                continue
+            except RestuningError as error:
+                failed.append(f"{job.name}: {error}")
+                say(f"failed: {failed[-1]}")
+                meter.skipped(job)
+            else:
+                meter.done(job, records, time.perf_counter() - start)
+            left.remove(job)
+            moved = True
+        if not moved:
+            time.sleep(WAIT)
+    return failed
+
+
+class Meter:
+    """How far a table is: a line for each job, with the time left, as far as the jobs done tell it."""
+
+    def __init__(self, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
+        self.count, self.left, self.say = len(jobs), sum(job.passes for job in jobs), say
+        self.seen, self.passes, self.seconds = 0, 0.0, 0.0
+
+    def skipped(self, job: Job) -> None:
+        self.seen, self.left = self.seen + 1, self.left - job.passes
+
+    def done(self, job: Job, records: Sequence[Record], seconds: float) -> None:
+        self.skipped(job)
+        self.passes, self.seconds = self.passes + job.passes, self.seconds + seconds
+        means: dict[str, list[float]] = {}
+        for record in records:
+            if record["column"] == job.column and record["score"] is not None:
+                means.setdefault(record["row"], []).append(record["score"])
+        said = ", ".join(f"{row} {sum(v) / len(v):.2f}" for row, v in means.items()) or "diverged"
+        left = _hours(self.left * self.seconds / self.passes)
+        self.say(
+            f"[{self.seen}/{self.count}] {job.experiment}, {job.column}: {said} ({_hours(seconds)}; about {left} left)"
+        )
+
+
+def _hours(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
