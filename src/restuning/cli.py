@@ -448,7 +448,7 @@ def _reproduce(args: argparse.Namespace) -> int:
     given: dict[str, Any] = {
         k: v for k, v in vars(args).items() if v is not None and k in Settings.__dataclass_fields__
     }
-    settings = Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    settings = Settings(**(given | {k: tuple(v) for k, v in given.items() if isinstance(v, list)}))
     only = Only(tuple(args.rows), tuple(args.columns))
     only.check(found)
     jobs = [job for experiment in found for job in plan(experiment, settings, only)]
