@@ -189,6 +189,15 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the banks"
     )
 
+    report = add(
+        "report",
+        _report,
+        "Set results beside the paper's: a page and Markdown, with tables, differences and pictures.",
+        "restuning report runs/tab4 --out report",
+    )
+    report.add_argument("results", type=Path, metavar="RESULTS", help="a results.jsonl, or a folder that has one")
+    report.add_argument("--out", type=Path, help="folder for report.html and report.md (default: print the scores)")
+
     bench = add(
         "bench",
         _bench,
@@ -474,6 +483,26 @@ def _reproduce(args: argparse.Namespace) -> int:
     if failed:
         raise RestuningError(f"{failed[0]}{f' (and {len(failed) - 1} more)' if len(failed) > 1 else ''}")
     return 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    from restuning.report import write
+    from restuning.report.page import lines
+    from restuning.results import read
+
+    if args.out is not None:
+        found = write(args.results, args.out)
+        print(
+            json.dumps(found) if args.json else f"{', '.join(found)}: {args.out / 'report.html'}, report.md beside it"
+        )
+        return
+    rows = lines(read(args.results))
+    if not rows:
+        raise RestuningError(f"no results in {args.results}: expected a results.jsonl, or a folder that has one")
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        _table(["experiment", "row", "column", "score"], [list(row) for row in rows])
 
 
 def _search(args: argparse.Namespace) -> None:
