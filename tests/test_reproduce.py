@@ -1,13 +1,19 @@
 """An experiment in miniature: chosen on validation, resumed without repeating, the same table after a kill."""
 
 import json
+import os
+import signal
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from restuning import jobs as module
 from restuning.cli import main
+from restuning.cluster import on_ray
 from restuning.errors import Busy, RestuningError
 from restuning.experiments import EXPERIMENTS, Data, Experiment, Row
 from restuning.files import locked
@@ -151,3 +157,37 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     }.items():
         assert main(["reproduce", *bad]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_ray_cluster_loses_nothing_with_a_worker(whole: Path, tmp_path: Path) -> None:
+    """Two workers, of which the first that works is killed; every cell once, with the scores of a single process."""
+    pytest.importorskip("ray")
+    jobs, killed = plan(TINY, SETTINGS), []
+
+    def kill() -> None:
+        while not killed:
+            for job in jobs:
+                pid = _holder(tmp_path / "jobs" / job.name / ".lock")
+                if pid is not None and (tmp_path / "jobs" / job.name / "sweep").exists():
+                    killed.append(pid)
+                    os.kill(pid, signal.SIGKILL)
+                    return
+            time.sleep(0.02)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    said: list[str] = []
+    assert not reproduce(jobs, tmp_path, SETTINGS, said.append, partial(on_ray, workers=2))
+    killer.join(1)
+    assert len(killed) == 1 and killed[0] != os.getpid() and len(said) == len(jobs)
+    found = read(tmp_path)
+    assert len(found) == len({key_of(r) for r in found}) == 24
+    assert {key_of(r): r["score"] for r in found} == {key_of(r): r["score"] for r in read(whole)}
+
+
+def _holder(lock: Path) -> int | None:
+    """The process that has locked the file."""
+    if not lock.exists():
+        return None
+    rows = [row.split() for row in Path("/proc/locks").read_text().splitlines()]
+    return next((int(row[4]) for row in rows if row[1] == "FLOCK" and row[5].endswith(f":{lock.stat().st_ino}")), None)

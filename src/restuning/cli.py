@@ -179,6 +179,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--data-root", metavar="DIR", help="where its data are; see `restuning data list`")
     reproduce.add_argument("--out", type=Path, help="folder for results.jsonl, banks and runs")
     reproduce.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
+    reproduce.add_argument("--engine", choices=["local", "ray"], default="local", help="where jobs are done")
+    reproduce.add_argument("--workers", type=int, metavar="N", help="start a local Ray cluster of N workers")
     reproduce.add_argument("--row", nargs="+", default=[], dest="rows", help="these rows alone")
     reproduce.add_argument("--column", nargs="+", default=[], dest="columns", help="these columns alone")
     reproduce.add_argument("--seeds", type=int, nargs="+", help="in place of the experiment's")
@@ -438,10 +440,10 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _reproduce(args: argparse.Namespace) -> int:
-    from functools import cache
+    from functools import cache, partial
 
     from restuning.experiments import EXPERIMENTS, SUITES, find
-    from restuning.reproduce import Only, Settings, cost, plan, reproduce, seconds_each
+    from restuning.reproduce import Engine, Only, Settings, cost, here, plan, reproduce, seconds_each
 
     if not args.experiments:
         rows = [[e.name, e.about, e.said] for e in EXPERIMENTS.values()]
@@ -454,6 +456,7 @@ def _reproduce(args: argparse.Namespace) -> int:
             raise RestuningError(f"{experiment.name} is made by another command: {experiment.said}")
     if args.data_root is None:
         raise RestuningError("--data-root is missing: expected the folder of the data sets")
+    args.data_root = str(Path(args.data_root).absolute())
     given: dict[str, Any] = {
         k: v for k, v in vars(args).items() if v is not None and k in Settings.__dataclass_fields__
     }
@@ -475,7 +478,14 @@ def _reproduce(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise RestuningError("--out is missing: expected a folder")
-    failed = reproduce(jobs, args.out, settings)
+    if args.workers is not None and (args.engine != "ray" or args.workers < 1):
+        raise RestuningError(f"--workers {args.workers}: expected 1 or more, with --engine ray")
+    engine: Engine = here
+    if args.engine == "ray":
+        from restuning.cluster import on_ray
+
+        engine = partial(on_ray, workers=args.workers)
+    failed = reproduce(jobs, args.out, settings, engine=engine)
     if args.json:
         print(json.dumps({"jobs": len(jobs), "failed": failed}))
     else:

@@ -46,6 +46,11 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def contents(folder: Path) -> list[str]:
+    """Names of what is in it, but for locks and what a killed process left half-written."""
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp"))
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A folder, made where it is missing, for one process alone. Raises Busy if another has it."""

@@ -95,6 +95,16 @@ class Job:
         return (3 * seen + test) * len(self.methods) * len(self.seeds)
 
 
+@dataclass(frozen=True)
+class Done:
+    """What became of a job: its records and seconds, or why it failed."""
+
+    job: Job
+    records: list[Record]
+    seconds: float
+    failed: str = ""
+
+
 def reads_features(method: str | Mapping[str, Any]) -> bool:
     """Linear probing, or a side path that begins without the backbone's weights, on tokens that a bank keeps."""
     found = find_method(method)

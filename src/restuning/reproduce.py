@@ -15,11 +15,12 @@ from restuning.data import load_source
 from restuning.errors import Busy, RestuningError
 from restuning.experiments import Data, Experiment, Row
 from restuning.files import as_json, locked, write_whole
-from restuning.jobs import Job, finish, method_of, one_seed, reads_features
+from restuning.jobs import Done, Job, finish, method_of, one_seed, reads_features
 from restuning.methods import find_method
-from restuning.results import RESULTS, Record, key_of, read
+from restuning.results import RESULTS, key_of, read
 
 SETTINGS = "reproduce.json"
+Engine = Callable[[Sequence[Job], Path, str], Iterator[Done]]
 WAIT = 1.0  # seconds, where all that is left is being done by others
 
 
@@ -174,45 +175,46 @@ def absent(jobs: Sequence[Job]) -> dict[str, str]:
     return found
 
 
+def here(jobs: Sequence[Job], out: Path, dtype: str) -> Iterator[Done]:
+    """In this process, one after another; what another process is at comes last."""
+    left = list(jobs)
+    while left:
+        moved = False
+        for job in list(left):
+            start = time.perf_counter()
+            try:
+                done = Done(job, finish(job, out, dtype), time.perf_counter() - start)
+            except Busy:
+                continue
+            except RestuningError as error:
+                done = Done(job, [], 0.0, str(error))
+            left.remove(job)
+            moved = True
+            yield done
+        if not moved:
+            time.sleep(WAIT)
+
+
 def reproduce(
     jobs: Sequence[Job],
     out: Path,
     settings: Settings,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    engine: Engine = here,
 ) -> list[str]:
-    """Do what is not done, and what no other process is doing. Returns what failed, a line each."""
+    """Do what is not done. Returns what failed, a line each."""
     claim(out, settings)
     missing = absent(jobs)
     failed = [f"{data}: {why}" for data, why in missing.items()]
     for line in failed:
         say(f"absent: {line}")
-    jobs = [job for job in jobs if job.data not in missing]
+    there = {key_of(r) for r in read(out / RESULTS)}
+    jobs = [job for job in jobs if job.data not in missing and not job.keys <= there]
     meter = Meter(jobs, say)
-    left = list(jobs)
-    while left:
-        moved = False
-        for job in list(left):
-            done = {key_of(r) for r in read(out / RESULTS)}
-            if job.keys <= done:
-                left.remove(job)
-                meter.skipped(job)
-                moved = True
-                continue
-            start = time.perf_counter()
-            try:
-                records = finish(job, out, settings.dtype)
-            except Busy:
-                continue
-            except RestuningError as error:
-                failed.append(f"{job.name}: {error}")
-                say(f"failed: {failed[-1]}")
-                meter.skipped(job)
-            else:
-                meter.done(job, records, time.perf_counter() - start)
-            left.remove(job)
-            moved = True
-        if not moved:
-            time.sleep(WAIT)
+    for done in engine(jobs, out, settings.dtype):
+        if done.failed:
+            failed.append(f"{done.job.name}: {done.failed}")
+        meter.done(done)
     return failed
 
 
@@ -221,22 +223,24 @@ class Meter:
 
     def __init__(self, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
         self.count, self.left, self.say = len(jobs), sum(job.passes for job in jobs), say
-        self.seen, self.passes, self.seconds = 0, 0.0, 0.0
+        self.seen, self.passes, self.start = 0, 0.0, time.perf_counter()
 
-    def skipped(self, job: Job) -> None:
+    def done(self, done: Done) -> None:
+        job = done.job
         self.seen, self.left = self.seen + 1, self.left - job.passes
-
-    def done(self, job: Job, records: Sequence[Record], seconds: float) -> None:
-        self.skipped(job)
-        self.passes, self.seconds = self.passes + job.passes, self.seconds + seconds
+        if done.failed:
+            self.say(f"[{self.seen}/{self.count}] failed: {job.experiment}, {job.column}: {done.failed}")
+            return
+        self.passes += job.passes
         means: dict[str, list[float]] = {}
-        for record in records:
+        for record in done.records:
             if record["column"] == job.column and record["score"] is not None:
                 means.setdefault(record["row"], []).append(record["score"])
         said = ", ".join(f"{row} {sum(v) / len(v):.2f}" for row, v in means.items()) or "diverged"
-        left = _hours(self.left * self.seconds / self.passes)
+        left = self.left * (time.perf_counter() - self.start) / self.passes
         self.say(
-            f"[{self.seen}/{self.count}] {job.experiment}, {job.column}: {said} ({_hours(seconds)}; about {left} left)"
+            f"[{self.seen}/{self.count}] {job.experiment}, {job.column}: {said} "
+            f"({_hours(done.seconds)}; about {_hours(left)} left)"
         )
 
 

@@ -32,7 +32,7 @@ from restuning.data import (
 )
 from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.evaluate import Examples, evaluate
-from restuning.files import as_json, locked, write_whole
+from restuning.files import as_json, contents, locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
 from restuning.methods import Bypass, Full, Method, find_method, on_blocks, resize
@@ -338,12 +338,12 @@ def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
     new = not out.exists()
     with locked(out):
         record = out / RUN
-        held = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+        there = contents(out)
         if record.exists() and not resume:
             state = "a finished run" if (out / RESULT).exists() else "an unfinished run: continue it with --resume"
             raise RestuningError(f"{out} holds {state}; choose another folder for a new one")
-        if held and not record.exists():
-            raise RestuningError(f"{out} is not empty and holds no run ({', '.join(held[:3])}): choose another folder")
+        if there and not record.exists():
+            raise RestuningError(f"{out} is not empty and holds no run ({', '.join(there[:3])}): choose another folder")
         if record.exists() and read_run(record) != run:
             before, now = read_run(record).to_dict(), run.to_dict()
             other = [f"{k} was {before[k]}, is {now[k]}" for k in now if as_json(before[k]) != as_json(now[k])]

@@ -33,8 +33,8 @@ BESIDE = (
     Row("bypass-vertical", "bypass-vertical", {}),
     Row("bypass", "bypass", {}),
     Row("bypass-mean", "bypass-mean", {}),
-    Row("bypass-grid4", "bypass-grid4", {}),
-    Row("LST on a grid", {"kind": "ladder", "reduction": 16, "init": "random", "grid": 4}, {}),
+    Row("bypass-grid2", "bypass-grid2", {}),
+    Row("LST on a grid", {"kind": "ladder", "reduction": 16, "init": "random", "grid": 2}, {}),
 )
 """They read features: one pass of the backbone over a task serves all of them."""
 
@@ -58,7 +58,7 @@ INSIDE = (
     Row("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter"), {}, lrs=(0.005,)),
 )
 
-_HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass", "bypass-mean", "bypass-grid4"))
+_HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass-none", "bypass", "bypass-grid2"))
 _SHOTS = (1, 2, 4, 8, 16)
 
 FEATURES = Experiment(
@@ -69,7 +69,7 @@ FEATURES = Experiment(
     TASKS,
     **_TI,
     lrs=(0.01, 0.005, 0.001),
-    epochs=(50, 100),
+    epochs=(100,),
 )
 TUNERS = Experiment(
     "small-inside",
@@ -120,6 +120,6 @@ MICRO = Experiment(
     TASKS[1:],
     backbone="restuning-micro",
     lrs=(0.01, 0.005, 0.001),
-    epochs=(50, 100),
+    epochs=(100,),
 )
 EXPERIMENTS = (FEATURES, FEWSHOT, DOMAINS, MICRO, TUNERS)
