@@ -347,6 +347,7 @@ def _rates(text: str) -> tuple[float]:
 
 def _train(args: argparse.Namespace) -> None:
     from restuning.methods import find_method, to_dict
+    from restuning.processes import is_first
     from restuning.recipe import TrainConfig
     from restuning.run import RUN, Run, execute, from_bank, read_run
 
@@ -369,6 +370,8 @@ def _train(args: argparse.Namespace) -> None:
     result = execute(
         run, args.out, resume=args.resume, progress=not (args.quiet or args.json), tensorboard=args.tensorboard
     )
+    if not is_first():
+        return
     if args.json:
         print(json.dumps(result))
     else:

@@ -37,6 +37,7 @@ from restuning.initialise import initialise, needs_data
 from restuning.measure import count
 from restuning.methods import Bypass, Full, Method, find_method, on_blocks, resize
 from restuning.objective import Objective, balanced, objective, worth
+from restuning.processes import is_first, meet
 from restuning.progress import bar
 from restuning.recipe import TrainConfig
 from restuning.train import fit
@@ -130,11 +131,14 @@ def read_run(path: Path) -> Run:
 def execute(
     run: Run, out: Path, *, resume: bool = False, progress: bool = True, tensorboard: bool = False
 ) -> dict[str, Any]:
-    """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds.
+    """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds. Of several
+    processes (`accelerate launch`), all train and the first one writes.
 
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
-    with claimed(out, run, resume):
+    meet()
+    with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
+        processes = meet()
         start = time.perf_counter()
         sizes = {"train_size": run.train_size, "shots": run.shots, "test_size": run.test_size}
         sizes["seed"] = run.training.seed
@@ -179,13 +183,16 @@ def execute(
             "classes": len(whole.classes),
             "parameters": count(tuned),
             "kept_features": isinstance(model, FromFeatures),
+            "processes": processes,
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
             "settings": run.to_dict(),
         }
-        tuned.save_pretrained(out)
-        write_whole(out / RESULT, as_json(result))
-        (out / "state.pt").unlink(missing_ok=True)
+        if is_first():
+            tuned.save_pretrained(out)
+            write_whole(out / RESULT, as_json(result))
+            (out / "state.pt").unlink(missing_ok=True)
+        meet()
         return result
 
 
@@ -216,8 +223,9 @@ def _choose(
             trials[str(lr)] = next(evaluate(model, val, run.training.batch_size, kind=held.kind))[1]
         except Diverged:  # a rate that is too high is no choice, and no reason to stop
             trials[str(lr)] = None
-        write_whole(file, as_json(trials))
-        state.unlink(missing_ok=True)
+        if is_first():
+            write_whole(file, as_json(trials))
+            state.unlink(missing_ok=True)
     return trials
 
 

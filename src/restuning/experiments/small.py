@@ -69,7 +69,7 @@ FEATURES = Experiment(
     TASKS,
     **_TI,
     lrs=(0.01, 0.005, 0.001),
-    epochs=(100,),
+    epochs=(50,),
 )
 TUNERS = Experiment(
     "small-inside",
@@ -92,7 +92,7 @@ FEWSHOT = Experiment(
     tuple(Data(f"Caltech-101, {k}", _CALTECH, "Caltech-101", 102 * k, 802, shots=k) for k in _SHOTS),
     **_TI,
     lrs=(0.005,),
-    epochs=(100,),
+    epochs=(50,),
 )
 DOMAINS = Experiment(
     "small-domains",
@@ -109,7 +109,7 @@ DOMAINS = Experiment(
     ),
     **_TI,
     lrs=(0.01, 0.005, 0.001),
-    epochs=(100,),
+    epochs=(50,),
     note="All: the mean of the three altered copies",
 )
 MICRO = Experiment(
@@ -120,6 +120,6 @@ MICRO = Experiment(
     TASKS[1:],
     backbone="restuning-micro",
     lrs=(0.01, 0.005, 0.001),
-    epochs=(100,),
+    epochs=(50,),
 )
 EXPERIMENTS = (FEATURES, FEWSHOT, DOMAINS, MICRO, TUNERS)
