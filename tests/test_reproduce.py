@@ -66,6 +66,10 @@ def test_the_plan_shares_a_bank_among_what_reads_the_same() -> None:
         (("lora",), (1,), False),
     ]
     assert len({job.name for job in found}) == len(found) == 8
+    grids = replace(TINY, rows=tuple(Row(name, name, {}) for name in ("bypass-grid4", "bypass-grid2", "linear")))
+    assert [tuple(j.methods) for j in plan(grids, SETTINGS)[:2]] == [("bypass-grid4",), ("linear", "bypass-grid2")]
+    maps = plan(TINY, replace(SETTINGS, backbone="resnet18-stages"), Only(("bypass",), ("digits",)))
+    assert [(j.beside, j.seeds) for j in maps] == [(False, (0,)), (False, (1,))], "maps are no bank"
     (row, _) = cost(found, lambda backbone, size: 3.6)
     assert row["scores"] == 16 and row["hours"] == pytest.approx(row["passes"] / 1000) and row["passes"] > 640
     assert len(plan(TINY, SETTINGS, Only(("lora",), ("counting",)))) == 2

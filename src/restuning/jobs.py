@@ -40,13 +40,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """One column of an experiment for some of its rows: `methods` by row, as names or data. targets: further columns
-    and their data. images: to train and to test on."""
+    """One column of an experiment for some of its rows: `methods` by row, as names or data. beside: whether they read
+    features, from a bank. targets: further columns and their data. images: to train and to test on."""
 
     experiment: str
     column: str
     data: str
     methods: Mapping[str, str | Mapping[str, Any]]
+    beside: bool
     seeds: tuple[int, ...]
     lrs: tuple[float, ...]
     epochs: tuple[int, ...]
@@ -59,11 +60,6 @@ class Job:
     shots: int | None
     targets: Mapping[str, str]
     images: tuple[int, int]
-
-    @property
-    def beside(self) -> bool:
-        """Whether its methods read features, so that a bank serves them."""
-        return not self.augment and all(reads_features(method) for method in self.methods.values())
 
     @property
     def name(self) -> str:
@@ -141,12 +137,12 @@ def finish(job: Job, out: Path, dtype: str = "float32", progress: bool = False) 
 
 
 def _about(job: Job) -> Record:
-    settings = {
-        k: v for k, v in asdict(job).items() if k not in ("experiment", "column", "methods", "targets", "seeds")
-    }
+    own = ("experiment", "column", "methods", "beside", "targets", "seeds")
+    settings = {k: v for k, v in asdict(job).items() if k not in own}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    pixels = pixels_of(load_source(job.data).test or load_source(job.data).train)
+    source = load_source(job.data)
+    pixels = pixels_of(source.test or source.train)
     return {
         "experiment": job.experiment,
         **where(),

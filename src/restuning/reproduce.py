@@ -4,13 +4,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from restuning.adaptation import grid_of
-from restuning.backbones import load_backbone
+from restuning.backbones import describe_backbone, load_backbone
 from restuning.data import load_source
 from restuning.errors import Busy, RestuningError
 from restuning.experiments import Data, Experiment, Row
@@ -18,6 +19,7 @@ from restuning.files import as_json, locked, write_whole
 from restuning.jobs import Done, Job, finish, method_of, one_seed, reads_features
 from restuning.methods import find_method
 from restuning.results import RESULTS, key_of, read
+from restuning.wiring.sites import find_sites
 
 SETTINGS = "reproduce.json"
 Engine = Callable[[Sequence[Job], Path, str], Iterator[Done]]
@@ -66,25 +68,45 @@ def plan(experiment: Experiment, settings: Settings, only: Only = EVERYTHING) ->
     for task in experiment.tasks:
         if only.columns and task.name not in only.columns:
             continue
-        groups: dict[Any, list[Row]] = {}
-        for row in experiment.rows:
-            if row.method is not None and (not only.rows or row.name in only.rows):
-                groups.setdefault(_alike(experiment, row), []).append(row)
-        for rows in groups.values():
-            jobs += _jobs(experiment, task, rows, settings)
+        rows = [r for r in experiment.rows if r.method is not None and (not only.rows or r.name in only.rows)]
+        beside = [r for r in rows if not experiment.augment and _banks(experiment, r, settings)]
+        for group in _alike(beside):
+            jobs += _jobs(experiment, task, group, settings, True)
+        for row in rows:
+            if row not in beside:
+                jobs += _jobs(experiment, task, [row], settings, False)
     return jobs
 
 
-def _alike(experiment: Experiment, row: Row) -> Any:
-    """Rows that one bank and one sweep can serve; a grid of 1 is of other tokens than a finer one."""
-    assert row.method is not None
-    if experiment.augment or not reads_features(row.method):
-        return row.name
-    mean = grid_of(find_method(row.method)) == 1
-    return (row.lrs, row.epochs, row.backbone, row.weights, mean)
+def _banks(experiment: Experiment, row: Row, settings: Settings) -> bool:
+    """Whether a bank serves it: not on backbones of stages, whose maps are too large to keep of whole data sets."""
+    name = settings.backbone or row.backbone or experiment.backbone
+    return reads_features(row.method or "") and _uniform(name)
 
 
-def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Settings) -> Iterator[Job]:
+@cache
+def _uniform(backbone: str) -> bool:
+    try:
+        return find_sites(describe_backbone(backbone)).uniform
+    except RestuningError:  # it cannot be had: its jobs will say so
+        return True
+
+
+def _alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that one bank and one sweep can serve: of one grid, CLS alone being a part of any that is finer than 1."""
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        grid = grid_of(find_method(row.method or "")) or 0
+        groups.setdefault((row.lrs, row.epochs, row.backbone, row.weights, grid), []).append(row)
+    for key in [key for key in groups if key[-1] == 0]:
+        finer = [other for other in groups if other[:-1] == key[:-1] and other[-1] > 1]
+        if finer:
+            with_grid = min(finer, key=lambda other: int(other[-1]))
+            groups[with_grid] = groups.pop(key) + groups[with_grid]
+    return list(groups.values())
+
+
+def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Settings, beside: bool) -> Iterator[Job]:
     first = rows[0]
     weights = settings.weights or first.weights or experiment.weights
     job = Job(
@@ -92,6 +114,7 @@ def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Set
         column=task.name,
         data=task.spec.replace("{root}", settings.data_root),
         methods={row.name: method_of(row.method or "", row.size, row.blocks) for row in rows},
+        beside=beside,
         seeds=settings.seeds or experiment.seeds,
         lrs=settings.lrs or first.lrs or experiment.lrs,
         epochs=settings.epochs or first.epochs or experiment.epochs,

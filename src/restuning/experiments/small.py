@@ -39,8 +39,8 @@ BESIDE = (
 """They read features: one pass of the backbone over a task serves all of them."""
 
 INSIDE = (
-    Row("linear", "linear", {}),
-    Row("bypass", "bypass", {}, lrs=(0.01, 0.005, 0.001), epochs=(100,)),
+    Row("linear", "linear", {}, epochs=(50,)),
+    Row("bypass", "bypass", {}, epochs=(50,)),
     *(
         Row(name, name, {}, lrs=lrs)
         for name, lrs in (

@@ -25,7 +25,9 @@ def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
     if curves(found):
         yield f"{name}-shots", "Score by shots; bars: standard deviation over seeds", _svg(plt, _curves(plt, found))
     if gates(found):
-        caption = "λ of each layer, block 1 at the bottom: mean and range over seeds; dashed: ½, as at birth"
+        caption = (
+            "λ of each layer, block 1 at the bottom: mean and standard deviation over seeds; dashed: ½, as at birth"
+        )
         yield f"{name}-lambda", caption, _svg(plt, _forest(plt, found))
 
 
@@ -44,7 +46,7 @@ def _costs(plt: Any, found: Table) -> Any:
                 )
                 axis.annotate(row, (value, score), xytext=(5, 4), textcoords="offset points", fontsize=8)
         axis.set(xscale="log", xlabel=label, ylabel="score")
-        axis.margins(x=0.2)
+        axis.margins(x=0.3, y=0.1)
         axis.grid(alpha=0.25)
     return figure
 
