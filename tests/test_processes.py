@@ -50,3 +50,11 @@ def test_two_processes_give_the_run_of_one(method: str, tmp_path: Path, capsys: 
     a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-4 for k in a)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+
+
+def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["train", *DATA, "--method", "res-tuning", "--lr", "1e30", "0.001", "--json", "--out", str(tmp_path / "run")]
+    assert main(argv) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lr"] == 0.001 and found["validation_score"]["1e+30"] is None
+    assert not list((tmp_path / "run").glob("trial*.pt"))
