@@ -65,6 +65,13 @@ def test_ours_beside_the_papers_with_both_means(results: Path, tmp_path: Path) -
     assert lora["All"].ours is None and lora["DTD"].fits is False, "no mean of a part"
 
 
+def test_a_mean_of_domains_is_of_the_targets() -> None:
+    paper = EXPERIMENTS["tab5"].rows[4].paper
+    rows = [record("tab5", "Res-Tuning", name, 0, paper[name]) for name in ("ImageNet", "V2", "Sketch", "A", "R")]
+    cells = dict(table(EXPERIMENTS["tab5"], rows).lines)["Res-Tuning"]
+    assert cells[-1].ours.mean == pytest.approx(paper["All"], abs=0.01) and cells[-1].fits
+
+
 def test_the_pages(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "report"

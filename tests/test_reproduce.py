@@ -90,6 +90,13 @@ def test_every_cell_is_there_once_with_what_made_it(whole: Path) -> None:
     assert lora["from"] == "backbone" and lora["gates"] is None and lora["validation"] == {}
 
 
+def test_its_report(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
+    assert main(["report", str(whole), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "| **linear, ours** |" in text and "16 of 12" not in text and "12 of 12 cells" in text
+
+
 def test_done_work_is_not_done_again(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (whole / RESULTS).read_bytes()
 

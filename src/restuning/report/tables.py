@@ -92,9 +92,9 @@ def _mean(experiment: Experiment, which: str, records: Sequence[Record]) -> Scor
     """For each seed that has all columns: the mean of the groups' means, or of all columns; where there are targets, of
     these alone."""
     groups: dict[str, list[str]] = {}
-    targets = [name for task in experiment.tasks for name in task.targets or ()]
-    for task in experiment.tasks:
-        groups.setdefault(task.group, []).extend(task.targets or () if targets else [task.name])
+    elsewhere = [task for task in experiment.tasks if task.targets]
+    for task in elsewhere or experiment.tasks:
+        groups.setdefault(task.group, []).extend(task.targets or [task.name])
     columns = [name for group in groups.values() for name in group]
     at = {(r["column"], r["seed"]): r["score"] for r in records if r["score"] is not None}
     seeds = [s for s in dict.fromkeys(r["seed"] for r in records) if all((c, s) in at for c in columns)]
