@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from restuning.cli import _parser
 from restuning.data import KINDS
 from restuning.errors import RestuningError
 from restuning.experiments import EXPERIMENTS, SUITES, find
@@ -28,7 +29,10 @@ def test_an_experiment_is_whole(name: str) -> None:
         spec = task.spec.format(root="DATA", seed=0)
         assert "{" not in spec
         assert task.name in found.columns and set(task.targets or ()) <= set(found.columns)
-    assert found.said.startswith(("restuning ", "python -m pytest "))
+    for command in filter(None, (found.said, *(row.command for row in found.rows))):
+        if not command.startswith("python -m pytest "):
+            assert command.startswith("restuning ")
+            _parser().parse_args(command.split()[1:])
 
 
 @pytest.mark.skipif(not PAPER.exists(), reason="the paper's tables are not beside this checkout")

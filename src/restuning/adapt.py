@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.adaptation import Adaptation, Reader, grid_of
+from restuning.denoise import Apart, Plug, each_of, joined, output_of, serves
 from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Method, find_method, from_dict, to_dict
@@ -237,6 +238,13 @@ class Tuned(nn.Module):
         args, kwargs = arguments(args, kwargs)
         if self._disabled:
             return self.backbone(*args, **kwargs)
+        if self.denoises:
+            if labels is not None or adapter_names is not None:
+                raise MethodError(f"{self._sites.anatomy.name} denoises: neither labels= nor adapter_names=")
+            with self.acting() as spoke:
+                out = self.backbone(*args, **kwargs)
+                spoke(out)
+            return out
         if adapter_names is not None:
             logits = self._mixed(adapter_names, args, kwargs)
         elif self._compiled is not None and len(self._active()) == 1:
@@ -252,6 +260,50 @@ class Tuned(nn.Module):
             raise MethodError(f"labels= for adapters of several kinds of task ({', '.join(sorted(kinds))})")
         loss = objective(kinds.pop() if kinds else "single-label").loss
         return {"loss": loss(logits, labels), "logits": logits}
+
+    @property
+    def denoises(self) -> bool:
+        """Whether the backbone predicts noise: it has no head, what it says is its own output, and the tuners of all
+        active adapters act together."""
+        return self._sites.join is not None
+
+    @contextmanager
+    def acting(self) -> Iterator[Callable[[Any], None]]:
+        """While it lasts, one call of a backbone that denoises is one of the tuned backbone; what it yields is to be
+        told what that said. Side paths add to the input of its last modules; what comes before these runs without
+        autograd if nothing else is tuned."""
+        self._replay.leave()
+        active = [self._find(name) for name in self._active()]
+        inside = gathered((site, str(i), tuner) for i, adapter in enumerate(active) for site, tuner in adapter.inside)
+        attachment = Attachment(self.backbone, self._sites, inside)
+        replays = bool(inside) and torch.is_grad_enabled() and bool(checkpoints(self.backbone))
+
+        def spoke(out: Any) -> None:
+            if replays:
+                self._replay.watch([output_of(out)], partial(attachment.on, again=True))
+
+        with attachment.on(), joined(self.backbone, self._sites, active):
+            yield spoke
+
+    def shares(self, name: str) -> bool:
+        """Whether `each` can serve this adapter."""
+        return serves(self._sites, self._find(name))
+
+    def each(self, *args: Any, rows: bool = False, plain: bool = False, **kwargs: Any) -> dict[str, Tensor]:
+        """{name: output} of every active adapter alone, from one call of a backbone that denoises.
+
+        rows: the batch holds a part of rows for each of them, in their order; else all of them read all of it. plain:
+        the untuned backbone's too, under "". Raises MethodError if one of them tunes inside the backbone, or if its
+        last modules are told more than what comes before them (DiT's).
+        """
+        args, kwargs = arguments(args, kwargs)
+        active = {name: self._find(name) for name in self._active()}
+        return each_of(self.backbone, self._sites, active, Apart(rows, plain), args, kwargs)
+
+    def plug(self) -> Plug:
+        """Have a backbone that denoises act as the tuned one wherever it is called, in a pipeline of diffusers too,
+        until `remove()`, or until the end of a `with` block."""
+        return Plug(self.backbone, self)
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """What the active adapter's head reads, (b, d) as a rule, or {name: …} when several are active."""

@@ -12,7 +12,7 @@ from restuning.errors import MethodError
 from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
-from restuning.wiring.anatomy import PARTS, Affine
+from restuning.wiring.anatomy import PARTS, Affine, several
 from restuning.wiring.attach import INPUT, MASK, attach, gathered
 from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
 from restuning.wiring.sites import Site, Sites, check_blocks
@@ -29,7 +29,9 @@ class Adaptation(nn.Module):
         super().__init__()
         self.card, self.method = card, method
         self.depth, self.full = len(sites.blocks), isinstance(method, Full)
-        self.path: Sequence[int] = range(self.depth + 1)
+        self.path: Sequence[int] = range(len(sites.stems) + 1)
+        if sites.join is not None and (num_classes is not None or grid_of(method) is not None):
+            raise MethodError(f"{sites.anatomy.name} denoises: no classes, and no grid for a side path")
         self.sites: dict[str, Site] = {}
         self.tuners = nn.ModuleDict()
         self.side: nn.Module | None = None
@@ -43,6 +45,8 @@ class Adaptation(nn.Module):
             elif isinstance(part, Bypass):
                 self.path = sites.stages if _over_stages(sites, part) else self.path
                 self.side = _bypass(sites, part, self.path)
+            elif sites.join is not None:
+                raise MethodError(f"{type(part).__name__} needs a head; {sites.anatomy.name} has none: a Bypass can be")
             elif isinstance(part, Ladder):
                 self.side = _ladder(backbone, sites, part)
             else:
@@ -70,13 +74,14 @@ class Adaptation(nn.Module):
         if site.op != place and (place is not None or site.op == "attention"):
             where = f"operation {place!r}" if place else f"operations other than {site.op!r}"
             raise MethodError(f"{type(recipe).__name__} goes to {where}, not to {site.op!r}")
-        if not sites.uniform and (getattr(tuner, "rewrites", None) or getattr(tuner, "carries", False)):
+        rewrites, apart = getattr(tuner, "rewrites", None), sites.join is not None
+        if not sites.uniform and ((rewrites and not (apart and rewrites == "block")) or getattr(tuner, "carries", 0)):
             raise MethodError(
                 f"{type(recipe).__name__} needs blocks of one width, whose tokens are a sequence: {sites.anatomy.name} "
                 f"has {len(sites.stages)} stages of maps, with the operations {', '.join(sites.ops)}"
             )
-        if getattr(tuner, "unbound", False) and sites.anatomy.attention is None:
-            raise MethodError(f"unbound prompts need the attention of {sites.anatomy.name}, which it does not name")
+        if getattr(tuner, "unbound", False) and len(several(sites.anatomy.attention)) != 1:
+            raise MethodError(f"unbound prompts need one attention a block, which {sites.anatomy.name} does not name")
         self.sites[name], self.tuners[name] = site, tuner
 
     @property
@@ -106,6 +111,11 @@ class Adaptation(nn.Module):
     def layers_of(self, kept: View) -> Sequence[int]:
         """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding."""
         return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
+
+    def beside(self, features: Sequence[Tensor]) -> Tensor:
+        """What the side path says of the features of `path`, into which no gradient goes."""
+        assert self.side is not None
+        return self.side(tuple(x.detach() for x in features))  # type: ignore[no-any-return]
 
     def pooled(self, features: Features, tail: Tail) -> Tensor:
         """What the head reads, from the features of `layers`."""
@@ -173,6 +183,10 @@ def _view(sites: Sites, method: Method, pool: str) -> View:
 
 
 def _over_stages(sites: Sites, part: Bypass) -> bool:
+    if sites.anatomy.stems:
+        if part.over is not None:
+            raise MethodError(f"Bypass(over={part.over!r}): on {sites.anatomy.name} it runs over its decoder")
+        return False
     if part.over == "stages" and sites.uniform:
         raise MethodError(f"Bypass(over='stages'): {sites.anatomy.name} has one stage; leave it out")
     return part.over == "stages" or (part.over is None and not sites.uniform)
@@ -191,7 +205,8 @@ def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
             raise MethodError(f"{type(recipe).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
         return made
 
-    return BypassNet([port.writes for port in ports], side(part.horizontal), side(part.vertical))
+    widths = [port.writes for port in ports]
+    return BypassNet(widths, side(part.horizontal), side(part.vertical), sites.join is not None)
 
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:

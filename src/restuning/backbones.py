@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,37 @@ def load_backbone(name: str, weights: str | Path | None = None, image_size: int 
 
 
 def describe_backbone(name: str) -> nn.Module:
-    """The same backbone on the meta device: names, shapes and counts, no weights loaded and no memory used."""
+    """The same backbone on the meta device: names, shapes and counts, no weights loaded and no memory used. Beside
+    those names, `roberta-base`, and `sd-v1-5`, Stable Diffusion's U-Net."""
     with torch.device("meta"):
+        if name in SHAPES:
+            return SHAPES[name]()
         if name in (MICRO, STAGES):
             return _micro() if name == MICRO else _stages()
         hub_like = name.startswith("hf:") or name == MINILM
         return _transformers(name.removeprefix("hf:"), "random") if hub_like else _timm(name, False)
+
+
+def _roberta() -> nn.Module:
+    try:
+        from transformers import RobertaConfig, RobertaModel
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers") from error
+    model: nn.Module = RobertaModel(RobertaConfig(), add_pooling_layer=False)
+    return model
+
+
+def _unet() -> nn.Module:
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise MissingExtra("diffusers", "diffusion") from error
+    unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return unet
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {"roberta-base": _roberta, "sd-v1-5": _unet}
+"""Backbones that are told by their shapes alone."""
 
 
 def reading_of(

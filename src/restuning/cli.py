@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from restuning.diffusion import commands as diffusion
 from restuning.errors import MissingExtra, RestuningError
 
 
@@ -101,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, help="(default 0)")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
     train.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    diffusion.add_commands(add)
 
     bank = add(
         "bank",
@@ -667,7 +670,7 @@ def _params(args: argparse.Namespace) -> None:
     from restuning.adapt import adapt
     from restuning.backbones import MICRO, describe_backbone
     from restuning.measure import count
-    from restuning.methods import find_method, methods, on_blocks, resize
+    from restuning.methods import FAMILIES, find_method, methods, on_blocks, resize
     from restuning.wiring.sites import find_sites
 
     if args.paper:
@@ -677,13 +680,14 @@ def _params(args: argparse.Namespace) -> None:
         raise RestuningError(f"--classes {args.classes}: expected at least 1")
     backbone = describe_backbone(args.backbone or MICRO)
     counts, refused = {}, {}
-    family = find_sites(backbone).anatomy.family
-    for name in [args.method] if args.method else methods:
+    sites = find_sites(backbone)
+    family, classes = sites.anatomy.family, args.classes if sites.join is None else None
+    for name in [args.method] if args.method else {**methods, **FAMILIES.get(family, {})}:
         method = find_method(name, family)
         method = method if args.size is None else resize(method, args.size)
         method = method if args.blocks is None else on_blocks(method, args.blocks)
         try:
-            tuned = adapt(backbone, method, args.classes)
+            tuned = adapt(backbone, method, classes)
         except RestuningError as error:
             if args.method:
                 raise
@@ -713,7 +717,7 @@ def _paper(args: argparse.Namespace) -> None:
             row["table"],
             row["row"],
             f"{row['printed']:g}",
-            "" if row["parameters"] is None else f"{row['parameters']:,}",
+            f"{row['parameters']:,}",
             "" if row["difference"] is None else f"{row['difference']:+.4f}",
             row["why"],
         ]

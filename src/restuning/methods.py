@@ -205,6 +205,15 @@ FAMILIES: dict[str, dict[str, Method]] = {
         "res-tuning": Residual(dict.fromkeys(_BOTH, Adapter(10))),
         "res-tuning-tri": Residual(dict.fromkeys((*_BOTH, "block"), Adapter(10))),
     },
+    "unet": {
+        "adapter": Residual({"ffn": Adapter(100, source="out")}),
+        "prefix": Residual({"attention": PrefixTuning(100)}),
+        "prompt": Residual({"block": PromptTuning(100)}),
+        "lora": Residual(dict.fromkeys(("qkv", "proj"), Lora(50, dropout=0.0))),
+        "res-tuning": Residual({"mha": Adapter(50, scale="channel"), "ffn": Adapter(50)}),
+        "bypass": Bypass(horizontal=Adapter(100), vertical=Adapter(100)),
+        "scedit": Residual({"skip": Adapter(100, source="out")}),
+    },
 }
 """What a name means on a family of backbones (`Anatomy.family`), where that is not what it means on transformers."""
 
@@ -212,6 +221,7 @@ NOTES: dict[str, str] = {
     "text": "BERT, RoBERTa, Llama and the like: prefixes of 16 and a parallel adapter of 16, s = 2",
     "conv": "ResNet, RegNet, EfficientNet, MobileNet: on the block and its convolutions",
     "convnext": "on its depthwise convolution and its FFN",
+    "unet": "Stable Diffusion's U-Net and DiT: Table 6's sizes; prompt and scedit (Jiang et al. 2024) are here alone",
 }
 
 ABOUT: dict[str, str] = {
@@ -273,17 +283,21 @@ def find_method(method: str | Mapping[str, Any] | Method, family: str = "") -> M
         if type(method) not in KINDS.values():
             raise MethodError(f"{method!r} is no method: expected a name or one of {', '.join(KINDS)}")
         return method
+    own = FAMILIES.get(family, {})
+    if method in own:
+        return own[method]
     if method in methods:
-        return FAMILIES.get(family, {}).get(method, methods[method])
+        return methods[method]
     if method.endswith(".json"):
         try:
             return from_dict(json.loads(Path(method).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
             raise MethodError(f"{method} cannot be read as a method: {line(error)}") from error
-    near = difflib.get_close_matches(method, methods, 1)
+    known = list({**methods, **own})
+    near = difflib.get_close_matches(method, known, 1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise MethodError(
-        f"unknown method {method!r}{hint}: expected one of {', '.join(methods)}, a .json file, or a method object"
+        f"unknown method {method!r}{hint}: expected one of {', '.join(known)}, a .json file, or a method object"
     )
 
 

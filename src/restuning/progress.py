@@ -47,6 +47,7 @@ class Place:
     seconds: float = 0.0
     history: list[Epoch] = field(default_factory=list)
     best: dict[str, Tensor] = field(default_factory=dict)
+    mean: dict[str, Tensor] = field(default_factory=dict)
 
     def text(self, epochs: int, accuracy: bool = True) -> str:
         parts = [f"epoch {self.epoch + 1}/{epochs}", f"loss {self.loss / self.seen:.4f}"]

@@ -16,11 +16,11 @@ _MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "seed", "workers")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The recipe: AdamW, linear warm-up (at most a fifth of the epochs), then a cosine to 0.
+    """The recipe: AdamW, linear warm-up (at most a fifth of the epochs), then a cosine to 0, or (`schedule`) constant.
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
     With `patience`, training stops after so many epochs without a better validation score, and the best state
-    stands.
+    stands. ema: of the weights, a mean that decays so much a step, which stands at the end.
     """
 
     epochs: int = 50
@@ -28,6 +28,8 @@ class TrainConfig:
     weight_decay: float = 0.05
     batch_size: int = 32
     warmup_epochs: float = 10
+    schedule: Literal["cosine", "constant"] = "cosine"
+    ema: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     accumulate: int = 1
     clip: float | None = None
@@ -40,9 +42,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.precision not in ("no", "bf16", "fp16"):
             raise RestuningError(f"precision is {self.precision!r}: expected no, bf16 or fp16")
+        if self.schedule not in ("cosine", "constant"):
+            raise RestuningError(f"schedule is {self.schedule!r}: expected cosine or constant")
+        if self.ema is not None and not self.ema < 1:
+            raise RestuningError(f"ema is {self.ema!r}: expected a number below 1")
         for f in fields(self):
             value, whole = getattr(self, f.name), f.type in (int, int | None)
-            if f.name in ("precision", "group_by_length") or (value is None and f.default is None):
+            if f.name in ("precision", "schedule", "group_by_length") or (value is None and f.default is None):
                 continue
             kind = "a whole number" if whole else "a number"
             bound = "of 0 or more" if f.name in _MAY_BE_ZERO else "above 0"
@@ -55,10 +61,13 @@ GROUP = 50
 """Batches that are drawn together where texts of a length are grouped."""
 
 
-def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
-    """The lr of a step: linear to the peak over `warmup` steps, then half a cosine that would reach 0 at `steps`."""
+def learning_rate(step: int, steps: int, warmup: float, peak: float, schedule: str = "cosine") -> float:
+    """The lr of a step: linear to the peak over `warmup` steps, then half a cosine that would reach 0 at `steps`, or
+    the peak."""
     if step < warmup:
         return peak * min(1.0, (step + 1) / warmup)
+    if schedule == "constant":
+        return peak
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 

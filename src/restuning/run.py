@@ -340,9 +340,15 @@ def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
     )
 
 
+class Settings(Protocol):
+    """What decides a run's outcome, as plain data."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
 @contextlib.contextmanager
-def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
-    """The output folder for this run alone. Nothing of an earlier one is overwritten."""
+def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Settings] = read_run) -> Iterator[None]:
+    """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one."""
     new = not out.exists()
     with locked(out):
         record = out / RUN
@@ -352,8 +358,8 @@ def claimed(out: Path, run: Run, resume: bool) -> Iterator[None]:
             raise RestuningError(f"{out} holds {state}; choose another folder for a new one")
         if there and not record.exists():
             raise RestuningError(f"{out} is not empty and holds no run ({', '.join(there[:3])}): choose another folder")
-        if record.exists() and read_run(record) != run:
-            before, now = read_run(record).to_dict(), run.to_dict()
+        if record.exists() and read(record) != run:
+            before, now = read(record).to_dict(), run.to_dict()
             other = [f"{k} was {before[k]}, is {now[k]}" for k in now if as_json(before[k]) != as_json(now[k])]
             raise RestuningError(f"{out} holds a run of other settings: {'; '.join(other)}")
         if record.exists() and (out / RESULT).exists():

@@ -78,6 +78,12 @@ def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
     return Card(**{name: data[name] for name in names}), state
 
 
+def changes_the_base(folder: Path) -> bool:
+    """Whether a saved adapter is full fine-tuning, which holds a backbone's weights."""
+    card, _ = read(folder)
+    return card.spec.get("kind") == "full"
+
+
 def fetch(path: str | Path, revision: str | None = None) -> Path:
     """A folder as it is, or the local copy of a hub repository. Raises CheckpointError if neither is there."""
     if Path(path).exists() or not _hub_id(str(path)):

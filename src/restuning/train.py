@@ -61,7 +61,8 @@ class _Run:
 
     def lr(self, step: int) -> float:
         warmup = min(self.config.warmup_epochs, 0.2 * self.config.epochs)
-        return learning_rate(step, self.config.epochs * self.steps, warmup * self.steps, self.config.lr)
+        steps, schedule = self.config.epochs * self.steps, self.config.schedule
+        return learning_rate(step, steps, warmup * self.steps, self.config.lr, schedule)
 
     def stale(self) -> bool:
         """Whether the last `patience` epochs brought nothing better."""
@@ -117,7 +118,7 @@ class _Run:
             )
             better = all(worth(val_score) > worth(e.val_score) for e in place.history)
             best = changing_tensors(self.model) if config.patience and better else place.best
-            self.place = Place(place.epoch + 1, history=[*place.history, row], best=best)
+            self.place = Place(place.epoch + 1, history=[*place.history, row], best=best, mean=place.mean)
             self.save()
         return row
 
@@ -152,7 +153,18 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        if self.config.ema is not None:
+            self._average()
         return total_loss, total_correct
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """The mean of the weights, after so many steps that a young one does not remember its birth."""
+        step = self.place.epoch * self.steps + self.place.step
+        decay = min(self.config.ema or 0.0, (1 + step) / (10 + step))
+        for name, p in self.model.named_parameters():
+            if p.requires_grad:
+                self.place.mean.setdefault(name, p.detach().clone()).lerp_(p, 1 - decay)
 
     def score(self, dataset: Examples) -> float:
         """The objective's first metric, each process on its share."""
@@ -199,6 +211,8 @@ class _Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         history = [Epoch(**row) for row in state["place"].pop("history")]
         self.place = Place(**state["place"], history=history)
+        devices = {name: p.device for name, p in self.model.named_parameters()}
+        self.place.mean = {name: mean.to(devices[name]) for name, mean in self.place.mean.items()}
 
 
 @contextmanager
@@ -240,14 +254,16 @@ def fit(
     resume: bool = False,
     objective: Objective | None = None,
     tracker: Path | None = None,
+    after: Callable[[int], None] | None = None,
     progress: bool = True,
     accelerator: "Accelerator | None" = None,
 ) -> History:
     """Train what has requires_grad, in place; `model.train()` each epoch (frozen parts must keep themselves in eval).
 
     `state` is the file that a run can go on from: written at the start, every `save_seconds`, after each epoch and on
-    Ctrl-C. With `resume`, the run goes on from it, or starts if it is not there yet; without, it is overwritten. On a
-    GPU, "the same bits" holds as far as its kernels are deterministic. The global generators are left as they were.
+    Ctrl-C. after: told how many epochs are done, after each. With `resume`, the run goes on from it, or starts if it is
+    not there yet; without, it is overwritten. On a GPU, "the same bits" holds as far as its kernels are deterministic.
+    The global generators are left as they were.
     """
     if resume and state is None:
         raise RestuningError("resume needs a state file: state is None")
@@ -279,13 +295,15 @@ def fit(
                 while run.place.epoch < config.epochs and not run.stale():
                     row = run.epoch(show)
                     draw(row.epoch, row.curves())
+                    if after is not None and main:
+                        after(row.epoch + 1)
             except KeyboardInterrupt:
                 if not run.torn:
                     run.save()
                 raise
             finally:
                 optimizer.zero_grad()
-        if run.place.best:
-            restore(model, run.place.best)
+        if run.place.best or run.place.mean:
+            restore(model, run.place.best or run.place.mean)
         accelerator.wait_for_everyone()
     return History(run.place.history, "finished" if run.place.epoch == config.epochs else "early")

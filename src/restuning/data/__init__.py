@@ -5,6 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from restuning.data.altered import altered
+from restuning.data.captioned import Captioned as Captioned
+from restuning.data.captioned import Square as Square
+from restuning.data.captions import load_captions as load_captions
 from restuning.data.cifar import load_cifar100
 from restuning.data.digits import load_digits
 from restuning.data.fgvc import load_fgvc

@@ -53,8 +53,8 @@ def _open(tar: str) -> io.BufferedIOBase:
     return openers.get(magic[:2], open)(tar, "rb")  # type: ignore[operator,no-any-return]
 
 
-def load_tar(path: str) -> Source:
-    """Raises DataError for what is no tar, is cut short, or holds no classes."""
+def members_of(path: str) -> list[Member]:
+    """The files in a tar. Raises DataError for what is no tar or is cut short."""
     where = str(Path(path).absolute())
     if not os.path.isfile(path):
         raise DataError(f"no such tar: {where}")
@@ -69,16 +69,33 @@ def load_tar(path: str) -> Source:
         raise DataError(
             f"{where} is cut short: expected {max(m.offset_data + m.size for m in files)} bytes, has {size}"
         )
-    parts = [(PurePosixPath(m.name).parts, m) for m in files if PurePosixPath(m.name).suffix.lower() in SUFFIXES]
+    return [(path, m.name, m.offset_data, m.size) for m in files]
+
+
+def contents(path: str, suffix: str) -> dict[str, bytes]:
+    """What the files with a suffix hold, by name, in one pass. Raises DataError."""
+    try:
+        with tarfile.open(path) as tar:
+            chosen = [m for m in tar.getmembers() if m.isfile() and m.name.endswith(suffix)]
+            return {m.name: file.read() for m in chosen if (file := tar.extractfile(m)) is not None}
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{Path(path).absolute()} cannot be read as a tar: {line(error)}") from error
+
+
+def load_tar(path: str) -> Source:
+    """Raises DataError for what is no tar, is cut short, or holds no classes."""
+    where = str(Path(path).absolute())
+    named = [(PurePosixPath(member[1]), member) for member in members_of(path)]
+    parts = [(name.parts, member) for name, member in named if name.suffix.lower() in SUFFIXES]
     kept = [(p, m) for p, m in parts if not any(part.startswith(".") and part != "." for part in p)]
     tops = {p[0] for p, _ in kept}
     if len(tops) == 1 and all(len(p) > 2 for p, _ in kept) and tops != {SPLITS[0]}:
         kept = [(p[1:], m) for p, m in kept]  # one folder around it all
     by_split = all(len(p) > 2 and p[0] in SPLITS for p, _ in kept) and any(p[0] == SPLITS[0] for p, _ in kept)
     splits: dict[str, dict[str, list[Member]]] = {}
-    for p, m in sorted(kept, key=lambda pair: pair[1].name):
+    for p, m in sorted(kept, key=lambda pair: pair[1][1]):
         if len(p) < 2:
-            raise DataError(f"{where}: {m.name} is in no class folder")
+            raise DataError(f"{where}: {m[1]} is in no class folder")
         split, name = (p[0], p[1]) if by_split else (SPLITS[0], p[0])
-        splits.setdefault(split, {}).setdefault(name, []).append((path, m.name, m.offset_data, m.size))
+        splits.setdefault(split, {}).setdefault(name, []).append(m)
     return source_of(where, splits or {SPLITS[0]: {}}, Members)

@@ -43,7 +43,7 @@ class Preprocess:
 
     def pixels(self, image: "Image") -> Tensor:
         """uint8 (3, h, w), before normalisation."""
-        v2 = _v2()
+        v2 = torchvision()
         mode = v2.InterpolationMode(self.interpolation)
         if self.crop is None:
             image = v2.functional.resize(image, list(self.size), mode, antialias=True)
@@ -64,12 +64,13 @@ class Preprocess:
 
     def augmented(self, image: "Image") -> Tensor:
         """A random resized crop, perhaps flipped (Table 10); by torch's global generator."""
-        v2 = _v2()
+        v2 = torchvision()
         crop = v2.RandomResizedCrop(self.size, interpolation=v2.InterpolationMode(self.interpolation), antialias=True)
         return self.normalise(v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(crop(image))))
 
 
-def _v2() -> Any:
+def torchvision() -> Any:
+    """Its transforms, v2. Raises MissingExtra."""
     try:
         from torchvision.transforms import v2
     except ImportError as error:

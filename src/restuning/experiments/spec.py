@@ -6,7 +6,7 @@ from typing import Any
 
 VIT = "vit_base_patch16_224.augreg_in21k"
 RATES, EPOCHS, SEEDS = (0.05, 0.01, 0.005, 0.001), (50, 100), (0, 1, 2)
-COSTS = {"parameters_M": "parameters, M", "memory_GB": "memory, GB"}
+COSTS = {"parameters_M": "parameters, M", "memory_GB": "memory, GB", "hours_per_epoch": "hours an epoch"}
 """Columns that are no score: what a method costs."""
 
 

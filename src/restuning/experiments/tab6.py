@@ -1,10 +1,10 @@
-"""Table 6: text-to-image on COCO 2017; every row is a run of `restuning train-diffusion`."""
+"""Table 6: text-to-image on COCO 2017; each row is a run of `restuning train-diffusion`, judged by `restuning score`."""
 
 from restuning.experiments.spec import Experiment, Row
 
 COLUMNS = ("FID", "parameters_M", "memory_GB", "hours_per_epoch")
 
-_TRAIN = "restuning train-diffusion --base stable-diffusion-v1-5 --data coco:DATA/coco2017"
+_TRAIN = "restuning train-diffusion --base sd-v1-5 --data coco:DATA/coco2017/annotations/captions_train2017.json"
 
 _VALUES = {
     "SD v1.5": (None, 15.48, None, None, None),
@@ -33,5 +33,5 @@ EXPERIMENT = Experiment(
     COLUMNS,
     ROWS,
     margin=0.5,
-    command=f"{_TRAIN} --method NAME",
+    command=f"{_TRAIN} --method NAME --out runs/tab6/NAME",
 )

@@ -83,8 +83,10 @@ def _of(values: Iterable[float | None]) -> Score | None:
 def _cost(column: str, records: Sequence[Record]) -> Score | None:
     if column == "parameters_M":
         values = [r["parameters"]["trainable"] / 1e6 for r in records if r.get("parameters")]
-    else:
+    elif column == "memory_GB":
         values = [r["peak_bytes"] / 1e9 for r in records if r.get("peak_bytes")]
+    else:
+        values = []
     return Score(statistics.fmean(values), 0.0, len(values)) if values else None
 
 

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from restuning._types import Features, Tokens
+from restuning._types import Features
 from restuning.tuners.grid import cells, grid_side
 
 
@@ -20,10 +22,17 @@ class BypassNet(nn.Module):
     Where x_l is of another grid or width than x_{l−1}, the path is averaged over the cells of the new grid, and mapped
     to the new width without a bias, before T_v. widths: of x_0 … x_L. These maps are zero at birth: the last stage
     alone speaks.
+
+    joins: the path ends in a map from its width to the same, without a bias and zero at birth; its result is added to
+    x_L. Features may then be maps (b, d, h, w) that become finer on the way (the nearest cell), as in a decoder.
     """
 
     def __init__(
-        self, widths: Sequence[int], horizontal: Mapping[int, nn.Module], vertical: Mapping[int, nn.Module]
+        self,
+        widths: Sequence[int],
+        horizontal: Mapping[int, nn.Module],
+        vertical: Mapping[int, nn.Module],
+        joins: bool = False,
     ) -> None:
         super().__init__()
         self.gate = nn.Parameter(torch.zeros(len(widths) - 1))
@@ -33,7 +42,11 @@ class BypassNet(nn.Module):
         for layer, (a, b) in enumerate(pairwise(widths)):
             if a != b:
                 self.across[str(layer)] = linear = nn.Linear(a, b, bias=False)
-                nn.init.zeros_(linear.weight)
+                if not joins:
+                    nn.init.zeros_(linear.weight)
+        self.out = nn.Linear(widths[-1], widths[-1], bias=False) if joins else None
+        if self.out is not None:
+            nn.init.zeros_(self.out.weight)
 
     @property
     def mixes_tokens(self) -> bool:
@@ -44,17 +57,23 @@ class BypassNet(nn.Module):
     def keeps_mean(self) -> bool:
         return not (self.horizontal or self.vertical)
 
-    def forward(self, features: Features) -> Tokens:
-        x = features[0]
-        for layer, (h, weight) in enumerate(zip(features[1:], self.gate.sigmoid(), strict=True)):
-            x = self._across(layer, x, h)
+    def forward(self, features: Features) -> Tensor:
+        grids = [x.shape[2:] if x.ndim == 4 else None for x in features]
+        tokens = [x.flatten(2).transpose(1, 2) if x.ndim == 4 else x for x in features]
+        x = tokens[0]
+        for layer, (h, weight) in enumerate(zip(tokens[1:], self.gate.sigmoid(), strict=True)):
+            x = self._across(layer, x, h, grids[layer], grids[layer + 1])
             x = torch.lerp(_with(self.vertical, layer, x), _with(self.horizontal, layer, h), weight)
-        return x
+        x = x if self.out is None else self.out(x)
+        return x if grids[-1] is None else x.transpose(1, 2).unflatten(2, grids[-1])
 
-    def _across(self, layer: int, x: Tensor, to: Tensor) -> Tensor:
-        if x.shape[1] != to.shape[1]:
+    def _across(self, layer: int, x: Tensor, to: Tensor, was: Any, grid: Any) -> Tensor:
+        if x.shape[1] > to.shape[1]:
             x = cells(x, 0, grid_side(to, 0))
-        return self.across[str(layer)](x).to(to.dtype) if str(layer) in self.across else x
+        x = self.across[str(layer)](x).to(to.dtype) if str(layer) in self.across else x
+        if x.shape[1] < to.shape[1]:  # after the map, which is the same and costs less
+            x = F.interpolate(x.transpose(1, 2).unflatten(2, was), grid).flatten(2).transpose(1, 2)
+        return x
 
 
 def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:

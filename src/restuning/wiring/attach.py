@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.errors import MethodError, SiteError
-from restuning.wiring.anatomy import Point
+from restuning.wiring.anatomy import Point, several
 from restuning.wiring.live import ALL, View
 from restuning.wiring.sites import Site, Sites
 from restuning.wiring.unbind import Call, Piece, merged, on_call, on_weight
@@ -197,14 +197,17 @@ def _on_grid_of(y: Tensor, x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3])) if other else x
 
 
-def _first(x: Tensor, last: bool) -> Tensor:
-    """(b, h, w, d), if it is one that has its channels last, → (b, d, h, w)."""
-    return x.permute(0, 3, 1, 2) if last and x.ndim == 4 else x
+def _seen(x: Tensor, point: Point) -> Tensor:
+    """(b, h, w, d), if it is one that has its channels last, → (b, d, h, w); of its channels those of the point."""
+    x = x.permute(0, 3, 1, 2) if point.last and x.ndim == 4 else x
+    return x if point.channels is None else x[:, -point.channels :]
 
 
-def _written(write: Callable[[Tensor], Tensor], y: Tensor, last: bool) -> Tensor:
-    said = write(_first(y, last))
-    return said.permute(0, 2, 3, 1) if last and y.ndim == 4 else said
+def _written(write: Callable[[Tensor], Tensor], y: Tensor, point: Point) -> Tensor:
+    said = write(_seen(y, point))
+    if point.channels is not None:
+        return torch.cat([y[:, : -point.channels], said], 1)
+    return said.permute(0, 2, 3, 1) if point.last and y.ndim == 4 else said
 
 
 def _merging(tuners: Sequence[Tuner]) -> Callable[[Call], Tensor]:
@@ -227,7 +230,7 @@ def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) ->
 
     def grow(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _fixed(kwargs)
-        name, x = _argument(m, args, kwargs)
+        name, x = argument(m, args, kwargs)
         if m is modules[0]:
             grown.n = x.shape[1]
             x = torch.cat([x, tuner(x)], 1)
@@ -241,7 +244,7 @@ def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) ->
         return _say(out, _said(out)[:, : grown.n])
 
     for module in modules:
-        yield partial(_before, module, grow, first=True)
+        yield partial(before, module, grow, first=True)
     yield partial(_after, modules[-1], strip)
 
 
@@ -266,7 +269,7 @@ def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, again:
                 mask = None if stream.mask is None else stream.mask[..., :1, :]
                 return merged(Call(call.q, stream.k, stream.v, mask, False, stream.scale), own[-1:])
             args, kwargs = given[0]  # kept: a block may be run again from within
-            name, x = _argument(block, args, kwargs)
+            name, x = argument(block, args, kwargs)
             here = prompts[i] if i in prompts else tuner(x)
             args = tuple(None if _is_mask(value) else value for value in args)
             kwargs = {key: None if _is_mask(value) else value for key, value in kwargs.items()}
@@ -287,8 +290,9 @@ def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, again:
     for i in span:
         block = backbone.get_submodule(sites.blocks[i])
         read, change = in_block(i, block)
-        yield partial(_before, block, read)
-        attention = f"{sites.blocks[i]}.{sites.anatomy.attention}"
+        yield partial(before, block, read)
+        (name,) = several(sites.anatomy.attention)
+        attention = f"{sites.blocks[i]}.{name}"
         yield partial(on_call, backbone.get_submodule(attention), change, again)
 
 
@@ -312,14 +316,18 @@ class Taps:
     outlive the large ones between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, layers: Iterable[int], view: View, one_shape: bool) -> None:
+    def __init__(self, layers: Iterable[int], view: View, one_shape: bool, maps: bool = False) -> None:
+        """maps: layers are kept whole, as they come."""
         self.wanted = sorted(set(layers))
-        self.view, self.one_shape = view, one_shape
+        self.view, self.one_shape, self.maps = view, one_shape, maps
         self.kept: dict[int, Tensor] = {}
         self.given: Tensor | None = None  # the attention mask
         self.memory: Tensor | None = None
 
     def keep(self, layer: int, x: Tensor) -> None:
+        if self.maps:
+            self.kept[layer] = x
+            return
         x = as_tokens(x)
         seen = self.view(x, self.given)
         if x.requires_grad or seen is x or not self.one_shape:  # a slice would hold the memory of all
@@ -348,17 +356,17 @@ class Taps:
 @contextmanager
 def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = ALL) -> Iterator[Taps]:
     """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
-    taps = Taps(layers, view, sites.uniform)
+    taps = Taps(layers, view, sites.uniform, maps=sites.join is not None)
     with ExitStack() as stack:
         if view.by_mask or MASK in taps.wanted:
-            stack.enter_context(_before(backbone, taps.mask))
+            stack.enter_context(before(backbone, taps.mask))
         for layer in taps.wanted:
             if layer == INPUT:
 
                 def whole(m: nn.Module, args: Any, kwargs: Any) -> None:
-                    taps.kept[INPUT] = _argument(m, args, kwargs)[1]
+                    taps.kept[INPUT] = argument(m, args, kwargs)[1]
 
-                stack.enter_context(_before(backbone, whole))
+                stack.enter_context(before(backbone, whole))
                 continue
             if layer == MASK:
                 continue
@@ -367,7 +375,7 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = A
 
 
 @contextmanager
-def _before(module: nn.Module, hook: Callable[..., Any], first: bool = False) -> Iterator[None]:
+def before(module: nn.Module, hook: Callable[..., Any], first: bool = False) -> Iterator[None]:
     handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
     try:
         yield
@@ -385,28 +393,28 @@ def _after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 
 
 def _on_read(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
-    module, last = backbone.get_submodule(point.path), point.last
+    module = backbone.get_submodule(point.path)
     if point.side == "in":
         return partial(
-            _before, module, lambda m, args, kwargs: read(_first(_argument(m, args, kwargs)[1], last)), first=first
+            before, module, lambda m, args, kwargs: read(_seen(argument(m, args, kwargs)[1], point)), first=first
         )
-    return partial(_after, module, lambda m, args, out: read(_first(_said(out), last)))
+    return partial(_after, module, lambda m, args, out: read(_seen(_said(out), point)))
 
 
 def _on_write(backbone: nn.Module, point: Point, write: Callable[[Tensor], Tensor]) -> Hook:
-    module, last = backbone.get_submodule(point.path), point.last
+    module = backbone.get_submodule(point.path)
     if point.side == "in":
 
         def change(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            name, y = _argument(m, args, kwargs)
-            y = _written(write, y, last)
+            name, y = argument(m, args, kwargs)
+            y = _written(write, y, point)
             return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
 
-        return partial(_before, module, change)
-    return partial(_after, module, lambda m, args, out: _say(out, _written(write, _said(out), last)))
+        return partial(before, module, change)
+    return partial(_after, module, lambda m, args, out: _say(out, _written(write, _said(out), point)))
 
 
-def _argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
+def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
     """The first argument of a call, and its name if it came by keyword."""
     if args:
         return None, args[0]

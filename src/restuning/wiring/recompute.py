@@ -28,6 +28,10 @@ def switch_checkpoints(backbone: Any, on: bool, settings: Mapping[str, Any] | No
             if hasattr(backbone, "_require_grads_hook"):  # what frozen embeddings say needs no gradient
                 backbone.disable_input_require_grads()
             return
+    diffusers = getattr(backbone, f"{'enable' if on else 'disable'}_gradient_checkpointing", None)
+    if diffusers is not None:  # not reentrant, as it comes
+        diffusers()
+        return
     if not hasattr(backbone, "set_grad_checkpointing"):
         raise MethodError(f"{type(backbone).__name__} has no gradient checkpointing")
     backbone.set_grad_checkpointing(on)

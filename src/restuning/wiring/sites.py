@@ -43,20 +43,23 @@ class Site:
 class Sites(Sequence[Site]):
     """All sites of a backbone, block by block, and what its tail needs to know.
 
-    stages: the layers at which stages end. features: the port of every layer x_0 … x_L, as something that reads it and
-    says as much. port: that of what the head reads. norm, post and pooler: the
+    stages: the layers at which stages end. stems: the modules that say the layers x_1 … x_L, the blocks as a rule, of
+    which the first reads x_0. features: the port of every layer x_0 … x_L, as something that reads it and says as much.
+    port: that of what the head reads. norm, post and pooler: the
     modules before and after pooling, and in its place.
     """
 
     anatomy: Anatomy
     blocks: tuple[str, ...]
     stages: tuple[int, ...]
+    stems: tuple[str, ...]
     features: tuple[Port, ...]
     all: tuple[Site, ...]
     port: Port
     norm: tuple[str, ...]
     post: tuple[str, ...]
     pooler: str | None
+    join: str | None
     pool: str
     prefix: int
 
@@ -70,8 +73,8 @@ class Sites(Sequence[Site]):
         return len(self.stages) == 1
 
     def layer(self, layer: int) -> Point:
-        """Where a layer can be seen: 0 is what the first block reads, l what block l says."""
-        return Point(self.blocks[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
+        """Where a layer can be seen: 0 is what the first stem reads, l what stem l says."""
+        return Point(self.stems[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
 
     def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
         """The sites of one operation (`affine`: of all affine modules; or a module's own name, such as `query`), in all
@@ -80,7 +83,9 @@ class Sites(Sequence[Site]):
         Raises SiteError for an operation or a block that is not there.
         """
         ops = AFFINE if op == "affine" and self.anatomy.parts else (op,)
-        named = [s for s in self.all if s.op in ops or (s.op in PARTS and s.reads.path.split(".")[-1] == op)]
+        named = [s for s in self.all if s.op in ops] or [
+            s for s in self.all if s.op in PARTS and s.reads.path.split(".")[-1] == op
+        ]
         if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
         check_blocks(blocks, len(self.blocks))
@@ -142,15 +147,15 @@ def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
     return None
 
 
-def _holders(backbone: nn.Module, blocks: str) -> dict[str, list[str]]:
-    """Paths of the lists of blocks, in order, for every holder: wherever a path ends as the pattern says."""
-    wanted = blocks.split(".")
+def _holders(backbone: nn.Module, blocks: str | tuple[str, ...]) -> dict[str, list[str]]:
+    """Paths of the lists of blocks, in order, for every holder: wherever a path ends as a pattern says."""
     found: dict[str, list[str]] = {}
-    for path, module in backbone.named_modules():
-        names = path.split(".")
-        root, own = names[: -len(wanted)], names[-len(wanted) :]
-        if len(own) == len(wanted) and all(map(fnmatchcase, own, wanted)) and any(True for _ in module.children()):
-            found.setdefault(".".join(root), []).append(path)
+    for wanted in (pattern.split(".") for pattern in several(blocks)):
+        for path, module in backbone.named_modules():
+            names = path.split(".")
+            root, own = names[: -len(wanted)], names[-len(wanted) :]
+            if len(own) == len(wanted) and all(map(fnmatchcase, own, wanted)) and any(True for _ in module.children()):
+                found.setdefault(".".join(root), []).append(path)
     return found
 
 
@@ -165,7 +170,7 @@ def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) ->
             if not row.fits(block):
                 return False
         holder = backbone.get_submodule(root)
-        for path in (*several(row.norm), *several(row.post)):
+        for path in (*several(row.norm), *several(row.post), *several(row.join)):
             holder.get_submodule(path)
         row.prefix(holder)
         row.pool(holder)
@@ -193,21 +198,35 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
     norm, post = tail(row.norm), tail(row.post)
     grid = row.prefix(holder) if row.grid else None
     ports = [_port(backbone.get_submodule(path), row, i, len(blocks), grid) for i, path in enumerate(blocks)]
-    said = [replace(port, reads=port.writes) for port in ports]
-    first = replace(ports[0], writes=ports[0].reads)
+    stems, along = blocks, ports
+    if row.stems:
+        stems = tuple(path for stem in row.stems for path in _matching(backbone, _join(root, stem)))
+        assert row.widths is not None
+        widths = [row.widths(backbone.get_submodule(path)) for path in stems]
+        along = [Port(reads, writes, 1, i, len(stems), None) for i, (reads, writes) in enumerate(widths)]
+    said = [replace(port, reads=port.writes) for port in along]
+    first = replace(along[0], writes=along[0].reads)
     return Sites(
         anatomy=row,
         blocks=blocks,
         stages=tuple(accumulate(map(len, children))),
+        stems=stems,
         features=(first, *said),
         all=tuple(_sites(backbone, root, blocks, row, ports, (*norm, *post))),
         port=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
         norm=norm,
         post=post,
         pooler=_join(root, row.pooler) if row.pooler is not None and row.pool(holder) == "map" else None,
+        join=None if row.join is None else _join(root, row.join),
         pool=row.pool(holder),
         prefix=row.prefix(holder),
     )
+
+
+def _matching(backbone: nn.Module, pattern: str) -> list[str]:
+    wanted = pattern.split(".")
+    paths = (path for path, _ in backbone.named_modules())
+    return [path for path in paths if path.count(".") == len(wanted) - 1 and fnmatchcase(path, pattern)]
 
 
 def _port(block: nn.Module, row: Anatomy, i: int, depth: int, grid: int | None) -> Port:
@@ -273,8 +292,11 @@ def _sites(
             elif candidate == "*":
                 found += [(path.replace(".", "_"), _join(block, path), None) for path in kinds(block, role)]
             elif module(_join(block, candidate)) is not None:
-                found.append((candidate.split(".")[-1], _join(block, candidate), None))
-        return ((f"_{name}" if len(found) > 1 else "", path, weight) for name, path, weight in found)
+                found.append((candidate, _join(block, candidate), None))
+        short = [name.split(".")[-1] for name, _, _ in found]
+        names = short if len({*short}) == len(short) else [name.replace(".", "_") for name, _, _ in found]
+        apart = [f"_{name}" if len(found) > 1 else "" for name in names]
+        return ((name, path, weight) for name, (_, path, weight) in zip(apart, found, strict=True))
 
     def kinds(path: str, role: str) -> list[str]:
         """All of a role's kind in it that have weights."""
@@ -290,16 +312,22 @@ def _sites(
 
         for op, where in {**row.ops, "block": BLOCK}.items():
             yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), ports[i])
-        if row.attention is not None:
-            call = Point(_join(block, row.attention), "in")
+        for attention in several(row.attention):
+            call = Point(_join(block, attention), "in")
+            apart = f"_{attention}" if len(several(row.attention)) > 1 else ""
             keys = ports[i]
             if row.keys is not None:
                 heads, each = attrgetter(*row.keys)(backbone.get_submodule(block))
                 keys = replace(keys, heads=heads, writes=heads * each)
-            yield Site("attention", i, f"{i}_attention", call, call, call, keys)
+            yield Site("attention", i, f"{i}_attention{apart}", call, call, call, keys)
         for role, candidates in row.parts.items():
             for name, path, weight in parts(role, candidates, block):
                 yield part(role, i, f"{i}_{role}{name}", path, weight)
+    loose = row.loose(backbone.get_submodule(root)) if row.loose else {}
+    for op, found in loose.items():
+        for i, one in enumerate(found):
+            reads, writes = (replace(at, path=_join(root, at.path)) for at in (one.op.reads, one.op.writes))
+            yield Site(op, None, f"{op}_{i}", reads, writes, reads, Port(one.reads, one.writes, 1, i, len(found), None))
     norms = [_join(path, name) for path in tail for name in kinds(path, "norms")]
     for path in norms:
         yield part("norm", None, "norm" if len(norms) == 1 else f"norm_{path.replace('.', '_')}", path)

@@ -1,0 +1,1 @@
+"""Text-to-image on diffusers: tuning, generation, and how good the pictures are."""

@@ -1,0 +1,318 @@
+"""Tuning a text-to-image base: the noise-prediction loss over kept latents; a run from its settings to its files."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restuning.adapt import Tuned
+from restuning.data.captions import load_captions
+from restuning.diffusion.base import check_prompts, denoiser_of, load_base, noise_of, scheduler_of, told
+from restuning.diffusion.generation import Asked, draw, grid, pictures
+from restuning.diffusion.latents import Latents, keep_latents
+from restuning.errors import RestuningError
+from restuning.evaluate import Examples, loader, to_device
+from restuning.files import as_json, write_whole
+from restuning.measure import count, peak_bytes, saved_bytes
+from restuning.methods import Method, find_method, on_blocks, resize
+from restuning.objective import Objective
+from restuning.progress import History, bar
+from restuning.recipe import TrainConfig, seed_of
+from restuning.run import RESULT, claimed, versions
+from restuning.train import fit
+
+RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
+"""The paper's: AdamW, lr 1e-4, constant, batch 8, 10 epochs."""
+
+
+@dataclass(frozen=True)
+class DiffusionRun:
+    """Everything that decides a run's outcome.
+
+    base: a pipeline's folder, or hub id. data: captioned pictures (`restuning.data.captions`). size: pixels a side.
+    width: of every adapter, rank of every LoRA, tokens of every prefix and prompt. flip: mirrored pictures too. drop:
+    the share of captions that are left out, for classifier-free guidance. prior_prompt: the class of DreamBooth's prior
+    preservation, of which the base paints `prior_images`, that weigh `prior_weight`. latents: a folder that keeps
+    latents and embeddings (None: in the run's own). prompts: painted every `sample_every` epochs.
+    """
+
+    base: str
+    data: str
+    method: str | Mapping[str, Any] = "res-tuning"
+    size: int = 512
+    width: int | None = None
+    blocks: tuple[int, ...] | None = None
+    flip: bool = True
+    drop: float = 0.1
+    truncate: bool = False
+    prior_prompt: str | None = None
+    prior_images: int = 100
+    prior_weight: float = 1.0
+    latents: str | None = None
+    gradient_checkpointing: bool = False
+    prompts: tuple[str, ...] = ()
+    sample_every: int = 1
+    training: TrainConfig = RECIPE
+
+    def __post_init__(self) -> None:
+        find_method(self.method, "unet")
+        if not 0 <= self.drop < 1:
+            raise RestuningError(f"drop is {self.drop!r}: expected a share of 0 or more, below 1")
+        for name in ("size", "prior_images", "prior_weight", "sample_every"):
+            if getattr(self, name) <= 0:
+                raise RestuningError(f"{name} is {getattr(self, name)!r}: expected a number above 0")
+        if self.training.patience is not None or self.training.group_by_length:
+            raise RestuningError("patience and group_by_length are for tasks with a head")
+
+    def spec(self, family: str) -> str | Method:
+        if isinstance(self.method, str) and self.width is None and self.blocks is None:
+            return self.method
+        method = find_method(self.method, family)
+        method = method if self.width is None else resize(method, self.width)
+        return method if self.blocks is None else on_blocks(method, self.blocks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "DiffusionRun":
+        """The inverse of `to_dict`. Raises RestuningError for settings that are unknown or missing."""
+        unknown = sorted(set(data) - {f.name for f in fields(cls)})
+        if unknown or not {"base", "data"} <= set(data):
+            raise RestuningError(f"a run with unknown settings {unknown}" if unknown else "a run without base or data")
+        blocks = data.get("blocks")
+        try:
+            training = TrainConfig(**{**asdict(RECIPE), **data.get("training", {})})
+        except TypeError as error:
+            raise RestuningError(f"a run with unknown training settings: {error}") from error
+        more = {"prompts": tuple(data.get("prompts", ())), "blocks": None if blocks is None else tuple(blocks)}
+        return cls(**{**data, **more, "training": training})
+
+
+def read_run(path: Path) -> DiffusionRun:
+    """A run.json. Raises RestuningError if it is not there, cannot be read, or is of another kind."""
+    try:
+        return DiffusionRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise RestuningError(f"no recorded run at {path}") from error
+    except (ValueError, AttributeError) as error:
+        raise RestuningError(f"{path} is damaged: {error}") from error
+
+
+class Noised:
+    """Examples: latents with noise of a drawn amount, and what the denoiser should say of them.
+
+    All that is drawn is a function of (seed, epoch, i): the view, the caption, whether it is left out, the timestep,
+    the noise. weight: of the squared error.
+    """
+
+    def __init__(
+        self, latents: Latents, scheduler: Any, *, seed: int = 0, drop: float = 0.0, weight: float = 1.0
+    ) -> None:
+        self.latents, self.scheduler, self.seed, self.drop, self.weight = latents, scheduler, seed, drop, weight
+        self.epoch = 0
+        kind = scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise RestuningError(f"the base predicts {kind!r}: expected epsilon or v_prediction")
+        self.velocity = kind == "v_prediction"
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, i: int) -> tuple[dict[str, Tensor], Tensor]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, i))
+
+        def drawn(below: int) -> int:
+            return int(torch.randint(below, (), generator=generator))
+
+        picture = self.latents.picture(i)
+        view = drawn(len(picture["mean"]))
+        z = picture["mean"][view]
+        if "std" in picture:
+            z = z + picture["std"][view] * torch.randn(z.shape, generator=generator)
+        captions = self.latents.captions[i]
+        caption = captions[drawn(len(captions))]
+        caption = 0 if torch.rand((), generator=generator) < self.drop else caption
+        timestep = torch.tensor([drawn(self.scheduler.config.num_train_timesteps)])
+        noise = torch.randn(z.shape, generator=generator)
+        noisy = self.scheduler.add_noise(z[None], noise[None], timestep)[0]
+        target = self.scheduler.get_velocity(z[None], noise[None], timestep)[0] if self.velocity else noise
+        root = self.weight**0.5
+        inputs = {"sample": noisy, "timestep": timestep[0], "weight": torch.tensor(root), **self.latents.text(caption)}
+        return inputs, target * root
+
+
+class Both:
+    """Two sets of examples, the second drawn as often as the first: DreamBooth's own pictures and the prior's."""
+
+    def __init__(self, own: Noised, prior: Noised) -> None:
+        self.own, self.prior = own, prior
+
+    def __len__(self) -> int:
+        return 2 * len(self.own)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.own.set_epoch(epoch)
+        self.prior.set_epoch(epoch)
+
+    def __getitem__(self, i: int) -> Any:
+        n = len(self.own)
+        return self.own[i] if i < n else self.prior[(i - n + self.own.epoch * n) % len(self.prior)]
+
+
+class Denoiser(nn.Module):
+    """A tuned denoiser as a module of one batch: {sample (b, c, h, w), timestep (b,), weight (b,), texts} → what it
+    says, times the weight."""
+
+    def __init__(self, pipe: Any, tuned: Tuned, size: int) -> None:
+        super().__init__()
+        self.tuned, self._pipe, self.size = tuned, (pipe,), size
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        texts = {name: x for name, x in batch.items() if name not in ("sample", "timestep", "weight")}
+        given = told(self._pipe[0], texts, self.size)
+        said = self.tuned(batch["sample"], timestep=batch["timestep"], **given, return_dict=False)[0]
+        return noise_of(said, batch["sample"]) * batch["weight"].view(-1, 1, 1, 1)
+
+
+def denoising() -> Objective:
+    """The squared error of the noise, or of the velocity (Ho et al. 2020; Salimans and Ho 2022)."""
+
+    def loss(said: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(said.float(), target.float())
+
+    return Objective("denoising", loss, None, lambda said, target: iter([("score", -float(loss(said, target)))]), _none)
+
+
+def _none(said: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+    return {}
+
+
+@torch.no_grad()
+def held_out_loss(model: Denoiser, latents: Latents, scheduler: Any, *, draws: int = 8, batch_size: int = 32) -> float:
+    """The mean loss over pictures that were not trained on: of each, as many draws of noise and timestep, the same at
+    every call, for every model."""
+    device = next(model.parameters()).device
+    examples, total, seen = Noised(latents, scheduler, seed=1 << 20), 0.0, 0
+    training = model.training
+    model.eval()
+    for epoch in range(draws):
+        examples.set_epoch(epoch)
+        for inputs, target in loader(examples, batch_size):
+            said = model(to_device(inputs, device)).cpu()
+            total += float(F.mse_loss(said.float(), target)) * len(target)
+            seen += len(target)
+    model.train(training)
+    return total / seen
+
+
+def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Train, save: run.json, the adapter, sample grids and result.json in `out`. Returns what result.json holds.
+
+    Of these, kept_bytes is what autograd keeps of one batch for backward, peak_bytes the most that training held.
+    Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
+    """
+    with claimed(out, run, resume, read_run):
+        start = time.perf_counter()
+        pipe = load_base(run.base, "cuda" if torch.cuda.is_available() else "cpu")
+        if not run.truncate:
+            check_prompts(pipe, run.prompts)
+        scheduler = scheduler_of(pipe, "ddim")
+        shared = Path(run.latents) if run.latents else out / "latents"
+        with bar(1, progress) as show:
+            latents = _latents(run, pipe, run.data, shared, run.flip, lambda _, text: show(0, text))
+        own = Noised(latents, scheduler, seed=run.training.seed, drop=run.drop)
+        examples: Examples = own
+        if run.prior_prompt is not None:
+            prior = _prior(run, pipe, out)
+            weight = run.prior_weight
+            examples = Both(own, Noised(prior, scheduler, seed=run.training.seed, drop=run.drop, weight=weight))
+        torch.manual_seed(run.training.seed)
+        denoiser = denoiser_of(pipe)
+        tuned = Tuned(denoiser, backbone_name=run.base)
+        tuned.add_adapter("default", run.spec(tuned.family), preprocessing={"size": run.size})
+        tuned.to(pipe.device)
+        if run.gradient_checkpointing:
+            tuned.gradient_checkpointing_enable()
+        model = Denoiser(pipe, tuned, run.size)
+
+        def after(epoch: int) -> None:
+            if run.prompts and (epoch % run.sample_every == 0 or epoch == run.training.epochs):
+                painted = draw(pipe, tuned, Asked(run.prompts, size=run.size, steps=20))
+                grid(out / f"samples-{epoch:04}.png", {f"epoch {epoch}": painted}, run.prompts)
+
+        batch, _ = next(iter(loader(examples, run.training.batch_size)))
+        kept = saved_bytes(lambda: model.train()(to_device(batch, pipe.device)), model.parameters())
+        histories: list[History] = []
+
+        def train() -> None:
+            state, how = out / "state.pt", denoising()
+            histories.append(
+                fit(
+                    model,
+                    examples,
+                    None,
+                    run.training,
+                    state=state,
+                    resume=resume,
+                    objective=how,
+                    after=after,
+                    progress=progress,
+                )
+            )
+
+        peak = sum(peak_bytes(train, pipe.device))
+        (history,) = histories
+        if run.gradient_checkpointing:
+            tuned.gradient_checkpointing_disable()
+        result = {
+            "epochs": [asdict(epoch) for epoch in history.epochs],
+            "loss": history.epochs[-1].loss,
+            "pictures": len(latents),
+            "captions": sum(map(len, latents.captions)),
+            "parameters": count(tuned),
+            "kept_bytes": kept,
+            "peak_bytes": peak,
+            "seconds": round(time.perf_counter() - start, 1),
+            "versions": versions(),
+            "settings": run.to_dict(),
+        }
+        tuned.save_pretrained(out)
+        write_whole(out / RESULT, as_json(result))
+        (out / "state.pt").unlink(missing_ok=True)
+        return result
+
+
+def _prior(run: DiffusionRun, pipe: Any, out: Path) -> Latents:
+    """What the base paints of the class, and its latents; a run that goes on takes what is there."""
+    assert run.prior_prompt is not None
+    folder = out / "prior"
+    files = [folder / f"{seed:05}.png" for seed in range(run.prior_images)]
+    missing = tuple(seed for seed, file in enumerate(files) if not file.exists())
+    if missing:
+        for picture in pictures(pipe, None, Asked((run.prior_prompt,), seeds=missing, size=run.size)):
+            picture.save(files[picture.seed])
+    rows = [json.dumps({"file_name": file.name, "text": run.prior_prompt}) for file in files]
+    write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+    return _latents(run, pipe, f"captions:{folder}", out / "prior-latents")
+
+
+def _latents(
+    run: DiffusionRun,
+    pipe: Any,
+    spec: str,
+    out: Path,
+    flip: bool = False,
+    show: Callable[[int, str], None] = lambda done, text: None,
+) -> Latents:
+    data = load_captions(spec)
+    return keep_latents(pipe, data, out, spec=spec, size=run.size, flip=flip, truncate=run.truncate, show=show)
