@@ -79,3 +79,16 @@ def test_bad_grids(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_a_finer_bank_gives_what_a_bank_of_cls_gives(bank: str, tmp_path: Path) -> None:
+    assert main(["bank", *DATA, "--out", str(tmp_path / "cls")]) == 0
+    grid = ["--method", "bypass", "--lr", "0.01", "0.001", "--epochs", "3", "--seeds", "0", "1"]
+    scores = []
+    for path in (bank, str(tmp_path / "cls")):
+        out = tmp_path / f"sweep-{len(scores)}"
+        assert main(["sweep", "--bank", path, *grid, "--out", str(out)]) == 0
+        scores.append(
+            [s["validation_score"] for s in json.loads((out / "sweep.json").read_text())["methods"]["bypass"]["seeds"]]
+        )
+    assert scores[0] == scores[1]

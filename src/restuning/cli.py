@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--blocks", type=_blocks, help="blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)")
     train.add_argument("--pool", choices=_POOLS, help="what the head reads (default: the backbone's)")
     _size_flags(train)
+    train.add_argument("--shots", type=int, metavar="K", help=_SHOTS)
     _text_flags(train)
     train.add_argument(
         "--class-weights", choices=["balanced"], help="weigh classes in the loss so that each counts as much"
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--seeds", type=int, nargs="+", help="(default 0 1 2)")
     sweep.add_argument("--pool", choices=_POOLS, help="what the head reads (default: the backbone's)")
     _size_flags(sweep)
+    sweep.add_argument("--shots", type=int, metavar="K", help=_SHOTS)
     sweep.add_argument("--batch-size", type=int, help="(default 32)")
     sweep.add_argument("--weight-decay", type=float, help="(default 0.05)")
     sweep.add_argument("--warmup-epochs", type=float, help="(default 10, at most a fifth of all)")
@@ -168,6 +170,38 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--batch-size", type=int, help="(default 32)")
     search.add_argument("--seed", type=int, help="(default 0)")
     search.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    reproduce = add(
+        "reproduce",
+        _reproduce,
+        "Run an experiment of the paper, or of the small edition: choose on validation, train again, test once.\n"
+        "A killed one goes on where it was, and several processes may work in one --out.",
+        "restuning reproduce tab4 --data-root ~/data --out runs/tab4 && restuning report runs/tab4 --out report",
+    )
+    reproduce.add_argument("experiments", nargs="*", metavar="NAME", help="tab4, fig5, small, …; none: list them")
+    reproduce.add_argument("--data-root", metavar="DIR", help="where its data are; see `restuning data list`")
+    reproduce.add_argument("--out", type=Path, help="folder for results.jsonl, banks and runs")
+    reproduce.add_argument("--dry-run", action="store_true", help="say what it would cost, and do nothing")
+    reproduce.add_argument("--engine", choices=["local", "ray"], default="local", help="where jobs are done")
+    reproduce.add_argument("--workers", type=int, metavar="N", help="start a local Ray cluster of N workers")
+    reproduce.add_argument("--row", nargs="+", default=[], dest="rows", help="these rows alone")
+    reproduce.add_argument("--column", nargs="+", default=[], dest="columns", help="these columns alone")
+    reproduce.add_argument("--seeds", type=int, nargs="+", help="in place of the experiment's")
+    reproduce.add_argument("--lr", type=float, nargs="+", dest="lrs", help="in place of the experiment's")
+    reproduce.add_argument("--epochs", type=int, nargs="+", help="in place of the experiment's")
+    _backbone_flags(reproduce)
+    reproduce.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of the banks"
+    )
+
+    report = add(
+        "report",
+        _report,
+        "Set results beside the paper's: a page and Markdown, with tables, differences and pictures.",
+        "restuning report runs/tab4 --out report",
+    )
+    report.add_argument("results", type=Path, metavar="RESULTS", help="a results.jsonl, or a folder that has one")
+    report.add_argument("--out", type=Path, help="folder for report.html and report.md (default: print the scores)")
 
     bench = add(
         "bench",
@@ -246,19 +280,23 @@ def _parser() -> argparse.ArgumentParser:
     data = add(
         "data",
         _data,
-        "Describe a data set: splits, classes, how many there are of each; check every item.",
-        "restuning data tar:photos.tar",
+        "Describe a data set: splits, classes, how many there are of each; check every item. Or list the paper's data\n"
+        "sets; or check one of them against what is known of it.",
+        "restuning data tar:photos.tar; restuning data list; restuning data check vtab/dtd ~/vtab-1k/dtd",
     )
-    data.add_argument("data", metavar="SPEC", help=_DATA)
+    data.add_argument("data", nargs="+", metavar="SPEC", help=f"{_DATA}; or list; or check NAME PATH")
     data.add_argument("--check", action="store_true", help="decode every image of it")
     _size_flags(data)
+    data.add_argument("--shots", type=int, metavar="K", help=_SHOTS)
     data.add_argument("--seed", type=int, default=0)
     return parser
 
 
 _DATA = (
-    "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location or sprites:orientation"
+    "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location, sprites:orientation, "
+    "sprites:count, or a layout of the paper's sets, see `restuning data list`"
 )
+_SHOTS = "items of each class to train on, in place of --train-size"
 _POOLS = ("cls", "mean", "cls+mean", "last", "map")
 _BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank")
 _SIZES = {
@@ -312,6 +350,7 @@ def _rates(text: str) -> tuple[float]:
 
 def _train(args: argparse.Namespace) -> None:
     from restuning.methods import find_method, to_dict
+    from restuning.processes import is_first
     from restuning.recipe import TrainConfig
     from restuning.run import RUN, Run, execute, from_bank, read_run
 
@@ -334,6 +373,8 @@ def _train(args: argparse.Namespace) -> None:
     result = execute(
         run, args.out, resume=args.resume, progress=not (args.quiet or args.json), tensorboard=args.tensorboard
     )
+    if not is_first():
+        return
     if args.json:
         print(json.dumps(result))
     else:
@@ -402,6 +443,82 @@ def _sweep(args: argparse.Namespace) -> None:
         for name, m in found["methods"].items()
     ]
     _table(["method", "test score", "parameters", "points", "seconds", "chosen (lr/epochs by seed)"], rows)
+
+
+def _reproduce(args: argparse.Namespace) -> int:
+    from functools import cache, partial
+
+    from restuning.experiments import EXPERIMENTS, SUITES, find
+    from restuning.reproduce import Engine, Only, Settings, cost, here, plan, reproduce, seconds_each
+
+    if not args.experiments:
+        rows = [[e.name, e.about, e.said] for e in EXPERIMENTS.values()]
+        suites = [[name, f"all of {', '.join(parts)}", ""] for name, parts in SUITES.items()]
+        _table(["name", "what", "command"], [*rows, *suites])
+        return 0
+    found = [e for name in args.experiments for e in find(name)]
+    for experiment in found:
+        if not experiment.tasks:
+            raise RestuningError(f"{experiment.name} is made by another command: {experiment.said}")
+    if args.data_root is None:
+        raise RestuningError("--data-root is missing: expected the folder of the data sets")
+    args.data_root = str(Path(args.data_root).absolute())
+    given: dict[str, Any] = {
+        k: v for k, v in vars(args).items() if v is not None and k in Settings.__dataclass_fields__
+    }
+    settings = Settings(**(given | {k: tuple(v) for k, v in given.items() if isinstance(v, list)}))
+    only = Only(tuple(args.rows), tuple(args.columns))
+    only.check(found)
+    jobs = [job for experiment in found for job in plan(experiment, settings, only)]
+    if args.dry_run:
+        costs = cost(jobs, cache(seconds_each))
+        if args.json:
+            print(json.dumps(costs))
+            return 0
+        cells = [
+            [*(str(c[k]) for k in ("experiment", "column", "jobs", "scores")), f"{c['passes']:,.0f}"] for c in costs
+        ]
+        cells = [[*cell, f"{c['hours']:.2f}"] for cell, c in zip(cells, costs, strict=True)]
+        _table(["experiment", "column", "jobs", "scores", "forward passes", "hours here"], cells)
+        print(f"about {sum(c['hours'] for c in costs):.1f} hours on this machine")
+        return 0
+    if args.out is None:
+        raise RestuningError("--out is missing: expected a folder")
+    if args.workers is not None and (args.engine != "ray" or args.workers < 1):
+        raise RestuningError(f"--workers {args.workers}: expected 1 or more, with --engine ray")
+    engine: Engine = here
+    if args.engine == "ray":
+        from restuning.cluster import on_ray
+
+        engine = partial(on_ray, workers=args.workers)
+    failed = reproduce(jobs, args.out, settings, engine=engine)
+    if args.json:
+        print(json.dumps({"jobs": len(jobs), "failed": failed}))
+    else:
+        print(f"{len(jobs)} jobs, {len(failed)} of them failed; restuning report {args.out} shows them")
+    if failed:
+        raise RestuningError(f"{failed[0]}{f' (and {len(failed) - 1} more)' if len(failed) > 1 else ''}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> None:
+    from restuning.report import write
+    from restuning.report.page import lines
+    from restuning.results import read
+
+    if args.out is not None:
+        found = write(args.results, args.out)
+        print(
+            json.dumps(found) if args.json else f"{', '.join(found)}: {args.out / 'report.html'}, report.md beside it"
+        )
+        return
+    rows = lines(read(args.results))
+    if not rows:
+        raise RestuningError(f"no results in {args.results}: expected a results.jsonl, or a folder that has one")
+    if args.json:
+        print(json.dumps(rows))
+    else:
+        _table(["experiment", "row", "column", "score"], [list(row) for row in rows])
 
 
 def _search(args: argparse.Namespace) -> None:
@@ -612,9 +729,17 @@ def _paper(args: argparse.Namespace) -> None:
 def _data(args: argparse.Namespace) -> None:
     from restuning.data import check, load_task
 
-    task = load_task(
-        args.data, train_size=args.train_size, val_size=args.val_size or 0, test_size=args.test_size, seed=args.seed
-    )
+    if args.data == ["list"]:
+        _known(args)
+        return
+    if args.data[0] == "check":
+        _inspect(args)
+        return
+    if len(args.data) != 1:
+        raise RestuningError(f"data {' '.join(args.data)}: expected one SPEC, or list, or check NAME PATH")
+    (spec,) = args.data
+    sizes = {f"{name}_size": getattr(args, f"{name}_size") for name in ("train", "test")}
+    task = load_task(spec, **sizes, val_size=args.val_size or 0, shots=args.shots, seed=args.seed)
     splits = {name: items for name, items in (("train", task.train), ("val", task.val), ("test", task.test)) if items}
     if args.check:
         for items in splits.values():
@@ -622,13 +747,61 @@ def _data(args: argparse.Namespace) -> None:
     counts = {name: _counts(task.kind, items.labels, len(task.classes)) for name, items in splits.items()}
     sizes = {name: len(items) for name, items in splits.items()}
     if args.json:
-        said = {"data": args.data, "kind": task.kind, "classes": list(task.classes), "examples": sizes}
+        said = {"data": spec, "kind": task.kind, "classes": list(task.classes), "examples": sizes}
         print(json.dumps({**said, "labels": counts, "checked": args.check}))
         return
     total = ", ".join(f"{name} {n}" for name, n in sizes.items())
-    print(f"{args.data}: {task.kind}, {len(task.classes)} classes; {total}{'; all readable' if args.check else ''}")
+    print(f"{spec}: {task.kind}, {len(task.classes)} classes; {total}{'; all readable' if args.check else ''}")
     about = "mean" if task.kind == "regression" else "class"
     _table([about, *counts], [[c, *(f"{n[i]:g}" for n in counts.values())] for i, c in enumerate(task.classes)])
+
+
+def _known(args: argparse.Namespace) -> None:
+    from restuning.known import KNOWN
+
+    if args.json:
+        print(json.dumps([{**asdict(k), "spec": k.spec("PATH")} for k in KNOWN.values()]))
+        return
+    rows = [
+        [
+            k.name,
+            k.about,
+            f"{k.classes:,}",
+            f"{k.train:,}" if k.train else "shots",
+            f"{k.test:,}",
+            k.spec("PATH"),
+            k.note,
+        ]
+        for k in KNOWN.values()
+    ]
+    _table(["name", "data set", "classes", "train", "test", "as --data", "from"], rows)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from restuning.data import load_source
+    from restuning.data.inspect import inspect
+    from restuning.known import find
+
+    if len(args.data) != 3:
+        raise RestuningError(
+            "data check: expected a NAME (of `restuning data list`, or -) and a PATH (or, after -, a SPEC)"
+        )
+    _, name, path = args.data
+    known = None if name == "-" else find(name)
+    spec = path if known is None else known.spec(path)
+    if known is not None and known.kind == "glue":
+        raise RestuningError(f"{name} is texts from a hub: restuning data {spec} --check")
+    found = inspect(load_source(spec), known)
+    if args.json:
+        print(json.dumps({"data": spec, **asdict(found)}))
+    else:
+        total = ", ".join(f"{split} {n} images of {found.seen[split]} classes" for split, n in found.counts.items())
+        print(f"{spec}: {total}; {found.pixels} pixels")
+        for note in (*found.wrong, *found.notes):
+            print(f"- {note}")
+    if found.wrong:
+        more = f" (and {len(found.wrong) - 1} more)" if len(found.wrong) > 1 else ""
+        raise RestuningError(f"{spec}: {found.wrong[0]}{more}")
 
 
 def _counts(kind: str, labels: Sequence[Any], classes: int) -> list[float]:

@@ -15,6 +15,14 @@ class DataError(RestuningError):
     """A data set, a split or an image that cannot be used."""
 
 
+class Diverged(RestuningError):
+    """A run whose loss or parameters are no numbers any more."""
+
+
+class Busy(RestuningError):
+    """A folder that another process works in."""
+
+
 class SiteError(RestuningError):
     """A backbone, an operation or a block that was not found."""
 

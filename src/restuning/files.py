@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from restuning.errors import RestuningError
+from restuning.errors import Busy, RestuningError
 
 
 def as_json(data: Any) -> bytes:
@@ -46,9 +46,14 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def contents(folder: Path) -> list[str]:
+    """Names of what is in it, but for locks and what a killed process left half-written."""
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(".tmp"))
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """A folder, made where it is missing, for one process alone. Raises RestuningError if another has it."""
+    """A folder, made where it is missing, for one process alone. Raises Busy if another has it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -58,5 +63,5 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise RestuningError(f"{out} is in use by another run: choose another folder, or wait for it") from error
+            raise Busy(f"{out} is in use by another run: choose another folder, or wait for it") from error
         yield

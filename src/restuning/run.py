@@ -30,13 +30,14 @@ from restuning.data import (
     reading,
     split,
 )
-from restuning.errors import CheckpointError, RestuningError
+from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.evaluate import Examples, evaluate
-from restuning.files import as_json, locked, write_whole
+from restuning.files import as_json, contents, locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
 from restuning.methods import Bypass, Full, Method, find_method, on_blocks, resize
 from restuning.objective import Objective, balanced, objective, worth
+from restuning.processes import is_first, meet
 from restuning.progress import bar
 from restuning.recipe import TrainConfig
 from restuning.train import fit
@@ -63,6 +64,7 @@ class Run:
     blocks: tuple[int, ...] | None = None
     pool: str | None = None
     train_size: int | None = None
+    shots: int | None = None
     val_size: int = 0
     test_size: int | None = None
     augment: bool = False
@@ -129,13 +131,17 @@ def read_run(path: Path) -> Run:
 def execute(
     run: Run, out: Path, *, resume: bool = False, progress: bool = True, tensorboard: bool = False
 ) -> dict[str, Any]:
-    """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds.
+    """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds. Of several
+    processes (`accelerate launch`), all train and the first one writes.
 
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
-    with claimed(out, run, resume):
+    meet()
+    with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
+        processes = meet()
         start = time.perf_counter()
-        sizes = {"train_size": run.train_size, "test_size": run.test_size, "seed": run.training.seed}
+        sizes = {"train_size": run.train_size, "shots": run.shots, "test_size": run.test_size}
+        sizes["seed"] = run.training.seed
         bank = None if run.bank is None else Bank(run.bank)
         load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
         whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
@@ -145,7 +151,7 @@ def execute(
             task: _Prepared = _FromItems(run, whole)
         else:
             task = _FromBank(run, whole, bank)
-        lr, trials = run.lrs[0], {}
+        lr, trials = run.lrs[0], dict[str, float | None]()
         if len(run.lrs) > 1:
             held = whole
             if whole.val is None or run.val_size:
@@ -177,39 +183,49 @@ def execute(
             "classes": len(whole.classes),
             "parameters": count(tuned),
             "kept_features": isinstance(model, FromFeatures),
+            "processes": processes,
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
             "settings": run.to_dict(),
         }
-        tuned.save_pretrained(out)
-        write_whole(out / RESULT, as_json(result))
-        (out / "state.pt").unlink(missing_ok=True)
+        if is_first():
+            tuned.save_pretrained(out)
+            write_whole(out / RESULT, as_json(result))
+            (out / "state.pt").unlink(missing_ok=True)
+        meet()
         return result
 
 
-def _choose(run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool) -> dict[str, float]:
+def _choose(
+    run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool
+) -> dict[str, float | None]:
     """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
-    trials: dict[str, float] = json.loads(file.read_text()) if resume and file.exists() else {}
+    trials: dict[str, float | None] = json.loads(file.read_text()) if resume and file.exists() else {}
     assert held.val is not None
     for lr in run.lrs:
         if str(lr) in trials:
             continue
         model, tuned = task.model(held.train)
         state, examples = out / f"trial-{lr}.pt", task.read(tuned, held.train, run.augment)
-        fit(
-            model,
-            examples,
-            task.read(tuned, held.val),
-            _training(run, lr, examples),
-            state=state,
-            resume=resume,
-            progress=progress,
-            objective=_objective(run, held),
-        )
-        trials[str(lr)] = next(evaluate(model, task.read(tuned, held.val), run.training.batch_size, kind=held.kind))[1]
-        write_whole(file, as_json(trials))
-        state.unlink(missing_ok=True)
+        val = task.read(tuned, held.val)
+        try:
+            fit(
+                model,
+                examples,
+                val,
+                _training(run, lr, examples),
+                state=state,
+                resume=resume,
+                progress=progress,
+                objective=_objective(run, held),
+            )
+            trials[str(lr)] = next(evaluate(model, val, run.training.batch_size, kind=held.kind))[1]
+        except Diverged:  # a rate that is too high is no choice, and no reason to stop
+            trials[str(lr)] = None
+        if is_first():
+            write_whole(file, as_json(trials))
+            state.unlink(missing_ok=True)
     return trials
 
 
@@ -336,12 +352,12 @@ def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Setti
     new = not out.exists()
     with locked(out):
         record = out / RUN
-        held = sorted(p.name for p in out.iterdir() if p.name != ".lock")
+        there = contents(out)
         if record.exists() and not resume:
             state = "a finished run" if (out / RESULT).exists() else "an unfinished run: continue it with --resume"
             raise RestuningError(f"{out} holds {state}; choose another folder for a new one")
-        if held and not record.exists():
-            raise RestuningError(f"{out} is not empty and holds no run ({', '.join(held[:3])}): choose another folder")
+        if there and not record.exists():
+            raise RestuningError(f"{out} is not empty and holds no run ({', '.join(there[:3])}): choose another folder")
         if record.exists() and read(record) != run:
             before, now = read(record).to_dict(), run.to_dict()
             other = [f"{k} was {before[k]}, is {now[k]}" for k in now if as_json(before[k]) != as_json(now[k])]

@@ -18,13 +18,14 @@ from restuning.bank.stack import Point, scores, train
 from restuning.data import Items, Task, split
 from restuning.errors import RestuningError
 from restuning.evaluate import padded
-from restuning.files import as_json, locked, write_whole
+from restuning.files import as_json, contents, locked, write_whole
 from restuning.measure import count
 from restuning.methods import find_method, to_dict
 from restuning.objective import objective, worth
 from restuning.recipe import TrainConfig
 from restuning.run import RESULT, RUN, Run, from_bank, on_bank, versions
 from restuning.stack import Stack
+from restuning.wiring.live import View
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 
@@ -40,6 +41,7 @@ class Sweep:
     seeds: tuple[int, ...] = (0, 1, 2)
     pool: str | None = None
     train_size: int | None = None
+    shots: int | None = None
     val_size: int = 0
     test_size: int | None = None
     training: TrainConfig = field(default_factory=TrainConfig)
@@ -62,6 +64,7 @@ class Sweep:
             method=spec,
             pool=self.pool,
             train_size=self.train_size,
+            shots=self.shots,
             val_size=self.val_size,
             test_size=self.test_size,
             training=replace(self.training, seed=seed),
@@ -93,7 +96,7 @@ def _record(settings: Sweep, out: Path, resume: bool) -> None:
     record = out / RECORD
     if record.exists() and not resume:
         raise RestuningError(f"{out} holds a sweep: continue it with --resume, or choose another folder")
-    if not record.exists() and any(p.name != ".lock" for p in out.iterdir()):
+    if not record.exists() and contents(out):
         raise RestuningError(f"{out} is not empty and holds no sweep: choose another folder")
     if record.exists() and json.loads(record.read_text()) != json.loads(as_json(asdict(settings))):
         raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
@@ -105,9 +108,13 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     grid = list(itertools.product(settings.seeds, settings.lrs, settings.epochs))
     whole, held = ({s: _task(settings, bank, s, hold) for s in settings.seeds} for hold in (False, True))
     models = {seed: on_bank(settings.run(method, seed), whole[seed], bank) for seed in settings.seeds}
-    layers = models[settings.seeds[0]]().tuned._layers(bank.view)
+    first = models[settings.seeds[0]]().tuned
+    layers, view, kept = first._layers(bank.view), first._live(), bank.view
     asked = objective(whole[settings.seeds[0]].kind)
     features, labels, offsets = _everything(bank, layers)
+    narrow = view.of(bank.view)
+    if narrow is not None and not view.by_mask and min(layers) >= 0:  # a finer bank's other tokens are not read
+        features, kept = tuple(narrow(x) for x in features), view
 
     def rows(items: Items) -> Tensor:
         places = (name.removesuffix("]").rpartition("[") for name in items.names)
@@ -118,7 +125,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
 
     trials: dict[tuple[int, float, int], float] = {}
     if len(grid) > len(settings.seeds):
-        stack = Stack([_only(models[seed](), layers) for seed, _, _ in grid])
+        stack = Stack([_only(models[seed](), layers, kept) for seed, _, _ in grid])
         points = [Point(config(lr, epochs, seed), rows(held[seed].train)) for seed, lr, epochs in grid]
         finite = train(stack, features, labels, points, asked)
         validated = scores(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid], asked)
@@ -126,7 +133,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     pairs = list(itertools.product(settings.lrs, settings.epochs))
     # of equal score the first, as in a run
     best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), -math.inf)) for s in settings.seeds}  # type: ignore[misc]
-    winners = {seed: _only(models[seed](), layers) for seed in settings.seeds}
+    winners = {seed: _only(models[seed](), layers, kept) for seed in settings.seeds}
     stack = Stack(list(winners.values()))
     points = [Point(config(*best[seed], seed), rows(whole[seed].train)) for seed in settings.seeds]
     finite = train(stack, features, labels, points, asked)
@@ -162,7 +169,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
 
 def _task(settings: Sweep, bank: Bank, seed: int, hold: bool) -> Task:
     """The splits of a run of this seed; with `hold`, those on which its rate is chosen."""
-    sizes = {"train_size": settings.train_size, "test_size": settings.test_size, "seed": seed}
+    sizes = {"train_size": settings.train_size, "shots": settings.shots, "test_size": settings.test_size, "seed": seed}
     spec, source = str(bank.manifest["data"]["spec"]), bank.source()
     whole = split(spec, source, **sizes, val_size=0)  # type: ignore[arg-type]
     if not hold:
@@ -189,5 +196,5 @@ def _everything(bank: Bank, layers: Sequence[int]) -> tuple[tuple[Tensor, ...], 
     return features, torch.cat([part[1] for part in parts]), offsets
 
 
-def _only(model: FromFeatures, layers: Sequence[int]) -> FromFeatures:
-    return FromFeatures(model.tuned, model.kept, layers)
+def _only(model: FromFeatures, layers: Sequence[int], kept: View) -> FromFeatures:
+    return FromFeatures(model.tuned, kept, layers)

@@ -25,7 +25,7 @@ from restuning.checkpoint import (
     uninterrupted,
     write_state,
 )
-from restuning.errors import MissingExtra, RestuningError
+from restuning.errors import Diverged, MissingExtra, RestuningError
 from restuning.evaluate import Examples, HasEpoch, HasLengths, loader, padded, predict_logits, to_device
 from restuning.objective import IGNORED, Objective, worth
 from restuning.objective import objective as objective_of
@@ -144,9 +144,7 @@ class _Run:
                 batch_loss, batch_correct = sums.tolist()
                 if not math.isfinite(batch_loss):
                     where = f"epoch {self.place.epoch}, step {self.place.step}"
-                    raise RestuningError(
-                        f"{where}: the loss is {batch_loss / size} at lr {lr:g}; lower lr, or set clip"
-                    )
+                    raise Diverged(f"{where}: the loss is {batch_loss / size} at lr {lr:g}; lower lr, or set clip")
                 accelerator.backward(loss * (own * world / sum(sizes)))
             total_loss, total_correct = total_loss + batch_loss, total_correct + batch_correct
         if self.config.clip is not None:
@@ -192,7 +190,7 @@ class _Run:
             return
         for name, p in self.model.named_parameters():
             if p.requires_grad and not p.isfinite().all():
-                raise RestuningError(f"epoch {self.place.epoch}, step {self.place.step}: {name} is no longer finite")
+                raise Diverged(f"epoch {self.place.epoch}, step {self.place.step}: {name} is no longer finite")
         scaler = self.accelerator.scaler
         state = {
             "facts": self.facts(),

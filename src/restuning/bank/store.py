@@ -89,6 +89,7 @@ def build(
             "classes": list(task.classes),
             "kind": task.kind,
             "splits": {name: _hash_of_data(items) for name, items in splits.items()},
+            **({"held": task.held} if task.held else {}),
         },
         "layers": [int(layer) for layer in tuned._layers()],
         "view": asdict(tuned._live()),
@@ -195,7 +196,8 @@ class Bank:
         made = {name: Banked(self.rows(name), name) for name in self.splits}
         data = self.manifest["data"]
         kind = data.get("kind", Source.kind)  # older banks hold this one kind
-        return Source(tuple(data["classes"]), made["train"], made.get("val"), made.get("test"), kind)
+        held = data.get("held", 0)
+        return Source(tuple(data["classes"]), made["train"], made.get("val"), made.get("test"), kind, held)
 
     def accepts(self, tuned: Tuned) -> None:
         """Raises CheckpointError if the active adapters need more of the backbone than what is kept here."""

@@ -4,13 +4,17 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
+from restuning.data.altered import altered
 from restuning.data.captioned import Captioned as Captioned
 from restuning.data.captioned import Square as Square
 from restuning.data.captions import load_captions as load_captions
+from restuning.data.cifar import load_cifar100
 from restuning.data.digits import load_digits
+from restuning.data.fgvc import load_fgvc
 from restuning.data.folder import load_folder
 from restuning.data.folder import load_images as load_images
 from restuning.data.hub import load_hub
+from restuning.data.lists import load_domains, load_fewshot, load_vtab
 from restuning.data.sprites import load_sprites
 from restuning.data.table import load_table
 from restuning.data.tar import load_tar
@@ -18,6 +22,7 @@ from restuning.data.task import Items as Items
 from restuning.data.task import Source as Source
 from restuning.data.task import Task as Task
 from restuning.data.task import check as check
+from restuning.data.task import part
 from restuning.data.task import split as split
 from restuning.data.text import Texts as Texts
 from restuning.data.text import load_glue, load_text
@@ -36,6 +41,11 @@ KINDS: dict[str, Callable[[str], Source]] = {
     "table": load_table,
     "text": load_text,
     "glue": load_glue,
+    "vtab": load_vtab,
+    "fgvc": load_fgvc,
+    "fewshot": load_fewshot,
+    "domains": load_domains,
+    "cifar100": load_cifar100,
 }
 
 Reading: TypeAlias = Preprocess | Tokenise
@@ -63,19 +73,47 @@ def prepared(
 
 
 def load_task(
-    spec: str, *, train_size: int | None = None, val_size: int = 0, test_size: int | None = None, seed: int = 0
+    spec: str,
+    *,
+    train_size: int | None = None,
+    val_size: int = 0,
+    test_size: int | None = None,
+    seed: int = 0,
+    shots: int | None = None,
 ) -> Task:
-    """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation`, `table:PATH`, `text:PATH`,
-    `glue:NAME` or `hf:NAME[:CONFIG]`.
+    """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation`, `sprites:count`, `table:PATH`,
+    `text:PATH`, `glue:NAME` or `hf:NAME[:CONFIG]`; `vtab:PATH/NAME`, `fgvc:PATH`, `fewshot:PATH`, `domains:PATH` and
+    `cifar100:PATH`; `altered:HOW:SPEC` and `part:TRAIN,TEST:SPEC` of others.
 
     Where there is no test split, `test_size` items (a fifth) are drawn first, the same at every call. `train_size`
-    items (all) are then drawn by `seed`, and `val_size` of these held out for validation; with 0, the source's own
-    validation split stands. Every draw is by class. Raises DataError for an unknown kind, for data that cannot be
-    used, and for sizes below 1 or beyond what there is.
+    items (all), or `shots` of each class, are then drawn by `seed`, and `val_size` of these held out for validation;
+    with 0, the source's own validation split stands. Every draw is by class. Raises DataError for an unknown kind, for
+    data that cannot be used, and for sizes below 1 or beyond what there is.
     """
+    return split(spec, load_source(spec), train_size, val_size, test_size, seed, shots)
+
+
+def load_source(spec: str) -> Source:
+    """The data set with its own splits. Raises DataError as `load_task` does."""
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise DataError(f"unknown data {spec!r}{hint}: expected one of {', '.join(KINDS)}")
-    return split(spec, KINDS[kind](rest), train_size, val_size, test_size, seed)
+    return KINDS[kind](rest)
+
+
+def _altered(rest: str) -> Source:
+    how, _, spec = rest.partition(":")
+    return altered(load_source(spec), how)
+
+
+def _part(rest: str) -> Source:
+    sizes, _, spec = rest.partition(":")
+    train, _, test = sizes.partition(",")
+    if not (train.isdecimal() and test.isdecimal()):
+        raise DataError(f"part:{rest}: expected part:TRAIN,TEST:SPEC, as in part:1000,500:folder:photos")
+    return part(spec, load_source(spec), int(train), int(test))
+
+
+KINDS |= {"altered": _altered, "part": _part}

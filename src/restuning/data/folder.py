@@ -27,6 +27,10 @@ class Files(Items):
         except OSError as error:
             raise DataError(f"{self.names[i]} cannot be read: {error.strerror}") from error
 
+    def head(self, i: int) -> bytes:
+        with open(self.names[i], "rb") as file:
+            return file.read(8)
+
 
 def load_folder(path: str) -> Source:
     """Raises DataError for a folder that is missing, without classes, or with an empty class."""

@@ -1,13 +1,15 @@
-"""`sprites:location` and `sprites:orientation`: generated after dSprites, labelled as in VTAB.
+"""`sprites:location`, `sprites:orientation` and `sprites:count`: generated after dSprites, labelled as in VTAB.
 
 dSprites (Matthey et al. 2017): white shapes on black, 64 x 64; 3 shapes (square, ellipse, heart) x 6 scales in
 [.5, 1] x 40 orientations in [0, 2π] x 32 x 32 positions in [0, 1]: 737,280 pictures. VTAB's `dsprites_loc` asks for the
 horizontal position and `dsprites_ori` for the orientation, each in 16 equal bins of its index: bin = index · 16 //
 values. As in dSprites, a square looks the same at four orientations and an ellipse at two (and the first and the last
-orientation are one), so orientation has a ceiling below 100 %.
+orientation are one), so orientation has a ceiling below 100 %. `count` asks how many shapes there are, 1 to 8, after
+`clevr_count`.
 """
 
 import math
+import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, overload
 
@@ -24,6 +26,10 @@ SIDE, FINE, BINS = 64, 4, 16
 SIZES = (3, 6, 40, 32, 32)  # shape, scale, orientation, x, y
 FACTOR = {"location": 3, "orientation": 2}
 POOL = 60_000  # pictures that training and test images are drawn from, spread over all
+MOST = 8  # shapes in a scene
+
+Shape = tuple[int, float, float, float, float, int]
+"""Which shape, radius, angle, x and y of the centre, grey; in parts of the side."""
 
 
 class _Names(Sequence[str]):
@@ -57,17 +63,40 @@ class Sprites(Items):
 
 def draw(shape: int, scale: float, angle: float, x: float, y: float) -> "Image":
     """One sprite; x and y in [0, 1] move its centre over the part of the frame in which it is wholly inside."""
+    cx, cy = (0.17 + p * (1 - 2 * 0.17) for p in (x, y))
+    return _drawn([(shape, 0.16 * scale, angle, cx, cy, 255)])  # the radius of the circle around the shape
+
+
+def _drawn(shapes: Sequence[Shape]) -> "Image":
+    """On black."""
     from PIL import Image, ImageDraw
 
     fine = SIDE * FINE
-    radius = 0.16 * fine * scale  # of the circle around the shape
-    margin = 0.17 * fine
-    cx, cy = (margin + p * (fine - 2 * margin) for p in (x, y))
-    cos, sin = math.cos(angle), math.sin(angle)
-    outline = [(cx + radius * (cos * u - sin * v), cy + radius * (sin * u + cos * v)) for u, v in OUTLINES[shape]]
     image = Image.new("L", (fine, fine))
-    ImageDraw.Draw(image).polygon(outline, fill=255)
+    for shape, radius, angle, x, y, grey in shapes:
+        cos, sin = math.cos(angle), math.sin(angle)
+        ends = [(x + radius * (cos * u - sin * v), y + radius * (sin * u + cos * v)) for u, v in OUTLINES[shape]]
+        ImageDraw.Draw(image).polygon([(fine * u, fine * v) for u, v in ends], fill=grey)
     return image.reduce(FINE).convert("RGB")
+
+
+class Scenes(Items):
+    """Scenes of 1 to 8 shapes that do not touch, drawn when read; scene i has i mod 8 + 1."""
+
+    def __init__(self, indices: range) -> None:
+        self.indices = indices
+        self.labels = [i % MOST for i in indices]
+        self.names = [f"scene {i}" for i in indices]
+
+    def item(self, i: int) -> "Image":
+        draw = random.Random(self.indices[i])
+        shapes: list[Shape] = []
+        while len(shapes) <= self.labels[i]:
+            radius = draw.uniform(0.06, 0.12)
+            x, y = (draw.uniform(radius, 1 - radius) for _ in "xy")
+            if all(math.hypot(x - s[3], y - s[4]) > radius + s[1] + 0.05 for s in shapes):
+                shapes.append((draw.randrange(3), radius, draw.uniform(0, 2 * math.pi), x, y, draw.randrange(110, 256)))
+        return _drawn(shapes)
 
 
 def _outlines() -> tuple[list[tuple[float, float]], ...]:
@@ -95,8 +124,13 @@ OUTLINES = _outlines()
 
 def load_sprites(kind: str) -> Source:
     """Training and test images are drawn from disjoint parts of a fixed permutation of all pictures."""
+    if kind == "count":
+        train, test = (Scenes(range(start, start + POOL // 2)) for start in (0, POOL // 2))
+        return Source(tuple(str(n + 1) for n in range(MOST)), train, test=test)
     if kind not in FACTOR:
-        raise DataError(f"unknown sprites {kind!r}: expected {' or '.join(f'sprites:{k}' for k in FACTOR)}")
+        raise DataError(
+            f"unknown sprites {kind!r}: expected {', '.join(f'sprites:{k}' for k in FACTOR)} or sprites:count"
+        )
     order = torch.randperm(math.prod(SIZES), generator=torch.Generator().manual_seed(0))
     factor = FACTOR[kind]
     step = SIZES[factor] / BINS

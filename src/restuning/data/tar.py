@@ -30,6 +30,10 @@ class Members(Items):
         tar, _, offset, size = self.members[i]
         return decode(io.BytesIO(_read(tar, offset, size)), self.names[i])
 
+    def head(self, i: int) -> bytes:
+        tar, _, offset, size = self.members[i]
+        return _read(tar, offset, min(size, 8))
+
 
 def _read(tar: str, offset: int, size: int) -> bytes:
     with _open(tar) as file:

@@ -29,6 +29,10 @@ class Items(ABC, Dataset[tuple[Any, Any]]):
         """An RGB image; or a text: one string or two, or one list of words. Raises DataError for an image that cannot
         be decoded."""
 
+    def head(self, i: int) -> bytes:
+        """The first bytes of its file, which tell its format; none where it comes from no file of its own."""
+        return b""
+
     def __getitem__(self, i: int) -> tuple[Any, Any]:
         return self.item(i), self.labels[i]
 
@@ -44,21 +48,27 @@ class View(Items):
     def item(self, i: int) -> Any:
         return self.items.item(self.indices[i])
 
+    def head(self, i: int) -> bytes:
+        return self.items.head(self.indices[i])
+
 
 @dataclass(frozen=True)
 class Source:
-    """What a loader found: its own splits, as far as it has them. kind: as `Task` has it."""
+    """What a loader found: its own splits, as far as it has them. kind: as `Task` has it. held: so many of the last
+    training items are its own draw for validation (VTAB-1k's val200), trained on once the rate is chosen."""
 
     classes: tuple[str, ...]
     train: Items
     val: Items | None = None
     test: Items | None = None
     kind: str = "single-label"
+    held: int = 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """`spec` names the data; kind: `single-label`, `multi-label`, `regression` or `per-token` (see `Items`).
+    """`spec` names the data; kind: `single-label`, `multi-label`, `regression` or `per-token` (see `Items`); held: as
+    `Source` has it, 0 where the training items are others.
 
     Under regression, `classes` names the targets.
     """
@@ -69,11 +79,23 @@ class Task:
     val: Items | None
     test: Items
     kind: str = "single-label"
+    held: int = 0
 
 
-def split(spec: str, source: Source, train_size: int | None, val_size: int, test_size: int | None, seed: int) -> Task:
+def split(
+    spec: str,
+    source: Source,
+    train_size: int | None,
+    val_size: int,
+    test_size: int | None,
+    seed: int,
+    shots: int | None = None,
+) -> Task:
     """Draw the splits, by class where an item has one. The test items depend on neither `train_size` nor `seed`."""
-    for name, size in (("train_size", train_size), ("val_size", val_size or None), ("test_size", test_size)):
+    sizes = (("train_size", train_size), ("val_size", val_size or None), ("test_size", test_size), ("shots", shots))
+    if shots is not None and train_size is not None:
+        raise DataError(f"{spec}: train_size and shots both say how many to train on: expected one of them")
+    for name, size in sizes:
         if size is not None and size < 1:
             raise DataError(f"{spec}: {name} is {size}, expected at least 1")
     if source.test is None:
@@ -90,8 +112,13 @@ def split(spec: str, source: Source, train_size: int | None, val_size: int, test
     if train_size is not None:
         _enough(spec, "train_size", train_size, len(rest))
         rest = _draw(source.train, rest, train_size, seed)[0]
-    val = source.val
-    if val_size:
+    if shots is not None:
+        rest = _of_each(spec, source.train, rest, shots, seed)
+    val, whole = source.val, len(rest) == len(source.train)
+    if whole and val_size and val_size == source.held:
+        rest, held = rest[:-val_size], rest[-val_size:]
+        val = View(source.train, held)
+    elif val_size:
         if val_size >= len(rest):
             raise DataError(f"{spec}: val_size is {val_size}, expected fewer than the {len(rest)} to train on")
         held, rest = _draw(source.train, rest, val_size, seed)
@@ -99,7 +126,16 @@ def split(spec: str, source: Source, train_size: int | None, val_size: int, test
     for name, items in (("validation", val), ("test", test)):
         if source.kind == "regression" and items is not None and len(items) < 2:
             raise DataError(f"{spec}: {len(items)} {name} item: a regression is judged on two or more")
-    return Task(spec, source.classes, View(source.train, rest), val, test, source.kind)
+    held_last = source.held if whole and not val_size else 0
+    return Task(spec, source.classes, View(source.train, rest), val, test, source.kind, held_last)
+
+
+def part(spec: str, source: Source, train_size: int, test_size: int) -> Source:
+    """So many training and test items, drawn once, whatever the seed; a fifth of the first are its own draw for
+    validation, as VTAB-1k's val200 are."""
+    task = split(spec, source, train_size, 0, test_size, 0)
+    held, rest = _draw(task.train, range(train_size), train_size // 5, 0)
+    return Source(source.classes, View(task.train, [*rest, *held]), None, task.test, source.kind, len(held))
 
 
 def _enough(spec: str, name: str, size: int, there: int) -> None:
@@ -129,6 +165,18 @@ def _draw(items: Items, among: Sequence[int], count: int, seed: int) -> tuple[li
     drawn = {i for c, members in by_class.items() for i in members[: take[c]]}
     shuffled = [among[k] for k in order]
     return [i for i in shuffled if i in drawn], [i for i in shuffled if i not in drawn]
+
+
+def _of_each(spec: str, items: Items, among: Sequence[int], shots: int, seed: int) -> list[int]:
+    """So many of each class, in the order of the draw."""
+    order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed)).tolist()
+    by_class: dict[Any, list[int]] = {}
+    for i in (among[k] for k in order):
+        by_class.setdefault(items.labels[i], []).append(i)
+    fewest = min(by_class.values(), key=len)
+    _enough(spec, "shots", shots, len(fewest))
+    drawn = {i for members in by_class.values() for i in members[:shots]}
+    return [among[k] for k in order if among[k] in drawn]
 
 
 def check(items: Items) -> None:

@@ -1,0 +1,110 @@
+"""Pictures of a table, told apart by marks and dashes, so that they read in black and white."""
+
+import io
+from collections.abc import Iterator
+from itertools import cycle
+from typing import Any
+
+from restuning.figures import pyplot
+from restuning.report.tables import Table, curves, gates, points
+
+MARKS, DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
+GREYS = ("0.0", "0.45")
+
+
+def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
+    """(name, caption, SVG) of each that there are numbers for."""
+    plt = pyplot()
+    name = found.experiment.name
+    if len(points(found)) > 1:
+        yield (
+            f"{name}-costs",
+            "Score against trained parameters (log) and memory of training",
+            _svg(plt, _costs(plt, found)),
+        )
+    if curves(found):
+        yield f"{name}-shots", "Score by shots; bars: standard deviation over seeds", _svg(plt, _curves(plt, found))
+    if gates(found):
+        caption = (
+            "λ of each layer, block 1 at the bottom: mean and standard deviation over seeds; dashed: ½, as at birth"
+        )
+        yield f"{name}-lambda", caption, _svg(plt, _forest(plt, found))
+
+
+def _costs(plt: Any, found: Table) -> Any:
+    rows = points(found)
+    memory = [row for row in rows if row[3]]
+    figure, axes = plt.subplots(1, 2 if len(memory) > 1 else 1, figsize=(11, 4.2), squeeze=False, layout="constrained")
+    for axis, (which, label) in zip(
+        axes[0], ((2, "trained parameters, M"), (3, "memory above the start, MiB")), strict=False
+    ):
+        for (row, score, *costs), mark, grey in zip(rows, cycle(MARKS), cycle(GREYS), strict=False):
+            value = costs[which - 2]
+            if value:
+                axis.scatter(
+                    value, score, marker=mark, s=52, facecolor="white" if grey != "0.0" else "black", edgecolor=grey
+                )
+                axis.annotate(row, (value, score), xytext=(5, 4), textcoords="offset points", fontsize=8)
+        axis.set(xscale="log", xlabel=label, ylabel="score")
+        axis.margins(x=0.3, y=0.1)
+        axis.grid(alpha=0.25)
+    return figure
+
+
+def _curves(plt: Any, found: Table) -> Any:
+    groups = curves(found)
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(1 + 4.2 * len(groups), 4), squeeze=False, sharex=True, layout="constrained"
+    )
+    for axis, (group, rows) in zip(axes[0], groups.items(), strict=True):
+        for (row, line), mark, dash, grey in zip(rows.items(), cycle(MARKS), cycle(DASHES), cycle(GREYS), strict=False):
+            shots, scores = zip(*line, strict=True)
+            means, spreads = [s.mean for s in scores], [s.spread for s in scores]
+            axis.errorbar(shots, means, spreads, marker=mark, linestyle=dash, color=grey, label=row, capsize=2)
+        axis.set(title=group, xscale="log", xlabel="shots a class", ylabel="score")
+        axis.set_xticks(sorted({s for line in rows.values() for s, _ in line}))
+        axis.get_xaxis().set_major_formatter("{x:.0f}")
+        axis.minorticks_off()
+        axis.grid(alpha=0.25)
+    axes[0][-1].legend(fontsize=8)
+    return figure
+
+
+def _forest(plt: Any, found: Table) -> Any:
+    """A panel for each column, a mark for each row."""
+    seen = gates(found)
+    columns = list(dict.fromkeys(column for _, column in seen))
+    rows = list(dict.fromkeys(row for row, _ in seen))
+    wide = min(len(columns), 6)
+    deep = -(-len(columns) // wide)
+    figure, axes = plt.subplots(
+        deep, wide, figsize=(2 + 2.2 * wide, 3.6 * deep), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[len(columns) :]:
+        axis.set_visible(False)
+    for axis, column in zip(axes.flat, columns, strict=False):
+        axis.axvline(0.5, linestyle="--", color="0.6", linewidth=0.8)
+        for i, (row, mark) in enumerate(zip(rows, cycle(MARKS), strict=False)):
+            layers = seen.get((row, column))
+            if layers:
+                heights = [layer + 1 + 0.16 * (i - (len(rows) - 1) / 2) for layer in range(len(layers))]
+                means, spreads = [s.mean for s in layers], [s.spread for s in layers]
+                grey = GREYS[i % len(GREYS)]
+                axis.errorbar(
+                    means, heights, xerr=spreads, fmt=mark, color=grey, markersize=4, label=row, linewidth=0.8
+                )
+        axis.set(title=column, xlim=(0, 1))
+        axis.grid(alpha=0.2)
+    figure.supxlabel("λ: how much of the block's output is taken")
+    axes[0][0].set_ylabel("block")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _svg(plt: Any, figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    with plt.rc_context({"svg.hashsalt": "restuning"}):  # the same results give the same bytes
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()
