@@ -282,7 +282,8 @@ class Tuned(nn.Module):
             if replays:
                 self._replay.watch([output_of(out)], partial(attachment.on, again=True))
 
-        with attachment.on(), joined(self.backbone, self._sites, active):
+        thrifty = torch.is_grad_enabled() and not checkpoints(self.backbone)
+        with Thrift() if thrifty else nullcontext(), attachment.on(), joined(self.backbone, self._sites, active):
             yield spoke
 
     def shares(self, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Res-Tuning-Bypass."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Features
+from restuning.side.again import again
 from restuning.tuners.grid import cells, grid_side
 
 
@@ -59,13 +61,23 @@ class BypassNet(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         grids = [x.shape[2:] if x.ndim == 4 else None for x in features]
-        tokens = [x.flatten(2).transpose(1, 2) if x.ndim == 4 else x for x in features]
-        x = tokens[0]
-        for layer, (h, weight) in enumerate(zip(tokens[1:], self.gate.sigmoid(), strict=True)):
-            x = self._across(layer, x, h, grids[layer], grids[layer + 1])
-            x = torch.lerp(_with(self.vertical, layer, x), _with(self.horizontal, layer, h), weight)
+        x = _tokens(features[0])
+        for layer, (h, weight) in enumerate(zip(features[1:], self.gate.sigmoid(), strict=True)):
+            step = partial(self._step, layer, grids[layer], grids[layer + 1])
+            # of a decoder's maps, no more is kept for backward than what is read
+            x = step(x, h, weight) if self.out is None else again(step, (x, h, weight), self._of(layer))
         x = x if self.out is None else self.out(x)
         return x if grids[-1] is None else x.transpose(1, 2).unflatten(2, grids[-1])
+
+    def _step(self, layer: int, was: Any, grid: Any, x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
+        h = _tokens(h)
+        x = self._across(layer, x, h, was, grid)
+        return torch.lerp(_with(self.vertical, layer, x), _with(self.horizontal, layer, h), weight)
+
+    def _of(self, layer: int) -> list[nn.Parameter]:
+        """A step's parameters, but for its gate."""
+        parts = (side[str(layer)] for side in (self.horizontal, self.vertical, self.across) if str(layer) in side)
+        return [p for part in parts for p in part.parameters()]
 
     def _across(self, layer: int, x: Tensor, to: Tensor, was: Any, grid: Any) -> Tensor:
         if x.shape[1] > to.shape[1]:
@@ -74,6 +86,10 @@ class BypassNet(nn.Module):
         if x.shape[1] < to.shape[1]:  # after the map, which is the same and costs less
             x = F.interpolate(x.transpose(1, 2).unflatten(2, was), grid).flatten(2).transpose(1, 2)
         return x
+
+
+def _tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 
 def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:
