@@ -1,4 +1,4 @@
-"""Table 6: text-to-image on COCO 2017; each row is a run of `restuning train-diffusion`, judged by `restuning score`."""
+"""Table 6: text-to-image on COCO 2017; rows are runs of `restuning train-diffusion`, judged by `restuning score`."""
 
 from restuning.experiments.spec import Experiment, Row
 
