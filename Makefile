@@ -27,6 +27,11 @@ bench: setup  ## the recorded tables of docs/results; hours
 	$(PY) scripts/bench_bank_formats.py
 	$(PY) scripts/bench_text.py
 	$(PY) scripts/bench_resnet.py
+	$(PY) scripts/bench_unet.py
+	$(PY) scripts/convert_taef2.py --out runs/emoji/vae
+	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data
+	$(PY) scripts/bench_emoji.py
+	$(PY) scripts/bench_tasks.py
 	.venv/bin/restuning bench memory --backbone resnet50 --batch 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
 
 clean:
