@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Table 6: text-to-image on COCO 2017; a row is a run of `restuning train-diffusion`, judged by `restuning score`."""
-=======
 """Table 6: text-to-image on COCO 2017; rows are runs of `restuning train-diffusion`, judged by `restuning score`."""
->>>>>>> i7
 
 from restuning.experiments.spec import Experiment, Row
 
