@@ -189,7 +189,7 @@ def record(args: argparse.Namespace, rates: dict[str, float]) -> None:
             continue
         first = mine[0]
         judged = [
-            cell([row[key] for row in mine if row["category"] == category], 4 if key == "loss" else 3)
+            cell([row[key] for row in mine if row["category"] == category], 4 if key == "loss" else 1)
             for category in CATEGORIES
             for key in ("loss", "kid")
         ]
