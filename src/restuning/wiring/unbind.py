@@ -338,13 +338,15 @@ def on_call(
 
 def on_weight(
     module: nn.Module,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     change: Callable[[Tensor, Tensor], Tensor],
     always: Callable[[], bool] = lambda: True,
 ) -> AbstractContextManager[None]:
     """While it lasts, `change(x, y)` says what F.linear gives, inside every forward of `module`, where it is given
-    `weight`."""
-    return _inside(module, lambda: _Mapped(weight, change), "no call of F.linear with the weight that is tuned", always)
+    what `weight` says."""
+    return _inside(
+        module, lambda: _Mapped(weight(), change), "no call of F.linear with the weight that is tuned", always
+    )
 
 
 @contextmanager
