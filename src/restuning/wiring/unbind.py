@@ -46,7 +46,8 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
         )
     if fast and call.said is None and _kernel(call):
-        k, v = (torch.cat([_batched(t, call.q) for t in side], -2) for side in zip(*pieces, strict=True))
+        # in the queries' precision: autocast is over when the backward pass comes
+        k, v = (torch.cat([_batched(t, call.q) for t in side], -2).to(call.q) for side in zip(*pieces, strict=True))
         mask = call.mask if call.mask is None or call.mask.is_floating_point() else _additive(call.mask, call.q)
         return _Merge.apply(call.q, call.k, call.v, mask, call.causal, call.scale, k, v)  # type: ignore[no-any-return, no-untyped-call]
     if call.said is None or call.lse is None:
