@@ -37,6 +37,8 @@ def test_one_process_shares_with_nobody(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["train", *DATA, "--shard", "--out", str(tmp_path / "run")]) == 2
     assert "one process alone has nobody to share with" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+    assert main(["train", *DATA, "--shard", "--method", "full", "--out", str(tmp_path / "run")]) == 2
+    assert "only a frozen one is shared out" in capsys.readouterr().err
 
 
 def test_a_rate_that_diverges_is_not_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -143,6 +143,8 @@ def execute(
 
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
+    if shard and isinstance(find_method(run.method), Full):
+        raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
     meet()
     with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
         processes = meet()
