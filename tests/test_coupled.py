@@ -288,6 +288,24 @@ def test_autocast(name: str, method: str) -> None:
     assert near < 0.25 * sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
 
 
+@pytest.mark.parametrize(("name", "method"), AUTOCAST)
+def test_a_backward_pass_after_autocast(name: str, method: str) -> None:
+    """As loops have it: the gradients of one that is under autocast too, up to its rounding."""
+    tuned, inputs = tuned_on(name, method, torch.float32), TINY[name].inputs()
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = tuned(**inputs)
+    y.float().square().sum().backward()
+    got = {key: p.grad for key, p in tuned.named_parameters() if p.grad is not None}
+    tuned.zero_grad()
+    torch.manual_seed(0)
+    tuned(**inputs).square().sum().backward()
+    expected = {key: p.grad for key, p in tuned.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    near = sum(float((got[key] - g).norm()) ** 2 for key, g in expected.items()) ** 0.5
+    assert near < 0.25 * sum(float(g.norm()) ** 2 for g in expected.values()) ** 0.5
+
+
 def test_nothing_below_the_first_tuner_is_kept() -> None:
     """Of three blocks, tuners on the last one keep what that block keeps: no more for a deeper backbone below it."""
 

@@ -48,6 +48,8 @@ def results(tmp_path: Path) -> Path:
         rows += [record("small-fewshot", "bypass", f"Caltech-101, {shots}", s, 60.0 + shots + s) for s in (0, 1)]
     rows.append(record("own <b>", "mine | yours", "x", 0, 1.0))
     append(path, rows)
+    bench = Path(__file__).parent.parent / "docs/results/bench/multitask.jsonl"
+    (path.parent / bench.name).write_bytes(bench.read_bytes())
     return path.parent
 
 
@@ -83,7 +85,7 @@ def test_the_pages(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     for words in ("+0.50 ✓", "✗", "Diverged: SSF on DTD", "restuning reproduce tab4 --data-root", "Commit abc"):
         assert words in html and words in text
     pictures = re.findall(r"\]\((\S+\.svg)\)", text)
-    assert pictures == ["tab3a-costs.svg", "tab4-lambda.svg", "small-fewshot-shots.svg"]
+    assert pictures == ["tab3a-costs.svg", "tab4-lambda.svg", "small-fewshot-shots.svg", "multitask.svg"]
     for name in pictures:
         drawn = (out / name).read_text()
         minidom.parseString(drawn)
@@ -98,7 +100,7 @@ def test_nothing_of_it_needs_torch(results: Path, tmp_path: Path) -> None:
     source = Path(restuning.__file__).parent
     argv = [sys.executable, "-c", WITHOUT_TORCH, str(source), str(results), str(tmp_path / "out")]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.stdout.strip() == "['tab3a', 'tab4', 'small-fewshot', 'own <b>'] False", done.stderr
+    assert done.stdout.strip() == "['tab3a', 'tab4', 'small-fewshot', 'own <b>', 'multitask'] False", done.stderr
 
 
 def test_on_the_terminal_and_refused(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +108,10 @@ def test_on_the_terminal_and_refused(results: Path, tmp_path: Path, capsys: pyte
     assert re.search(r"tab4 +Res-Tuning +DTD +72.40 ± 0.71", capsys.readouterr().out)
     for argv in (("report", str(tmp_path / "none")), ("report", str(tmp_path / "none"), "--out", str(tmp_path / "o"))):
         assert main(list(argv)) == 2 and "no results" in capsys.readouterr().err
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "multitask.jsonl").write_text("{}")
+    assert main(["report", str(tmp_path / "bench"), "--out", str(tmp_path / "o")]) == 2
+    assert "damaged" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(["report", str(results), "--out", str(tmp_path / "file")]) == 2
     assert "cannot write" in capsys.readouterr().err

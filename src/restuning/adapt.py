@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Features
-from restuning.adaptation import Adaptation, Reader, grid_of
+from restuning.adaptation import Adaptation, Reader, grid_of, parts_of
 from restuning.denoise import Apart, Plug, each_of, joined, output_of, serves
 from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
-from restuning.methods import Full, Method, find_method, from_dict, to_dict
+from restuning.methods import Full, Ladder, Method, find_method, from_dict, to_dict
 from restuning.objective import objective
 from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
@@ -24,6 +24,7 @@ from restuning.wiring.anatomy import AFFINE, Anatomy
 from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
+from restuning.wiring.shards import Shards, whole_weights
 from restuning.wiring.sites import Site, find_sites
 from restuning.wiring.tail import live, tail_of
 from restuning.wiring.thrift import Thrift
@@ -58,7 +59,7 @@ class Tuned(nn.Module):
         self._sites = find_sites(backbone, anatomy)
         self._came = {name: p.requires_grad for name, p in backbone.named_parameters()}, backbone.training
         self._train_mode, self._disabled = train_mode, False
-        self._name = backbone_name or name_of(backbone)
+        self._name, self._class = backbone_name or name_of(backbone), type(backbone).__name__
         self._fingerprint = fingerprint or fingerprint_of(backbone)
         self.active_adapters: tuple[str, ...] = ()
         self.backbone = backbone.requires_grad_(False)
@@ -67,6 +68,7 @@ class Tuned(nn.Module):
         self._stacks: list[Served] = []
         self._replay, self._checkpointed = Replay(), bool(checkpoints(backbone))
         self._compiled: Callable[..., Tensor] | None = None
+        self._shards: Shards | None = None
         self.train(False)
 
     # ---- adapters: add, choose, disable, delete
@@ -102,6 +104,10 @@ class Tuned(nn.Module):
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
         objective(kind)
         spec = find_method(method, self.family)
+        if isinstance(spec, Full):
+            whole_weights(self._shards, "full fine-tuning")
+        if any(isinstance(part, Ladder) and part.init != "random" for part in parts_of(spec)):
+            whole_weights(self._shards, "a ladder that is pruned from them")
         if kind == "per-token":
             if grid_of(spec) is not None or pool not in (None, "none"):
                 raise MethodError("labels per token need every token: no grid, and no pooling but none")
@@ -114,7 +120,7 @@ class Tuned(nn.Module):
             spec=to_dict(spec),
             backbone={
                 "name": self._name,
-                "class": type(self.backbone).__name__,
+                "class": self._class,
                 "anatomy": self._sites.anatomy.name,
                 "width": self._sites.port.writes,
                 "depth": len(self._sites.blocks),
@@ -165,6 +171,7 @@ class Tuned(nn.Module):
     def unload(self) -> nn.Module:
         """The backbone as it came: same code, flags, mode and (unless fully tuned) weights. The adapters are gone."""
         self._replay.leave()
+        self.gather()
         for name in list(self.adapters):
             self.delete_adapter(name)
         if bool(checkpoints(self.backbone)) != self._checkpointed:
@@ -183,6 +190,7 @@ class Tuned(nn.Module):
         """
         name = name if name is not None else self._active()[0]
         adapter = self._find(name)
+        self.gather()
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
@@ -372,6 +380,7 @@ class Tuned(nn.Module):
         share the graph: to switch between them compiles nothing; torch compiles no more kinds than
         `torch._dynamo.config.recompile_limit`. (`torch.compile(tuned)` cannot see hooks that come and go: use this.)
         """
+        whole_weights(self._shards, "a compiled pass")
         self._compiled = torch.compile(self._pass, **options)
 
     def _in_one_graph(self, args: Any, kwargs: Any) -> Tensor:
@@ -465,6 +474,29 @@ class Tuned(nn.Module):
         """The inverse of `gradient_checkpointing_enable`."""
         switch_checkpoints(self.backbone, False)
         self.train(self.training)
+
+    def shard(self, device: torch.device | str | None = None) -> None:
+        """Share the frozen blocks out over the processes of `torch.distributed` (FSDP2): each holds a part of them, and
+        the whole of one block while that runs. Adapters stay whole everywhere, `restuning.train.fit` trains them as
+        ever; from here on the processes run the backbone together, as often each. device: to which kind of device the
+        shares go, block after block, if not where the backbone is.
+
+        Raises RestuningError where there is one process, MethodError where the backbone is trained or denoises.
+        """
+        if self._shards is not None:
+            raise MethodError("the backbone's blocks are shared out already")
+        if self.denoises:
+            raise MethodError(f"{self._sites.anatomy.name} denoises: its blocks cannot be shared out")
+        if self._compiled is not None:
+            raise MethodError("a compiled pass takes the backbone as it was: its blocks cannot be shared out")
+        place = device or next(self.backbone.parameters()).device
+        self._shards = Shards(self.backbone, self._sites.blocks, place)
+
+    def gather(self) -> None:
+        """The inverse of `shard`, by all processes together; nothing if it was not called. `unload` does it too."""
+        if self._shards is not None:
+            self._shards.gather()
+            self._shards = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_stacks": [], "_replay": Replay(), "_compiled": None}  # these are of this copy alone

@@ -101,6 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--workers", type=int, help="processes that load images (default 0)")
     train.add_argument("--seed", type=int, help="(default 0)")
     train.add_argument("--tensorboard", action="store_true", help="write TensorBoard files into OUT/tensorboard")
+    train.add_argument(
+        "--shard", action="store_true", help="of several processes, each holds a share of the frozen backbone (FSDP2)"
+    )
     train.add_argument("--quiet", action="store_true", help="no progress bar")
 
     diffusion.add_commands(add)
@@ -371,7 +374,12 @@ def _train(args: argparse.Namespace) -> None:
     else:
         run = Run(**settings, training=TrainConfig(**training))
     result = execute(
-        run, args.out, resume=args.resume, progress=not (args.quiet or args.json), tensorboard=args.tensorboard
+        run,
+        args.out,
+        resume=args.resume,
+        progress=not (args.quiet or args.json),
+        tensorboard=args.tensorboard,
+        shard=args.shard,
     )
     if not is_first():
         return

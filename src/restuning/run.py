@@ -129,13 +129,22 @@ def read_run(path: Path) -> Run:
 
 
 def execute(
-    run: Run, out: Path, *, resume: bool = False, progress: bool = True, tensorboard: bool = False
+    run: Run,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    tensorboard: bool = False,
+    shard: bool = False,
 ) -> dict[str, Any]:
     """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds. Of several
-    processes (`accelerate launch`), all train and the first one writes.
+    processes (`accelerate launch`), all train and the first one writes; with `shard` each holds a share of the frozen
+    backbone (see `Tuned.shard`), which changes nothing else.
 
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
+    if shard and isinstance(find_method(run.method), Full):
+        raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
     meet()
     with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
         processes = meet()
@@ -148,7 +157,9 @@ def execute(
         if bank is None:
             for items in filter(None, (whole.train, whole.val, whole.test)):
                 check(items)
-            task: _Prepared = _FromItems(run, whole)
+            task: _Prepared = _FromItems(run, whole, shard)
+        elif shard:
+            raise RestuningError("a run from a bank holds no backbone: there is nothing to share out")
         else:
             task = _FromBank(run, whole, bank)
         lr, trials = run.lrs[0], dict[str, float | None]()
@@ -254,7 +265,7 @@ class _FromItems:
     """Items as pixels or tokens, or (where nothing is tuned inside a frozen backbone, and they never change) the
     features that the backbone made of them, computed once."""
 
-    def __init__(self, run: Run, whole: Task) -> None:
+    def __init__(self, run: Run, whole: Task, shard: bool = False) -> None:
         self.run, self.whole = run, whole
         self.backbone = load_backbone(run.backbone, run.weights, run.image_size)
         self.how = reading_of(self.backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
@@ -263,12 +274,18 @@ class _FromItems:
         self.kept: dict[tuple[str, ...], Examples] = {}
         state = self.backbone.state_dict()
         self.came = {k: v.clone() for k, v in state.items()} if isinstance(find_method(run.method), Full) else None
+        self.sharded: Tuned | None = None
+        if shard:
+            self.sharded = Tuned(self.backbone, backbone_name=run.backbone)
+            self.sharded.shard("cuda" if torch.cuda.is_available() else "cpu")
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         if self.came is not None:
             self.backbone.load_state_dict(self.came)
-        tuned = Tuned(self.backbone, backbone_name=self.run.backbone)
+        tuned = self.sharded or Tuned(self.backbone, backbone_name=self.run.backbone)
+        for name in list(tuned.adapters):  # of the rate before
+            tuned.delete_adapter(name)
         _adapted(tuned, self.run, self.whole, self.how)
         if torch.cuda.is_available():
             tuned.cuda()

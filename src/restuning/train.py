@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from restuning.checkpoint import (
     changing_tensors,
@@ -34,6 +35,7 @@ from restuning.progress import History as History
 from restuning.progress import Place, bar, board
 from restuning.recipe import TrainConfig as TrainConfig
 from restuning.recipe import data_order, learning_rate, parameter_groups, seed_of
+from restuning.wiring.shards import shared_out
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -169,9 +171,12 @@ class _Run:
     def score(self, dataset: Examples) -> float:
         """The objective's first metric, each process on its share."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        share = range(rank, len(dataset), world)
+        own = len(range(rank, len(dataset), world))
+        # all have as many passes, for each may need the others' shares of the backbone: some read a row for nothing
+        share = [min(row, len(dataset) - 1) for row in range(rank, math.ceil(len(dataset) / world) * world, world)]
         with self.accelerator.autocast():
-            found = [predict_logits(self.model, dataset, self.config.batch_size, self.config.workers, share)]
+            logits, labels = predict_logits(self.model, dataset, self.config.batch_size, self.config.workers, share)
+        found = [(logits[:own], labels[:own])]
         if world > 1:
             from accelerate.utils import gather_object
 
@@ -237,7 +242,10 @@ def _accelerated(precision: str, given: "Accelerator | None") -> Iterator["Accel
         if accelerator.gradient_accumulation_steps != 1:
             raise RestuningError("the accelerator accumulates gradients: set TrainConfig.accumulate instead")
         if kind != "NO" and not kind.startswith("MULTI_"):
-            raise RestuningError(f"the accelerator runs {kind}: expected one process, or data parallelism (MULTI_...)")
+            raise RestuningError(
+                f"the accelerator runs {kind}: expected one process, or data parallelism (MULTI_...); a backbone that "
+                "is too large for that is shared out by Tuned.shard(), or by restuning train --shard"
+            )
         yield accelerator
     finally:
         if not taken and given is None:
@@ -276,7 +284,9 @@ def fit(
         for name, dataset in (("train", train), ("val", val)):
             if dataset is not None and len(dataset) < accelerator.num_processes:
                 raise RestuningError(f"{name} has {len(dataset)} examples for {accelerator.num_processes} processes")
-        shell, optimizer = accelerator.prepare(nn.Sequential(model), torch.optim.AdamW(groups, lr=config.lr))
+        whole = nn.Sequential(model)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, shared_out(whole))  # type: ignore[no-untyped-call]
+        shell, optimizer = accelerator.prepare(whole, torch.optim.AdamW(groups, lr=config.lr))
         run = _Run(model, shell, optimizer, accelerator, train, val, config, objective or objective_of(), state)
         if resume and state is not None and state.exists():
             run.load(state)

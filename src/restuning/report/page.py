@@ -8,7 +8,7 @@ from pathlib import Path
 from restuning.errors import RestuningError
 from restuning.experiments import COSTS
 from restuning.files import write_whole
-from restuning.report.plots import pictures
+from restuning.report.plots import many_tasks, pictures
 from restuning.report.tables import Cell, Table, tables
 from restuning.results import Record, read
 
@@ -27,10 +27,10 @@ img { max-width: 100% } figcaption, .note { font-size: 13px; color: #444 }
 
 
 def write(results: Path, out: Path) -> list[str]:
-    """Returns the names of the experiments that are in it. Raises RestuningError where there is nothing to show, or
-    `out` cannot be written."""
-    records = read(results)
-    if not records:
+    """Returns the names of what is in it: experiments, and `multitask` where that benchmark's records are beside them.
+    Raises RestuningError where there is nothing to show, or `out` cannot be written."""
+    records, bench = read(results), (results if results.is_dir() else results.parent) / MULTITASK
+    if not records and not bench.exists():
         raise RestuningError(f"no results in {results}: expected a results.jsonl, or a folder that has one")
     found = tables(records)
     html, text = [f"<h1>{_TITLE}</h1>", f"<p class=note>{escape(_ABOUT)}</p>"], [f"# {_TITLE}", "", _ABOUT, ""]
@@ -42,21 +42,29 @@ def write(results: Path, out: Path) -> list[str]:
             text += [f"- {line}" for line in _notes(table)] + [""]
             html.append(f"<p><code>{escape(table.experiment.said)}</code></p>")
             text += ["```", table.experiment.said, "```", ""]
-            for name, caption, svg in pictures(table):
-                write_whole(out / f"{name}.svg", svg)
-                source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-                html.append(
-                    f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-                )
-                text += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
+            for picture in pictures(table):
+                _show(out, html, text, *picture)
+        if bench.exists():
+            html.append(f"<h2>{_TASKS}</h2>")
+            text += [f"## {_TASKS}", ""]
+            _show(out, html, text, *many_tasks(bench))
         head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_TITLE}</title><style>{STYLE}</style>'
         write_whole(out / "report.html", "\n".join((head, *html, "</html>\n")).encode())
         write_whole(out / "report.md", ("\n".join(text).rstrip() + "\n").encode())
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
-    return [table.experiment.name for table in found]
+    return [table.experiment.name for table in found] + ["multitask"] * bench.exists()
 
 
+def _show(out: Path, html: list[str], text: list[str], name: str, caption: str, svg: bytes) -> None:
+    write_whole(out / f"{name}.svg", svg)
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    html.append(f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+    text += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
+
+
+MULTITASK = "multitask.jsonl"  # as `restuning bench multitask` writes it
+_TASKS = "Time against tasks"
 _TITLE = "Res-Tuning: ours beside the paper's"
 _ABOUT = (
     "Scores are test metrics in percent at the last epoch, settings chosen on validation: mean ± standard deviation "

@@ -1,11 +1,14 @@
 """Pictures of a table, told apart by marks and dashes, so that they read in black and white."""
 
 import io
+import json
 from collections.abc import Iterator
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
-from restuning.figures import pyplot
+from restuning.errors import RestuningError
+from restuning.figures import multitask, pyplot
 from restuning.report.tables import Table, curves, gates, points
 
 MARKS, DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
@@ -29,6 +32,17 @@ def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
             "λ of each layer, block 1 at the bottom: mean and standard deviation over seeds; dashed: ½, as at birth"
         )
         yield f"{name}-lambda", caption, _svg(plt, _forest(plt, found))
+
+
+def many_tasks(file: Path) -> tuple[str, str, bytes]:
+    """The same, of what `restuning bench multitask` wrote. Raises RestuningError for a file of something else."""
+    plt = pyplot()
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        figure = multitask(plt, records)
+    except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
+        raise RestuningError(f"{file} is damaged, or not of restuning bench multitask") from error
+    return "multitask", "Time against the number of tasks on one pass of the backbone, medians (log)", _svg(plt, figure)
 
 
 def _costs(plt: Any, found: Table) -> Any:

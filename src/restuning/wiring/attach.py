@@ -118,7 +118,7 @@ class Attachment:
                 joint = Joint(site, plain, carries, grown)
                 self.joints.append(joint)
                 if site.weight is not None:
-                    owner, weight = backbone.get_submodule(site.weight.owner), site.affine(backbone).weight
+                    owner, weight = backbone.get_submodule(site.weight.owner), partial(_weight, site, backbone)
                     self._hooks.append(partial(on_weight, owner, weight, joint.says, again))
                     continue
                 for source in sorted(joint.x):
@@ -166,6 +166,12 @@ def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> 
 
 def _reader(joint: Joint, source: str) -> Callable[[Tensor], None]:
     return lambda x: joint.read(source, x)
+
+
+def _weight(site: Site, backbone: nn.Module) -> Tensor:
+    """As it is at the moment: a backbone that is shared out has other tensors in a block while this runs."""
+    weight: Tensor = site.affine(backbone).weight
+    return weight
 
 
 def _source(tuner: Tuner) -> str:

@@ -46,7 +46,8 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
         )
     if fast and call.said is None and _kernel(call):
-        k, v = (torch.cat([_batched(t, call.q) for t in side], -2) for side in zip(*pieces, strict=True))
+        # in the queries' precision: autocast is over when the backward pass comes
+        k, v = (torch.cat([_batched(t, call.q) for t in side], -2).to(call.q) for side in zip(*pieces, strict=True))
         mask = call.mask if call.mask is None or call.mask.is_floating_point() else _additive(call.mask, call.q)
         return _Merge.apply(call.q, call.k, call.v, mask, call.causal, call.scale, k, v)  # type: ignore[no-any-return, no-untyped-call]
     if call.said is None or call.lse is None:
@@ -338,13 +339,15 @@ def on_call(
 
 def on_weight(
     module: nn.Module,
-    weight: Tensor,
+    weight: Callable[[], Tensor],
     change: Callable[[Tensor, Tensor], Tensor],
     always: Callable[[], bool] = lambda: True,
 ) -> AbstractContextManager[None]:
     """While it lasts, `change(x, y)` says what F.linear gives, inside every forward of `module`, where it is given
-    `weight`."""
-    return _inside(module, lambda: _Mapped(weight, change), "no call of F.linear with the weight that is tuned", always)
+    what `weight` says."""
+    return _inside(
+        module, lambda: _Mapped(weight(), change), "no call of F.linear with the weight that is tuned", always
+    )
 
 
 @contextmanager
