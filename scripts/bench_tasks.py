@@ -1,8 +1,8 @@
 """Ten tasks painted side by side on the small text-to-image base: exact, and on a trajectory that they share.
 
-python scripts/bench_tasks.py [--base runs/emoji/pipeline --pictures runs/emoji/data --tuned runs/emoji/tuned]
+python scripts/bench_tasks.py [--base runs/emoji/pipeline --pictures runs/emoji/data --tuned runs/emoji/tasks]
 
-Ten bypasses (two categories of scripts/bench_emoji.py, five seeds; what is missing is trained), the same prompts and
+Ten bypasses (ten seeds on the category of scripts/bench_emoji.py; what is missing is trained), the same prompts and
 noise. Times are of all ten, all ways in turn; a deviation is the root mean square of the pixels' difference from what
 each task paints alone, over that between the tuned and the untuned base. Writes docs/results/tasks.jsonl and .md.
 """
@@ -24,19 +24,20 @@ from restuning.diffusion.training import execute
 from restuning.measure import in_turn, spread
 from restuning.run import RESULT, RUN, versions
 
-SEEDS, PROMPTS, ROUNDS = range(5), 4, 5
+SEEDS, PROMPTS, ROUNDS = range(10), 2, 5
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=Path("runs/emoji/pipeline"))
     parser.add_argument("--pictures", type=Path, default=Path("runs/emoji/data"))
-    parser.add_argument("--tuned", dest="out", type=Path, default=Path("runs/emoji/tuned"))
+    parser.add_argument("--tuned", dest="out", type=Path, default=Path("runs/emoji/tasks"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--steps", type=int, default=20)
     args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
     rate = bench_emoji.chosen(args, "bypass")
     pipe = load_base(str(args.base))
     tuned, names = Tuned(denoiser_of(pipe)), []
