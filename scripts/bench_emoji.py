@@ -183,7 +183,7 @@ def record(args: argparse.Namespace) -> None:
     rows = [json.loads(file.read_text()) for file in files]
     args.results.mkdir(parents=True, exist_ok=True)
     (args.results / "emoji.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    head = ["method", "trained", "rate", *(f"{c}: {what}" for c in CATEGORIES for what in ("loss", "KID"))]
+    head = ["method", "trained", "rate", "seeds", *(f"{c}: {what}" for c in CATEGORIES for what in ("loss", "KID"))]
     head += ["kept, MiB", "of full", "s a step"]
     table = [f"| {' | '.join(head)} |", f"|---{'|--:' * (len(head) - 1)}|"]
 
@@ -209,11 +209,11 @@ def record(args: argparse.Namespace) -> None:
             cost = [f"{first['kept_bytes'] / 2**20:.1f}", f"{first['kept_bytes'] / full:.3f}", f"{seconds:.2f}"]
         trained = f"{first['parameters']['trainable']:,}" if "parameters" in first else "0"
         rate = f"{first['rate']:g}" if "rate" in first else ""
-        table.append(f"| {' | '.join([method, trained, rate, *judged, *cost])} |")
+        table.append(f"| {' | '.join([method, trained, rate, str(len(mine)), *judged, *cost])} |")
     first = rows[0]
     text = f"""# Seven methods on a small text-to-image base
 
-The base of [emoji-base.md](../emoji-base.md), tuned on the training pictures of categories that it never saw,
+The base of [emoji-base.md](../emoji-base.md), tuned on the training pictures of a category that it never saw,
 {args.epochs} epochs of batch 8, AdamW at a constant rate (of {min(map(len, RATES.values()))}, a fifth of the
 {CATEGORIES[0]} pictures chose, in {TRIAL} epochs), a mean of the weights (0.97); seeds: mean ± deviation.
 Loss: of the predicted velocity on the test pictures, {DRAWS} fixed draws of noise and time each. KID: kernel distance
