@@ -261,14 +261,6 @@ def test_in_half_precision_with_checkpoints(method: str, base: str, data: str, t
         assert found["kept_bytes"] < other["kept_bytes"]
 
 
-def test_the_mean_of_the_weights(base: str, data: str, tmp_path: Path) -> None:
-    """By hand: the average of what each step left."""
-    execute(run_of(base, data, "bypass", training={"ema": 0.9, "epochs": 1}), tmp_path / "mean", progress=False)
-    execute(run_of(base, data, "bypass", training={"epochs": 1}), tmp_path / "last", progress=False)
-    a, b = tensors(tmp_path / "mean"), tensors(tmp_path / "last")
-    assert any(not torch.equal(a[name], b[name]) for name in a)
-
-
 def test_targets(base: str, data: str, tmp_path: Path) -> None:
     """Noise, or velocity α ε − σ z, by numpy's arithmetic."""
     from restuning.data.captions import load_captions

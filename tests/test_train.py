@@ -734,3 +734,18 @@ def test_seeds_differ() -> None:
     order = recipe.data_order(22, 4, 0, 0)
     assert [len(batch) for batch in order] == [4, 4, 4, 4, 4, 2]
     assert sorted(i for batch in order for i in batch) == list(range(22))
+
+
+def test_the_mean_of_the_weights_and_a_constant_rate() -> None:
+    """By hand: what each step left, averaged with the decay that a young mean has."""
+    left: list[torch.Tensor] = []
+    net = Net()
+    settings = TrainConfig(epochs=12, batch_size=22, lr=0.05, warmup_epochs=0, schedule="constant", ema=0.6)
+    history = fit(net, Points(), None, settings, after=lambda _: left.append(net.head.weight.detach().clone()))
+    mean = left[0]
+    for step, weight in enumerate(left[1:], 1):
+        decay = min(0.6, (1 + step) / (10 + step))
+        mean = decay * mean + (1 - decay) * weight
+    torch.testing.assert_close(net.head.weight.detach(), mean)
+    assert not torch.allclose(left[-1], mean)
+    assert {epoch.lr for epoch in history.epochs} == {0.05}

@@ -55,16 +55,26 @@ def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
         from safetensors.torch import load
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    config, model = folder / CONFIG, folder / MODEL
+    card, model = card_of(folder), folder / MODEL
     try:
-        data = json.loads(config.read_text(encoding="utf-8"))
-        state = load(model.read_bytes())
+        return card, load(model.read_bytes())
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder} is no saved adapter: it has no {Path(error.filename).name}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config} is damaged: {error}") from error
+        raise CheckpointError(f"{folder} is no saved adapter: it has no {MODEL}") from error
     except SafetensorError as error:
         raise CheckpointError(f"{model} is damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def card_of(folder: Path) -> Card:
+    """The card alone. Raises CheckpointError as `read` does."""
+    config = folder / CONFIG
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no saved adapter: it has no {CONFIG}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{config} is damaged: {error}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
@@ -75,13 +85,12 @@ def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
     missing = [name for name in names if name not in data]
     if missing:
         raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
-    return Card(**{name: data[name] for name in names}), state
+    return Card(**{name: data[name] for name in names})
 
 
 def changes_the_base(folder: Path) -> bool:
     """Whether a saved adapter is full fine-tuning, which holds a backbone's weights."""
-    card, _ = read(folder)
-    return card.spec.get("kind") == "full"
+    return card_of(folder).spec.get("kind") == "full"
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:
