@@ -31,6 +31,7 @@ from restuning.objective import objective
 from restuning.recipe import TrainConfig
 from restuning.results import RESULTS, Record, append, key_of, read, where
 from restuning.run import RESULT, RUN, Run, build_bank, card_reading, execute
+from restuning.saved import card_of
 from restuning.saved import read as read_adapter
 from restuning.sweep import Sweep, sweep
 
@@ -264,7 +265,7 @@ def _elsewhere(job: Job, saved: Mapping[tuple[str, int], Path]) -> Iterable[Reco
         if torch.cuda.is_available():
             tuned.cuda()
         first = saved[names[group[0]]]
-        how = card_reading(first, read_adapter(first)[0].preprocessing)
+        how = card_reading(first, card_of(first).preprocessing)
         for column, spec in job.targets.items():
             test = load_task(spec).test
             said, labels = _logits(tuned, prepared(test, how), group)
