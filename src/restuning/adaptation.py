@@ -206,7 +206,8 @@ def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
         return made
 
     widths = [port.writes for port in ports]
-    return BypassNet(widths, side(part.horizontal), side(part.vertical), sites.join is not None)
+    tuners = side(part.horizontal), side(part.vertical)
+    return BypassNet(widths, *tuners, sites.join is not None, part.gate, part.gates == "channel", part.normed)
 
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:

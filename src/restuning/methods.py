@@ -68,6 +68,9 @@ class Bypass:
     these tokens; None: on the tokens that the head's pooling can see.
     over: what the path runs over, all `blocks` or, from the first to the last, the outputs of the `stages`; None: the
     stages where there are several.
+    gate: λ at birth; the paper's is 0.5; towards 1 the path begins as the backbone's own output. gates: one λ a
+    `layer`, as in the paper, or one a `channel`. normed: features are normalised (LayerNorm without weights) before the
+    path reads them. Neither is the paper's.
     """
 
     horizontal: Recipe | None = None
@@ -75,9 +78,18 @@ class Bypass:
     blocks: Sequence[int] | None = None
     grid: int | None = None
     over: Literal["blocks", "stages"] | None = None
+    gate: float = 0.5
+    gates: Literal["layer", "channel"] = "layer"
+    normed: bool = False
 
     def __post_init__(self) -> None:
         _check_grid("Bypass", self.grid)
+        if not (isinstance(self.gate, float) and 0 < self.gate < 1):
+            raise MethodError(f"Bypass(gate={self.gate!r}): expected a number between 0 and 1")
+        if self.gates not in ("layer", "channel"):
+            raise MethodError(f"Bypass(gates={self.gates!r}): expected layer or channel")
+        if not isinstance(self.normed, bool):
+            raise MethodError(f"Bypass(normed={self.normed!r}): expected true or false")
         if self.over not in (None, "blocks", "stages"):
             raise MethodError(f"Bypass(over={self.over!r}): expected blocks, stages or None")
         for side in ("horizontal", "vertical"):

@@ -97,7 +97,7 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     groups: dict[Any, list[Row]] = {}
     for row in rows:
         grid = grid_of(find_method(row.method or "")) or 0
-        groups.setdefault((row.lrs, row.epochs, row.backbone, row.weights, grid), []).append(row)
+        groups.setdefault((row.lrs, row.epochs, row.seeds, row.backbone, row.weights, grid), []).append(row)
     for key in [key for key in groups if key[-1] == 0]:
         finer = [other for other in groups if other[:-1] == key[:-1] and other[-1] > 1]
         if finer:
@@ -115,7 +115,7 @@ def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Set
         data=task.spec.replace("{root}", settings.data_root),
         methods={row.name: method_of(row.method or "", row.size, row.blocks) for row in rows},
         beside=beside,
-        seeds=settings.seeds or experiment.seeds,
+        seeds=settings.seeds or first.seeds or experiment.seeds,
         lrs=settings.lrs or first.lrs or experiment.lrs,
         epochs=settings.epochs or first.epochs or experiment.epochs,
         backbone=settings.backbone or first.backbone or experiment.backbone,

@@ -28,8 +28,8 @@ class Data:
 @dataclass(frozen=True)
 class Row:
     """A line: its name as printed, our method (a name, or as data; None: not to be had here), and the paper's values by
-    column. lrs, epochs, backbone, weights: where they are not the experiment's; command: where `reproduce` is not what
-    runs it."""
+    column. lrs, epochs, seeds, backbone, weights: where they are not the experiment's; command: where `reproduce` is
+    not what runs it."""
 
     name: str
     method: str | Mapping[str, Any] | None
@@ -38,6 +38,7 @@ class Row:
     blocks: tuple[int, ...] | None = None
     lrs: tuple[float, ...] | None = None
     epochs: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
     backbone: str | None = None
     weights: str | None = None
     command: str = ""

@@ -1,5 +1,6 @@
 """Res-Tuning-Bypass."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -27,6 +28,9 @@ class BypassNet(nn.Module):
 
     joins: the path ends in a map from its width to the same, without a bias and zero at birth; its result is added to
     x_L. Features may then be maps (b, d, h, w) that become finer on the way (the nearest cell), as in a decoder.
+
+    gate: λ at birth. by_channel: λ_l is a vector, one of each channel of x_l. normed: features are normalised over
+    their channels, without weights, before the path reads them.
     """
 
     def __init__(
@@ -35,9 +39,19 @@ class BypassNet(nn.Module):
         horizontal: Mapping[int, nn.Module],
         vertical: Mapping[int, nn.Module],
         joins: bool = False,
+        gate: float = 0.5,
+        by_channel: bool = False,
+        normed: bool = False,
     ) -> None:
         super().__init__()
-        self.gate = nn.Parameter(torch.zeros(len(widths) - 1))
+        a = math.log(gate / (1 - gate))
+        # vectors, which weight decay never touches
+        self.gate: Any = (
+            nn.ParameterList(torch.full((width,), a) for width in widths[1:])
+            if by_channel
+            else nn.Parameter(torch.full((len(widths) - 1,), a))
+        )
+        self.normed = normed
         self.horizontal = nn.ModuleDict({str(layer): tuner for layer, tuner in horizontal.items()})
         self.vertical = nn.ModuleDict({str(layer): tuner for layer, tuner in vertical.items()})
         self.across = nn.ModuleDict()
@@ -57,12 +71,13 @@ class BypassNet(nn.Module):
 
     @property
     def keeps_mean(self) -> bool:
-        return not (self.horizontal or self.vertical)
+        return not (self.horizontal or self.vertical or self.normed)
 
     def forward(self, features: Features) -> Tensor:
         grids = [x.shape[2:] if x.ndim == 4 else None for x in features]
-        x = _tokens(features[0])
-        for layer, (h, weight) in enumerate(zip(features[1:], self.gate.sigmoid(), strict=True)):
+        x = self._read(features[0])
+        gates = [a.sigmoid() for a in self.gate] if isinstance(self.gate, nn.ParameterList) else self.gate.sigmoid()
+        for layer, (h, weight) in enumerate(zip(features[1:], gates, strict=True)):
             step = partial(self._step, layer, grids[layer], grids[layer + 1])
             # of a decoder's maps, no more is kept for backward than what is read
             x = step(x, h, weight) if self.out is None else again(step, (x, h, weight), self._of(layer))
@@ -70,9 +85,13 @@ class BypassNet(nn.Module):
         return x if grids[-1] is None else x.transpose(1, 2).unflatten(2, grids[-1])
 
     def _step(self, layer: int, was: Any, grid: Any, x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
-        h = _tokens(h)
+        h = self._read(h)
         x = self._across(layer, x, h, was, grid)
         return torch.lerp(_with(self.vertical, layer, x), _with(self.horizontal, layer, h), weight)
+
+    def _read(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
+        return F.layer_norm(x, x.shape[-1:]) if self.normed else x
 
     def _of(self, layer: int) -> list[nn.Parameter]:
         """A step's parameters, but for its gate."""
@@ -86,10 +105,6 @@ class BypassNet(nn.Module):
         if x.shape[1] < to.shape[1]:  # after the map, which is the same and costs less
             x = F.interpolate(x.transpose(1, 2).unflatten(2, was), grid).flatten(2).transpose(1, 2)
         return x
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 
 def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:
