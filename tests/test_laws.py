@@ -204,11 +204,15 @@ def test_the_law_written_out(name: str, block: Any, recipe: Any) -> None:
 
 @pytest.mark.parametrize("h", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3)], ids=["-", "A", "F", "P"])
 @pytest.mark.parametrize("v", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3), Mixer], ids=["-", "A", "F", "P", "own"])
+@pytest.mark.parametrize("options", [{}, {"gate": 0.9, "gates": "channel", "normed": True}], ids=["paper", "ours"])
 @pytest.mark.parametrize("name", ["timm-vit", "timm-vit-mean", "bert", "own"])
-def test_bypass_is_equation_8_and_live_is_unpruned(name: str, h: Any, v: Any) -> None:
+def test_bypass_is_equation_8_and_live_is_unpruned(name: str, options: dict[str, Any], h: Any, v: Any) -> None:
     """Forward against Eq. 8 in numpy on all tokens; gradients against the same path run on all tokens."""
     tiny = TINY[name]
-    tuned = shake(adapt(tiny, rt.Bypass(h, v), dtype=torch.float64))
+    tuned = adapt(tiny, rt.Bypass(h, v, **options), dtype=torch.float64)
+    for a in tuned.adapters["default"].side.gate:
+        torch.testing.assert_close(a.sigmoid(), torch.full_like(a, options.get("gate", 0.5)))
+    shake(tuned)
     inputs = tiny.inputs(dtype=torch.float64)
     features = plain_features(tiny, tuned.backbone, inputs)
     side, tail = tuned.adapters["default"].side, tuned._readers["default"].tail
@@ -219,15 +223,17 @@ def test_bypass_is_equation_8_and_live_is_unpruned(name: str, h: Any, v: Any) ->
         with torch.no_grad():
             return x + tuners[str(layer)](*[torch.from_numpy(x)] * 2).numpy()
 
-    x = features[0].numpy()
-    for layer, a in enumerate(side.gate.tolist()):
-        weight = 1 / (1 + np.exp(-a))
-        x = weight * through(side.horizontal, layer, features[layer + 1].numpy()) + (1 - weight) * through(
-            side.vertical, layer, x
-        )
+    def read(layer: int) -> np.ndarray:
+        x = features[layer].numpy()
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) if options else x
+
+    x = read(0)
+    for layer, a in enumerate(side.gate):
+        weight = 1 / (1 + np.exp(-a.detach().numpy()))
+        x = weight * through(side.horizontal, layer, read(layer + 1)) + (1 - weight) * through(side.vertical, layer, x)
     torch.testing.assert_close(side(features), torch.from_numpy(x))
     live = tuned.features(**inputs)
-    narrow = (name != "timm-vit-mean" and v is not Mixer) or (h is None and v is None)
+    narrow = (name != "timm-vit-mean" and v is not Mixer) or (h is None and v is None and not options)
     assert all(f.shape[1] == 1 for f in live) == narrow, "one token is live, unless the head or a tuner reads more"
     unpruned = tuned.adapters["default"].head(tail(side(features)))
     torch.testing.assert_close(tuned(**inputs), unpruned)

@@ -212,6 +212,9 @@ def test_settings_that_make_no_sense() -> None:
     for make, words in {
         lambda: rt.Ladder(0): r"Ladder\(reduction=0\)",
         lambda: rt.Ladder(init="good"): "expected magnitude, fisher or random",
+        lambda: rt.Bypass(gate=1.0): r"gate=1.0\): expected a number between 0 and 1",
+        lambda: rt.Bypass(gates="head"): r"gates='head'\): expected layer or channel",
+        lambda: rt.Bypass(normed=1): r"normed=1\): expected true or false",
         lambda: rt.Lora(0): r"Lora\(rank=0\): expected a whole number of at least 1",
         lambda: rt.Lora(2, dropout=1.0): r"dropout=1.0\): expected 0 or more, and less than 1",
         lambda: rt.Mix((rt.Bypass(), rt.Ladder())): "several side paths",

@@ -47,6 +47,7 @@ def features(count: int = 44, dtype: torch.dtype = torch.float64) -> tuple[Tenso
 METHODS = {
     "bypass": rt.Bypass(rt.Adapter(4), rt.Adapter(4)),
     "bypass-none": rt.Bypass(),
+    "bypass by channel": rt.Bypass(rt.Adapter(4), gates="channel", normed=True),
     "prefix and prompt": rt.Bypass(rt.Prefix(3), rt.Prompt(3), blocks=(1,)),
     "lst": rt.Ladder(4, init="random"),
 }

@@ -296,12 +296,14 @@ def _restricted(logits: Tensor, test: Items) -> Tensor:
 
 
 def _gates(folder: Path) -> list[float] | None:
-    """λ by layer, of a bypass."""
+    """λ by layer, of a bypass; the mean over channels, where each has its own."""
     card, state = read_adapter(folder)
     if not any(isinstance(part, Bypass) for part in parts_of(find_method(card.spec))):
         return None
-    gate = next((value for key, value in state.items() if key.endswith("side.gate")), None)
-    return None if gate is None else [round(v, 4) for v in gate.sigmoid().tolist()]
+    one = next((value for key, value in state.items() if key.endswith("side.gate")), None)
+    each = [(int(k.rpartition(".")[2]), v) for k, v in state.items() if k.rpartition(".")[0].endswith("side.gate")]
+    gates = [v for _, v in sorted(each)] if one is None else list(one)
+    return [round(v.sigmoid().mean().item(), 4) for v in gates] or None
 
 
 def _measured(call: Callable[[], T]) -> tuple[T, int]:
