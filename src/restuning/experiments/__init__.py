@@ -1,57 +1,23 @@
 """The paper's tables and figures as data, one file each; a new experiment is a new entry."""
 
 import difflib
+from importlib import import_module
 
 from restuning.errors import RestuningError
-from restuning.experiments import (
-    fig4,
-    fig5,
-    intro,
-    small,
-    tab1,
-    tab2a,
-    tab2b,
-    tab2c,
-    tab3a,
-    tab3b,
-    tab3c,
-    tab4,
-    tab5,
-    tab6,
-    tab12,
-    tab13,
-    tab14,
-    tab15,
-    tab16,
-    tab17,
-)
+from restuning.experiments import small
 from restuning.experiments.spec import COSTS as COSTS
 from restuning.experiments.spec import Data as Data
 from restuning.experiments.spec import Experiment as Experiment
 from restuning.experiments.spec import Row as Row
 
-_FILES = (
-    intro,
-    tab1,
-    tab2a,
-    tab2b,
-    tab2c,
-    tab3a,
-    tab3b,
-    tab3c,
-    tab4,
-    tab5,
-    tab6,
-    fig4,
-    fig5,
-    tab12,
-    tab13,
-    tab14,
-    tab15,
-)
+_PAPER = "intro tab1 tab2a tab2b tab2c tab3a tab3b tab3c tab4 tab5 tab6 fig4 fig5 tab12 tab13 tab14 tab15 tab16 tab17"
 
 EXPERIMENTS: dict[str, Experiment] = {
-    e.name: e for e in (*(f.EXPERIMENT for f in (*_FILES, tab16, tab17)), *small.EXPERIMENTS)
+    e.name: e
+    for e in (
+        *(import_module(f"restuning.experiments.{file}").EXPERIMENT for file in _PAPER.split()),
+        *small.EXPERIMENTS,
+    )
 }
 SUITES: dict[str, tuple[str, ...]] = {"small": tuple(e.name for e in small.EXPERIMENTS)}
 

@@ -1,22 +1,19 @@
-"""The command line's part for pictures: `train-diffusion`, `generate`, `score`."""
+"""`train-diffusion`, `generate`, `score`."""
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from restuning.commands.flags import Add, recipe_flags
 from restuning.errors import RestuningError
-
-Add = Callable[[str, Callable[[argparse.Namespace], int | None], str, str], argparse.ArgumentParser]
 
 _DATA = "captions:FOLDER (metadata.jsonl), coco:JSON, captions-tar:TAR or classes:FOLDER?template=a photo of a {}"
 
 
 def add_commands(add: Add) -> None:
-    """add: name, function, what it is, example → parser."""
     train = add(
         "train-diffusion",
         _train,
@@ -44,18 +41,10 @@ def add_commands(add: Add) -> None:
     train.add_argument("--sample-every", type=int, metavar="EPOCHS", help="(default 1)")
     train.add_argument("--lr", type=float, help="(default 0.0001)")
     train.add_argument("--schedule", choices=["constant", "cosine"], help="(default constant)")
-    train.add_argument("--epochs", type=int, help="(default 10)")
-    train.add_argument("--batch-size", type=int, help="(default 8)")
-    train.add_argument("--weight-decay", type=float, help="never on scales, gates, biases, norms (default 0.05)")
-    train.add_argument("--warmup-epochs", type=float, help="(default 0)")
     train.add_argument(
         "--ema", type=float, help="decay of the mean of the weights, which is what is saved (default none)"
     )
-    train.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default no)")
-    train.add_argument("--accumulate", type=int, help="batches per step (default 1)")
-    train.add_argument("--clip", type=float, help="largest gradient norm (default none)")
-    train.add_argument("--seed", type=int, help="(default 0)")
-    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    recipe_flags(train, 10, 8, "0")
 
     paint = add(
         "generate",
