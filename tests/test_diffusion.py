@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from two import in_two
 
 import restuning as rt
 from restuning.cli import main
@@ -249,6 +250,19 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     execute(run, tmp_path / "killed", resume=True, progress=False)
     a, b = tensors(tmp_path / "whole"), tensors(tmp_path / "killed")
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_give_the_run_of_one(base: str, data: str, tmp_path: Path) -> None:
+    argv = ["train-diffusion", "--base", base, "--data", data, "--method", "res-tuning", "--width", "3", "--size", "16"]
+    argv += ["--lr", "0.01", "--epochs", "2", "--batch-size", "2", "--prior-prompt", "a square", "--prior-images", "3"]
+    argv += ["--prompts", "a red square", "--quiet", "--json", "--out"]
+    said = in_two("-m", "restuning.cli", *argv, str(tmp_path / "two"))
+    assert said[1] == "" and json.loads(said[0])["processes"] == 2, "the first one speaks"
+    assert main([*argv, str(tmp_path / "one")]) == 0
+    a, b = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
 
 
 @pytest.mark.parametrize("method", ["bypass", "res-tuning"])

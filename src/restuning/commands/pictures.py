@@ -96,6 +96,7 @@ def _score(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from restuning.diffusion.training import RECIPE, DiffusionRun, execute, read_run
     from restuning.methods import find_method, to_dict
+    from restuning.processes import is_first
     from restuning.run import RUN
 
     given = {k: v for k, v in vars(args).items() if v is not None}
@@ -113,6 +114,8 @@ def _train(args: argparse.Namespace) -> None:
             raise RestuningError(f"{' and '.join(missing)} missing: a pipeline of diffusers, and {_DATA}")
         run = DiffusionRun(**settings, training=replace(RECIPE, **training))
     result = execute(run, args.out, resume=args.resume, progress=not args.quiet)
+    if not is_first():
+        return
     count = result["parameters"]
     _say(args, result, f"loss {result['loss']:.4f}, {count['tuners']:,} trained of {count['total']:,} → {args.out}")
 

@@ -1,5 +1,6 @@
 """Tuning a text-to-image base: the noise-prediction loss over kept latents; a run from its settings to its files."""
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +23,7 @@ from restuning.files import as_json, write_whole
 from restuning.measure import count, peak_bytes, saved_bytes
 from restuning.methods import Method, find_method, on_blocks, resize
 from restuning.objective import Objective
+from restuning.processes import is_first, meet
 from restuning.progress import History, bar
 from restuning.recipe import TrainConfig, seed_of
 from restuning.run import RESULT, claimed, versions
@@ -216,19 +218,22 @@ def held_out_loss(model: Denoiser, latents: Latents, scheduler: Any, *, draws: i
 
 
 def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
-    """Train, save: run.json, the adapter, sample grids and result.json in `out`. Returns what result.json holds.
+    """Train, save: run.json, the adapter, sample grids and result.json in `out`. Returns what result.json holds. Of
+    several processes (`accelerate launch`), all train and the first one writes.
 
     Of these, kept_bytes is what autograd keeps of one batch for backward, peak_bytes the most that training held.
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
-    with claimed(out, run, resume, read_run):
+    meet()
+    with claimed(out, run, resume, read_run) if is_first() else contextlib.nullcontext():
+        processes = meet()
         start = time.perf_counter()
         pipe = load_base(run.base, "cuda" if torch.cuda.is_available() else "cpu")
         if not run.truncate:
             check_prompts(pipe, run.prompts)
         scheduler = scheduler_of(pipe, "ddim")
         shared = Path(run.latents) if run.latents else out / "latents"
-        with bar(1, progress) as show:
+        with bar(1, progress and is_first()) as show:
             latents = _latents(run, pipe, run.data, shared, run.flip, lambda _, text: show(0, text))
         own = Noised(latents, scheduler, seed=run.training.seed, drop=run.drop)
         examples: Examples = own
@@ -280,15 +285,18 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
             "pictures": len(latents),
             "captions": sum(map(len, latents.captions)),
             "parameters": count(tuned),
+            "processes": processes,
             "kept_bytes": kept,
             "peak_bytes": peak,
             "seconds": round(time.perf_counter() - start, 1),
             "versions": versions(),
             "settings": run.to_dict(),
         }
-        tuned.save_pretrained(out)
-        write_whole(out / RESULT, as_json(result))
-        (out / "state.pt").unlink(missing_ok=True)
+        if is_first():
+            tuned.save_pretrained(out)
+            write_whole(out / RESULT, as_json(result))
+            (out / "state.pt").unlink(missing_ok=True)
+        meet()
         return result
 
 
@@ -298,11 +306,13 @@ def _prior(run: DiffusionRun, pipe: Any, out: Path) -> Latents:
     folder = out / "prior"
     files = [folder / f"{seed:05}.png" for seed in range(run.prior_images)]
     missing = tuple(seed for seed, file in enumerate(files) if not file.exists())
-    if missing:
+    if missing and is_first():
         for picture in pictures(pipe, None, Asked((run.prior_prompt,), seeds=missing, size=run.size)):
             picture.save(files[picture.seed])
     rows = [json.dumps({"file_name": file.name, "text": run.prior_prompt}) for file in files]
-    write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+    if is_first():
+        write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
+    meet()
     return _latents(run, pipe, f"captions:{folder}", out / "prior-latents")
 
 
@@ -314,5 +324,8 @@ def _latents(
     flip: bool = False,
     show: Callable[[int, str], None] = lambda done, text: None,
 ) -> Latents:
-    data = load_captions(spec)
-    return keep_latents(pipe, data, out, spec=spec, size=run.size, flip=flip, truncate=run.truncate, show=show)
+    if is_first():
+        how: dict[str, Any] = {"spec": spec, "size": run.size, "flip": flip, "truncate": run.truncate}
+        keep_latents(pipe, load_captions(spec), out, **how, show=show)
+    meet()
+    return Latents(out)
