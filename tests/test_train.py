@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from restuning import recipe
+from restuning.checkpoint import read_state, write_state
 from restuning.errors import CheckpointError, MissingExtra, RestuningError
 from restuning.evaluate import HasEpoch, evaluate, predict_logits
 from restuning.objective import objective
@@ -466,6 +467,19 @@ def test_resume_of_another_run_is_refused(tmp_path: Path) -> None:
     fewer.alpha.requires_grad_(False)
     refused("alpha was torch.float32 .*, and is absent now", fewer, Points(), short)
     fit(net(), Points(), None, replace(CONFIG, epochs=1, workers=1, save_seconds=5), state=state, resume=True)
+
+
+def test_a_state_of_an_older_version(tmp_path: Path) -> None:
+    """What it did not know yet was as it is by default."""
+    file, data = tmp_path / "state.pt", Points()
+    fit(net(), data, None, replace(CONFIG, epochs=1), state=file, progress=False)
+    state = read_state(file)
+    del state["facts"]["schedule"]
+    write_state(file, state)
+    fit(net(), data, None, replace(CONFIG, epochs=1), state=file, resume=True, progress=False)
+    with pytest.raises(CheckpointError, match="schedule was cosine, and is constant now"):
+        other = replace(CONFIG, epochs=1, schedule="constant")
+        fit(net(), data, None, other, state=file, resume=True, progress=False)
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "text", "foreign"])

@@ -208,7 +208,9 @@ class _Run:
 
     def load(self, path: Path) -> None:
         state = read_state(path)
-        refuse_other(path, state["facts"], self.facts())
+        facts = self.facts()
+        then = {k: v for k, v in asdict(TrainConfig()).items() if k in facts} | state["facts"]  # of an older version
+        refuse_other(path, then, facts)
         refuse_other(path, described(state["tensors"]), described(changing_tensors(self.model)))
         restore(self.model, state["tensors"])
         self.optimizer.load_state_dict(state["optimizer"])
