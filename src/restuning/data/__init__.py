@@ -13,7 +13,7 @@ from restuning.data.digits import load_digits
 from restuning.data.fgvc import load_fgvc
 from restuning.data.folder import load_folder
 from restuning.data.folder import load_images as load_images
-from restuning.data.hub import load_hub
+from restuning.data.hub import load_glue, load_hub
 from restuning.data.lists import load_domains, load_fewshot, load_vtab
 from restuning.data.sprites import load_sprites
 from restuning.data.table import load_table
@@ -25,7 +25,7 @@ from restuning.data.task import check as check
 from restuning.data.task import part
 from restuning.data.task import split as split
 from restuning.data.text import Texts as Texts
-from restuning.data.text import load_glue, load_text
+from restuning.data.text import load_text
 from restuning.data.tokens import Tokenise as Tokenise
 from restuning.data.tokens import Tokenised as Tokenised
 from restuning.data.transforms import Prepared as Prepared

@@ -1,4 +1,4 @@
-"""`hf:NAME[:CONFIG][?text=COLUMN&…]`: a Hugging Face data set of images or texts, by hub name or from a folder."""
+"""`hf:NAME[:CONFIG][?text=COLUMN&…]`: a Hugging Face data set of images or texts, from the hub or a folder; `glue:NAME`."""
 
 import io
 from contextlib import nullcontext
@@ -73,6 +73,13 @@ def load_hub(rest: str) -> Source:
     if strange:
         raise DataError(f"{rest}: {strange[0]!r} is a setting of texts, and these are images")
     return _images(rest, splits, images, settings.get("label"))
+
+
+def load_glue(name: str) -> Source:
+    """A task of GLUE by its name there (`sst2`, `mnli`, `rte`, …), tested on its validation split (mnli: matched)."""
+    if not name:
+        raise DataError("glue: names no task: expected glue:sst2, glue:mnli, …")
+    return load_hub(f"nyu-mll/glue:{name}")
 
 
 def _texts(rest: str, splits: dict[str, Any], settings: dict[str, str]) -> Source:

@@ -1,4 +1,4 @@
-"""`text:PATH`: sentences, pairs of sentences, or words, in a tsv, csv or jsonl; and `glue:NAME`, from the hub."""
+"""`text:PATH`: sentences, pairs of sentences, or words, in a tsv, csv or jsonl."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -76,12 +76,3 @@ def _text(table: Table, n: int, columns: Sequence[str]) -> tuple[Any, ...]:
                 f"{table.names[n]}: {column!r} is {'empty' if empty else repr(value)}: expected a text, or words"
             )
     return values
-
-
-def load_glue(name: str) -> Source:
-    """A task of GLUE by its name there (`sst2`, `mnli`, `rte`, …), tested on its validation split (mnli: matched)."""
-    from restuning.data.hub import load_hub
-
-    if not name:
-        raise DataError("glue: names no task: expected glue:sst2, glue:mnli, …")
-    return load_hub(f"nyu-mll/glue:{name}")
