@@ -1,4 +1,4 @@
-"""`hf:NAME[:CONFIG][?text=COLUMN&…]`: a Hugging Face data set of images or texts, from the hub or a folder; `glue:NAME`."""
+"""`hf:NAME[:CONFIG][?text=COLUMN&…]`, a Hugging Face data set, from the hub or a folder; `glue:…`."""
 
 import io
 from contextlib import nullcontext
