@@ -62,7 +62,7 @@ TUNERS = (
     *BESIDE,
     *OPTIONS,
     Row("bypass-grid4", "bypass-grid4", {}),
-    Row("lst", "lst", {}, lrs=(0.005,), epochs=(16,)),
+    Row("lst", "lst", {}, lrs=(0.005,)),
     Row("dtl", "dtl", {}, lrs=(0.005,), epochs=(16,)),
     Row("side-tuning", "side-tuning", {}, lrs=(0.001,), epochs=(8,)),
     *(
@@ -139,6 +139,6 @@ EXPERIMENTS = (
         **_TI,
         **_GRID,
         image_size=96,
-        note="inside the backbone: one seed, one rate, 8 epochs; lst and dtl: 16 epochs; from features: 30",
+        note="inside the backbone: one seed, one rate, 8 epochs; dtl: one rate, 16 epochs; lst: one rate",
     ),
 )
