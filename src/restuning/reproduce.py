@@ -79,9 +79,10 @@ def plan(experiment: Experiment, settings: Settings, only: Only = EVERYTHING) ->
 
 
 def _banks(experiment: Experiment, row: Row, settings: Settings) -> bool:
-    """Whether a bank serves it: not on backbones of stages, whose maps are too large to keep of whole data sets."""
+    """Whether a bank serves it: not on backbones of stages, whose maps are too large to keep of whole data sets, nor
+    where its head reads something else than the others'."""
     name = settings.backbone or row.backbone or experiment.backbone
-    return reads_features(row.method or "") and _uniform(name)
+    return row.pool is None and reads_features(row.method or "") and _uniform(name)
 
 
 @cache
@@ -124,7 +125,7 @@ def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Set
         if weights and (settings.weights or not settings.backbone)
         else None,
         image_size=settings.image_size or experiment.image_size,
-        pool=experiment.pool,
+        pool=first.pool or experiment.pool,
         crop=experiment.crop,
         augment=experiment.augment,
         shots=task.shots,

@@ -62,6 +62,14 @@ TUNERS = (
     *BESIDE,
     *OPTIONS,
     Row("bypass-grid4", "bypass-grid4", {}),
+    *(
+        Row(f"{name}, head on the mean", method, {}, lrs=(0.005,), pool="mean")
+        for name, method in (
+            ("linear", "linear"),
+            ("bypass", "bypass"),
+            ("bypass of convolutions", _bypass(horizontal={"tuner": "convpass"}, vertical={"tuner": "convpass"})),
+        )
+    ),
     Row("lst", "lst", {}, lrs=(0.005,)),
     Row("dtl", "dtl", {}, lrs=(0.005,), epochs=(16,)),
     Row("side-tuning", "side-tuning", {}, lrs=(0.001,), epochs=(8,)),
@@ -139,6 +147,6 @@ EXPERIMENTS = (
         **_TI,
         **_GRID,
         image_size=96,
-        note="inside the backbone: one seed, one rate, 8 epochs; dtl: one rate, 16 epochs; lst: one rate",
+        note="inside the backbone: one seed, one rate, 8 epochs; dtl: one rate, 16 epochs; lst, and heads on the mean of the patches: one rate",
     ),
 )

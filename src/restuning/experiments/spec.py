@@ -28,7 +28,7 @@ class Data:
 @dataclass(frozen=True)
 class Row:
     """A line: its name as printed, our method (a name, or as data; None: not to be had here), and the paper's values by
-    column. lrs, epochs, seeds, backbone, weights: where they are not the experiment's; command: where `reproduce` is
+    column. lrs, epochs, seeds, pool, backbone, weights: where they are not the experiment's; command: where `reproduce` is
     not what runs it."""
 
     name: str
@@ -39,6 +39,7 @@ class Row:
     lrs: tuple[float, ...] | None = None
     epochs: tuple[int, ...] | None = None
     seeds: tuple[int, ...] | None = None
+    pool: str | None = None
     backbone: str | None = None
     weights: str | None = None
     command: str = ""
