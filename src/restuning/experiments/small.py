@@ -147,6 +147,7 @@ EXPERIMENTS = (
         **_TI,
         **_GRID,
         image_size=96,
-        note="inside the backbone: one seed, one rate, 8 epochs; dtl: one rate, 16 epochs; lst, and heads on the mean of the patches: one rate",
+        note="inside the backbone: one seed, one rate, 8 epochs; dtl: one rate, 16 epochs; lst, and heads on the mean "
+        "of the patches: one rate",
     ),
 )
