@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import restuning as rt
 from restuning import jobs as module
 from restuning.cli import main
 from restuning.cluster import on_ray
 from restuning.errors import Busy, RestuningError
 from restuning.experiments import EXPERIMENTS, Data, Experiment, Row
 from restuning.files import locked
+from restuning.methods import to_dict
 from restuning.reproduce import EVERYTHING, Only, Settings, cost, plan, reproduce
 from restuning.results import RESULTS, key_of, read
 
@@ -70,6 +72,14 @@ def test_the_plan_shares_a_bank_among_what_reads_the_same() -> None:
     assert [tuple(j.methods) for j in plan(grids, SETTINGS)[:2]] == [("bypass-grid4",), ("linear", "bypass-grid2")]
     maps = plan(TINY, replace(SETTINGS, backbone="resnet18-stages"), Only(("bypass",), ("digits",)))
     assert [(j.beside, j.seeds) for j in maps] == [(False, (0,)), (False, (1,))], "maps are no bank"
+    mixes = rt.Bypass(rt.Convpass(3))
+    alone = (Row("mean", "linear", {}, pool="mean", seeds=(0,), lrs=(0.1,)), Row("mixes", to_dict(mixes), {}))
+    own = [j for j in plan(replace(TINY, rows=alone), SETTINGS) if j.column == "digits"]
+    assert [(*j.methods, j.beside, j.pool, j.seeds, j.lrs) for j in own] == [
+        ("mean", False, "mean", (0,), (0.1,)),
+        ("mixes", False, None, (0,), (0.01, 0.001)),
+        ("mixes", False, None, (1,), (0.01, 0.001)),
+    ]
     (row, _) = cost(found, lambda backbone, size: 3.6)
     assert row["scores"] == 16 and row["hours"] == pytest.approx(row["passes"] / 1000) and row["passes"] > 640
     assert len(plan(TINY, SETTINGS, Only(("lora",), ("counting",)))) == 2

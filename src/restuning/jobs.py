@@ -34,6 +34,7 @@ from restuning.run import RESULT, RUN, Run, build_bank, card_reading, execute
 from restuning.saved import card_of
 from restuning.saved import read as read_adapter
 from restuning.sweep import Sweep, sweep
+from restuning.tuners import Adapter, Prefix, Prompt
 
 BANKS, JOBS = "banks", "jobs"
 T = TypeVar("T")
@@ -102,13 +103,17 @@ class Done:
     failed: str = ""
 
 
+_EACH_TOKEN = {Adapter, Prefix, Prompt, type(None)}
+"""Tuners that treat each token by itself; of others a bank may not hold what they read."""
+
+
 def reads_features(method: str | Mapping[str, Any]) -> bool:
     """Linear probing, or a side path that begins without the backbone's weights, on tokens that a bank keeps."""
     found = find_method(method)
     if isinstance(found, Full):
         return False
     return all(
-        isinstance(part, Bypass)
+        (isinstance(part, Bypass) and {type(part.horizontal), type(part.vertical)} <= _EACH_TOKEN)
         or (isinstance(part, Residual) and not part.tuners)
         or (getattr(part, "init", None) == "random" and grid_of(found) is not None)
         for part in parts_of(found)
