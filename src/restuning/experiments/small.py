@@ -67,6 +67,7 @@ TUNERS = (
         for name, method in (
             ("linear", "linear"),
             ("bypass", "bypass"),
+            ("lst", "lst"),
             ("bypass of convolutions", _bypass(horizontal={"tuner": "convpass"}, vertical={"tuner": "convpass"})),
         )
     ),
