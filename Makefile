@@ -32,6 +32,8 @@ bench: setup  ## the recorded tables of docs/results; hours
 	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data
 	$(PY) scripts/bench_emoji.py
 	$(PY) scripts/bench_tasks.py
+	.venv/bin/restuning reproduce small --data-root ../shared/data --out runs/small
+	.venv/bin/restuning report runs/small --out docs/results/small
 	.venv/bin/restuning bench memory --backbone resnet50 --batch 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
 
 clean:

@@ -229,7 +229,7 @@ def record(args: argparse.Namespace) -> None:
                 "",
             ]
     first = rows[0]
-    text = f"""# MiniLM on SST-2, MNLI and RTE
+    text = f"""# MiniLM on text tasks
 
 {MINILM} (6 blocks, width 384). SST-2: 67,349 sentences, tested on the 1,821 labelled ones; MNLI_10k:
 8,999 pairs, tested on 1,000; RTE: 2,490 pairs, tested on 277. Texts cut to {MAX_LENGTH} tokens, batch {BATCH}, weight

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 import restuning as rt
 from restuning import jobs as module
@@ -98,6 +99,14 @@ def test_every_cell_is_there_once_with_what_made_it(whole: Path) -> None:
     assert bypass["peak_bytes"] > 0 and bypass["from"] == "bank" and bypass["chosen"]["epochs"] in (1, 2)
     lora = next(r for r in found if r["row"] == "lora")
     assert lora["from"] == "backbone" and lora["gates"] is None and lora["validation"] == {}
+
+
+def test_a_gate_for_each_channel_is_told_by_its_mean(tmp_path: Path) -> None:
+    tuned = rt.adapt(rt.load_backbone("restuning-micro"), rt.Bypass(gate=0.9, gates="channel"), 3)
+    with torch.no_grad():
+        tuned.adapters["default"].side.gate[7].zero_()
+    tuned.save_pretrained(tmp_path)
+    assert module._gates(tmp_path) == [0.9] * 7 + [0.5]
 
 
 def test_its_report(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ class Bypass:
     stages where there are several.
     gate: λ at birth; the paper's is 0.5; towards 1 the path begins as the backbone's own output. gates: one λ a
     `layer`, as in the paper, or one a `channel`. normed: features are normalised (LayerNorm without weights) before the
-    path reads them. Neither is the paper's.
+    path reads them. These three are ours.
     """
 
     horizontal: Recipe | None = None

@@ -27,11 +27,11 @@ TASKS = (
 )
 COLUMNS = (*(task.name for task in TASKS), "Group", "All")
 
-BOTH: dict[str, Any] = {"horizontal": {"tuner": "adapter"}, "vertical": {"tuner": "adapter"}}
+_BOTH: dict[str, Any] = {"horizontal": {"tuner": "adapter"}, "vertical": {"tuner": "adapter"}}
 
 
 def _bypass(**options: Any) -> dict[str, Any]:
-    return {"kind": "bypass", **BOTH, **options}
+    return {"kind": "bypass", **_BOTH, **options}
 
 
 BESIDE = (
