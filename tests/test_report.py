@@ -26,7 +26,13 @@ print(write(Path(sys.argv[2]), Path(sys.argv[3])), "torch" in sys.modules)
 
 
 def record(experiment: str, row: str, column: str, seed: int, score: float | None, **more: object) -> dict[str, object]:
-    own = {"parameters": {"trainable": 480_000}, "peak_bytes": 2 * 10**9, "seconds": 1.0, "device": "cpu"}
+    own = {
+        "parameters": {"trainable": 480_000},
+        "peak_bytes": 2 * 10**9,
+        "kept_bytes": 2**20,
+        "seconds": 1.0,
+        "device": "cpu",
+    }
     about = {"commit": "abc", "machine": "m", "pixels": "lossy", "backbone": "b", "lrs": [0.01], "epochs": [100]}
     key = {"experiment": experiment, "row": row, "column": column, "seed": seed, "score": score}
     return {**key, **own, **about, **more}

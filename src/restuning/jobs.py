@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from restuning.adapt import Tuned
+from restuning.adapt import Tuned, adapt
 from restuning.adaptation import grid_of, parts_of
-from restuning.backbones import load_backbone
+from restuning.backbones import load_backbone, reading_of
 from restuning.bank.store import MANIFEST
-from restuning.data import Items, load_source, load_task, prepared
+from restuning.data import Items, Preprocess, load_source, load_task, prepared
 from restuning.data.inspect import pixels_of
 from restuning.evaluate import loader, predict_logits, to_device
 from restuning.files import as_json, locked, write_whole
-from restuning.measure import peak_bytes
+from restuning.measure import peak_bytes, saved_bytes
 from restuning.methods import Bypass, Full, Residual, find_method, on_blocks, resize, to_dict
 from restuning.objective import objective
 from restuning.recipe import TrainConfig
@@ -191,6 +191,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 "parameters": swept["parameters"],
                 "seconds": swept["seconds"] / len(job.seeds),
                 "peak_bytes": peak,
+                "kept_bytes": _kept(job, job.methods[row], at),
                 "from": "bank",
                 "gates": _gates(at),
             }
@@ -232,6 +233,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 "parameters": result["parameters"],
                 "seconds": result["seconds"],
                 "peak_bytes": peak,
+                "kept_bytes": _kept(job, method, folder),
                 "from": "backbone",
                 "gates": _gates(folder),
             }
@@ -311,12 +313,27 @@ def _gates(folder: Path) -> list[float] | None:
     return [round(v.sigmoid().mean().item(), 4) for v in gates] or None
 
 
-def _measured(call: Callable[[], T]) -> tuple[T, int]:
-    """What it gives, and how far memory rose above what was held."""
+def _measured(call: Callable[[], T]) -> tuple[T, int | None]:
+    """What it gives, and on a GPU how far memory rose: on a CPU, a process still holds the memory of its other jobs."""
+    if not torch.cuda.is_available():
+        return call(), None
     kept: list[T] = []
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _, above = peak_bytes(lambda: kept.append(call()), device)
+    _, above = peak_bytes(lambda: kept.append(call()), torch.device("cuda"))
     return kept[0], above
+
+
+def _kept(job: Job, method: Any, saved: Path) -> int:
+    """Bytes that autograd keeps of a batch of 32 for its backward pass: a count, the same on any machine."""
+    model, batch = blank(job.backbone, job.image_size, 32)
+    tuned = adapt(model, method, len(card_of(saved).classes or ()), pool=job.pool, backbone_name=job.backbone).train()
+    return saved_bytes(lambda: tuned(batch), tuned.parameters())
+
+
+def blank(backbone: str, image_size: int | None, count: int) -> tuple[nn.Module, Tensor]:
+    """A backbone of random weights, and a batch of so many images of nothing, or texts of 128 tokens."""
+    model = load_backbone(backbone, "random", image_size)
+    how = reading_of(model, image_size)
+    return model, torch.zeros(count, 3, *how.size) if isinstance(how, Preprocess) else torch.zeros(count, 128).long()
 
 
 def slug(text: str) -> str:

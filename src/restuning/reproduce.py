@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from restuning.adaptation import grid_of
-from restuning.backbones import describe_backbone, load_backbone
+from restuning.backbones import describe_backbone
 from restuning.data import load_source
 from restuning.errors import Busy, RestuningError
 from restuning.experiments import Data, Experiment, Row
 from restuning.files import as_json, locked, write_whole
-from restuning.jobs import Done, Job, finish, method_of, one_seed, reads_features
+from restuning.jobs import Done, Job, blank, finish, method_of, one_seed, reads_features
 from restuning.methods import find_method
 from restuning.results import RESULTS, key_of, read
 from restuning.wiring.sites import find_sites
@@ -157,14 +157,8 @@ def cost(jobs: Sequence[Job], timed: Callable[[str, int | None], float] | None =
 def seconds_each(backbone: str, image_size: int | None) -> float:
     """Of one image's way through a backbone of random weights, on this machine: the better of two batches of 8."""
     from restuning.adapt import adapt
-    from restuning.backbones import reading_of
-    from restuning.data import Preprocess
 
-    model = load_backbone(backbone, "random", image_size)
-    how = reading_of(model, image_size)
-    x: Any = torch.zeros(8, 128, dtype=torch.long)
-    if isinstance(how, Preprocess):
-        x = torch.zeros(8, 3, *how.size)
+    model, x = blank(backbone, image_size, 8)
     tuned = adapt(model, "linear", 2, backbone_name=backbone).eval()
     if torch.cuda.is_available():
         tuned, x = tuned.cuda(), x.cuda()

@@ -17,8 +17,8 @@ RESULTS = "results.jsonl"
 KEY = ("experiment", "row", "column", "seed")
 
 Record = dict[str, Any]
-"""experiment, row, column, seed; score and metric; settings, parameters, seconds, peak_bytes, device, versions, commit;
-of a side path, `gates`: its λ by layer."""
+"""experiment, row, column, seed; score and metric; settings, parameters, seconds, kept_bytes, peak_bytes, device,
+versions, commit; of a side path, `gates`: its λ by layer."""
 
 
 def key_of(record: Record) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from restuning.figures import multitask, pyplot
 from restuning.report.tables import Table, curves, gates, points
 
 MARKS, DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
-GREYS = ("0.0", "0.45")
+GREYS = ("0.0", "0.4", "0.65")
 
 
 def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
@@ -22,14 +22,14 @@ def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
     if len(points(found)) > 1:
         yield (
             f"{name}-costs",
-            "Score against trained parameters (log) and memory of training",
+            "Score against trained parameters and what a batch of 32 keeps for its backward pass (log)",
             _svg(plt, _costs(plt, found)),
         )
     if curves(found):
         yield f"{name}-shots", "Score by shots; bars: standard deviation over seeds", _svg(plt, _curves(plt, found))
     if gates(found):
         caption = (
-            "λ of each layer, block 1 at the bottom: mean and standard deviation over seeds; dashed: ½, as at birth"
+            "λ of each layer, block 1 at the bottom: mean and standard deviation over seeds; dashed: the paper's ½"
         )
         yield f"{name}-lambda", caption, _svg(plt, _forest(plt, found))
 
@@ -47,21 +47,19 @@ def many_tasks(file: Path) -> tuple[str, str, bytes]:
 
 def _costs(plt: Any, found: Table) -> Any:
     rows = points(found)
-    memory = [row for row in rows if row[3]]
-    figure, axes = plt.subplots(1, 2 if len(memory) > 1 else 1, figsize=(11, 4.2), squeeze=False, layout="constrained")
+    columns = 2 if sum(row[3] is not None for row in rows) > 1 else 1
+    figure, axes = plt.subplots(1, columns, figsize=(12, 5), squeeze=False, layout="constrained")
     for axis, (which, label) in zip(
-        axes[0], ((2, "trained parameters, M"), (3, "memory above the start, MiB")), strict=False
+        axes[0], ((2, "trained parameters, M"), (3, "kept for backward, MiB")), strict=False
     ):
         for (row, score, *costs), mark, grey in zip(rows, cycle(MARKS), cycle(GREYS), strict=False):
             value = costs[which - 2]
             if value:
-                axis.scatter(
-                    value, score, marker=mark, s=52, facecolor="white" if grey != "0.0" else "black", edgecolor=grey
-                )
-                axis.annotate(row, (value, score), xytext=(5, 4), textcoords="offset points", fontsize=8)
+                face = "white" if grey != "0.0" else "black"
+                axis.scatter(value, score, marker=mark, s=52, facecolor=face, edgecolor=grey, label=row)
         axis.set(xscale="log", xlabel=label, ylabel="score")
-        axis.margins(x=0.3, y=0.1)
         axis.grid(alpha=0.25)
+    _legend(figure)
     return figure
 
 
@@ -101,7 +99,8 @@ def _forest(plt: Any, found: Table) -> Any:
         for i, (row, mark) in enumerate(zip(rows, cycle(MARKS), strict=False)):
             layers = seen.get((row, column))
             if layers:
-                heights = [layer + 1 + 0.16 * (i - (len(rows) - 1) / 2) for layer in range(len(layers))]
+                apart = min(0.16, 0.8 / len(rows))
+                heights = [layer + 1 + apart * (i - (len(rows) - 1) / 2) for layer in range(len(layers))]
                 means, spreads = [s.mean for s in layers], [s.spread for s in layers]
                 grey = GREYS[i % len(GREYS)]
                 axis.errorbar(
@@ -111,9 +110,14 @@ def _forest(plt: Any, found: Table) -> Any:
         axis.grid(alpha=0.2)
     figure.supxlabel("λ: how much of the block's output is taken")
     axes[0][0].set_ylabel("block")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", fontsize=8)
+    _legend(figure)
     return figure
+
+
+def _legend(figure: Any) -> None:
+    """One for all panels, each row once."""
+    told = {text: mark for axis in figure.axes for mark, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(told.values()), list(told), loc="outside right upper", fontsize=8)
 
 
 def _svg(plt: Any, figure: Any) -> bytes:

@@ -136,15 +136,15 @@ def gates(found: Table) -> dict[tuple[str, str], list[Score]]:
 
 
 def points(found: Table) -> list[tuple[str, float, float, float | None]]:
-    """(row, score, parameters in millions, memory in MiB) of each row: the score is All where there is one, else
-    that of the first column."""
+    """(row, score, parameters in millions, MiB that a batch keeps for backward) of each row: the score is All where
+    there is one, else that of the first column."""
     columns = found.experiment.columns
     at = columns.index("All") if "All" in columns else 0
     made = []
     for row, cells in found.lines:
         mine = [r for r in found.records if r["row"] == row]
-        parameters, memory = _cost("parameters_M", mine), _cost("memory_GB", mine)
+        parameters, kept = _cost("parameters_M", mine), [r["kept_bytes"] / 2**20 for r in mine if r.get("kept_bytes")]
         score = cells[at].ours
         if score is not None and parameters is not None:
-            made.append((row, score.mean, parameters.mean, None if memory is None else memory.mean * 1e9 / 2**20))
+            made.append((row, score.mean, parameters.mean, statistics.fmean(kept) if kept else None))
     return made
