@@ -144,7 +144,7 @@ def record(args: argparse.Namespace) -> None:
             ]
             table.append(f"| {' | '.join(cells)} |")
         table.append("")
-    first = rows[0]
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     text = f"""# Three stages of a real ResNet-18
 
 `{STAGES}`: a ResNet-18 up to its third stage, pretrained on ImageNet, batch norms folded. No augmentation, batch
@@ -154,7 +154,7 @@ decays ({", ".join(map(str, DECAYS))}) were chosen with seed 0 on 500 of the tra
 batch.
 
 {chr(10).join(table)}
-Command: `python scripts/bench_resnet.py`; commit {first["commit"]}; torch {first["versions"]["torch"]}, CPU,
+Command: `python scripts/bench_resnet.py`; commits {commits}; torch {rows[0]["versions"]["torch"]}, CPU,
 {torch.get_num_threads()} thread(s), other work beside it. Every figure with its settings: `resnet.jsonl`.
 """
     (args.results / "resnet.md").write_text(text)

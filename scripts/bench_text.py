@@ -228,7 +228,7 @@ def record(args: argparse.Namespace) -> None:
                 f"of an epoch of full fine-tuning: {STEPS} steps of each in turn, {ROUNDS} rounds.",
                 "",
             ]
-    first = rows[0]
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     text = f"""# MiniLM on text tasks
 
 {MINILM} (6 blocks, width 384). SST-2: 67,349 sentences, tested on the 1,821 labelled ones; MNLI_10k:
@@ -239,7 +239,7 @@ validation chose: SST-2's own dev sentences, elsewhere a fifth of the training p
 batch, the first {BATCH} training texts.
 
 {chr(10).join(table)}
-Command: `python scripts/bench_text.py`; commit {first["commit"]}; torch {first["versions"]["torch"]}, CPU,
+Command: `python scripts/bench_text.py`; commits {commits}; torch {rows[0]["versions"]["torch"]}, CPU,
 {torch.get_num_threads()} thread(s), other work beside it. Every figure with its settings: `text.jsonl`.
 """
     (args.results / "text.md").write_text(text)
