@@ -29,7 +29,7 @@ bench: setup  ## the recorded tables of docs/results; hours
 	$(PY) scripts/bench_resnet.py
 	$(PY) scripts/bench_unet.py
 	$(PY) scripts/convert_taef2.py --out runs/emoji/vae
-	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data
+	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data --save-every 300
 	$(PY) scripts/bench_emoji.py
 	$(PY) scripts/bench_tasks.py
 	.venv/bin/restuning reproduce small --data-root ../shared/data --out runs/small

@@ -124,7 +124,7 @@ def loss_of(args: argparse.Namespace, adapter: Path | None, test: Path) -> tuple
     """On pictures that were not trained on; and the pipeline with what was tuned."""
     pipe = load_base(str(args.base))
     spec = f"captions:{test}"
-    latents = keep_latents(pipe, load_captions(spec), args.out / f"latents-{test.name}", spec=spec, size=64)
+    latents = keep_latents(pipe, load_captions(spec), args.out / f"latents-{test.name}", size=64)
     tuned = Tuned(denoiser_of(pipe))
     if adapter is None:
         tuned.add_adapter("base", "linear")
@@ -210,7 +210,7 @@ def record(args: argparse.Namespace) -> None:
         trained = f"{first['parameters']['trainable']:,}" if "parameters" in first else "0"
         rate = f"{first['rate']:g}" if "rate" in first else ""
         table.append(f"| {' | '.join([method, trained, rate, str(len(mine)), *judged, *cost])} |")
-    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     text = f"""# Seven methods on a small text-to-image base
 
 The base of [emoji-base.md](../emoji-base.md), tuned on the training pictures of a category that it never saw,
@@ -225,7 +225,7 @@ singular: it is in the jsonl alone.
 
 ![The same prompts and seeds by every method](emoji.png)
 
-Command: `python scripts/bench_emoji.py`; commit {first["commit"]}; torch {torch.__version__}, CPU,
+Command: `python scripts/bench_emoji.py`; commits {commits}; torch {torch.__version__}, CPU,
 {torch.get_num_threads()} thread(s), other work beside it. Every figure: `emoji.jsonl`.
 """
     (args.results / "emoji.md").write_text(text)

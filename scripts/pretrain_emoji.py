@@ -299,13 +299,13 @@ def main() -> None:
             print(f"step {training.step}: loss {mean:.4f}, {seconds:.0f} s", flush=True)
             losses.clear()
         if training.step % args.save_every == 0 or training.step == args.steps:
-            training.save(args.out / "state.pt")
             training.mean.store(pipeline.unet.parameters())
             training.mean.copy_to(pipeline.unet.parameters())
             judged = {name: round(training.judge(*test), 4) for name, test in tests.items()}
             save_whole(pipeline, args.out / "pipeline")
             show(pipeline, args.out / "samples.png")
             training.mean.restore(pipeline.unet.parameters())
+            training.save(args.out / "state.pt")  # last: a run that goes on from it has its pictures
             print(f"step {training.step}: {judged}", flush=True)
 
 

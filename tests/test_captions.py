@@ -141,6 +141,8 @@ def test_coco_in_its_usual_layout_and_in_a_tar(tmp_path: Path) -> None:
     packed = load_captions(f"coco:{path}?images={tar}")
     assert captions(packed) == captions(usual)
     assert packed.image(1).tobytes() == usual.image(1).tobytes() != usual.image(0).tobytes()
+    inside = pack(tmp_path / "w.tar", {f"val2017/{name}": png(i) for i, name in enumerate(files.values())})
+    assert captions(load_captions(f"coco:{path}?images={inside}")) == captions(usual)
 
 
 def test_broken_coco(tmp_path: Path) -> None:
@@ -208,6 +210,8 @@ def test_classes_by_a_template(classes: Path) -> None:
     data = load_captions(f"classes:{classes}?template=a drawing of a {{}}")
     names = ["Laysan Albatross", "0817", "Boeing 707-320", "Chihuahua"]
     assert captions(data) == [(f"a drawing of a {name}",) for name in names for _ in range(2)]
+    odd = load_captions(f"classes:{classes}?template=a {{}} + a hat, 100% wool %26 silk")
+    assert captions(odd)[-1] == ("a Chihuahua + a hat, 100% wool & silk",)
     assert captions(load_captions(f"classes:{classes}"))[-1] == ("a photo of a Chihuahua",)
     assert captions(load_captions(f"classes:{classes}?template=dogs"))[-1] == (
         "a photo of a Chihuahua, a type of dog.",

@@ -12,7 +12,7 @@ from two import in_two
 
 import restuning as rt
 from restuning.cli import main
-from restuning.errors import CheckpointError, DataError, RestuningError
+from restuning.errors import CheckpointError, DataError, MethodError, RestuningError
 from restuning.methods import find_method, resize
 from restuning.recipe import TrainConfig
 
@@ -25,6 +25,7 @@ from restuning.diffusion.base import (  # noqa: E402
     denoiser_of,
     latents_of,
     load_base,
+    sampler_of,
     scheduler_of,
     texts_of,
 )
@@ -154,7 +155,7 @@ def test_other_pipelines(make: Any, data: str, tmp_path: Path) -> None:
     pipe.scheduler = scheduler_of(pipe, "dpm")
     call: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 16, "width": 16}
     call |= {"clean_caption": False, "use_resolution_binning": False} if make is transformer else {}
-    call |= {"negative_prompt": "", "generator": torch.Generator().manual_seed(1)}
+    call["generator"] = torch.Generator().manual_seed(1)
     theirs = pipe("a red square", **call).images[0]
     tuned = rt.adapt(denoiser_of(pipe), resize(find_method("bypass", "unet"), 4))
     ours = draw(pipe, tuned, Asked(("a red square",), seeds=(1,), size=16, steps=3, sampler="dpm"))[0]
@@ -261,7 +262,9 @@ def test_two_processes_give_the_run_of_one(base: str, data: str, tmp_path: Path)
     assert said[1] == "" and json.loads(said[0])["processes"] == 2, "the first one speaks"
     assert main([*argv, str(tmp_path / "one")]) == 0
     a, b = tensors(tmp_path / "one"), tensors(tmp_path / "two")
-    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-5 for k in a)
+    assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 3e-4 for k in a), "Adam makes much of rounding"
+    losses = [json.loads((tmp_path / name / "result.json").read_text())["loss"] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
 
 
@@ -271,8 +274,78 @@ def test_in_half_precision_with_checkpoints(method: str, base: str, data: str, t
     plain = run_of(base, data, method)
     found, other = (execute(r, tmp_path / str(i), progress=False) for i, r in enumerate((run, plain)))
     assert found["loss"] == pytest.approx(other["loss"], rel=0.05)
+    half = execute(run_of(base, data, method, training={"precision": "bf16"}), tmp_path / "half", progress=False)
     if method == "res-tuning":
-        assert found["kept_bytes"] < other["kept_bytes"]
+        assert found["kept_bytes"] < half["kept_bytes"] < other["kept_bytes"]
+
+
+def test_grids_show_what_is_kept(base: str, data: str, tmp_path: Path) -> None:
+    run = run_of(base, data, training={"ema": 0.9, "lr": 0.1}, prompts=("red",))
+    execute(run, tmp_path / "run", progress=False)
+    pipe = load_base(base)
+    tuned = rt.Tuned.from_pretrained(denoiser_of(pipe), tmp_path / "run")
+    asked = Asked(("red",), size=16, steps=20)
+    sheet = Image.open(tmp_path / "run" / "samples-0002.png")
+    (image,) = draw(pipe, tuned, asked)
+    left = sheet.width - 16 - 2
+    assert sheet.crop((left, 0, left + 16, 16)).tobytes() == image.tobytes()
+    (raw,) = draw(pipe, None, asked)
+    assert raw.tobytes() != image.tobytes()
+
+
+def test_few_prior_pictures_are_drawn_anew_each_time(base: str, data: str, tmp_path: Path) -> None:
+    from restuning.data.captions import load_captions
+    from restuning.diffusion.latents import keep_latents
+    from restuning.diffusion.training import Both
+
+    pipe, one = load_base(base), tmp_path / "one"
+    one.mkdir()
+    Image.new("RGB", (16, 16), "red").save(one / "0.png")
+    (one / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "red"}) + "\n")
+    own, prior = (
+        Noised(keep_latents(pipe, load_captions(spec), tmp_path / str(i), size=16), scheduler_of(pipe, "ddim"))
+        for i, spec in enumerate((data, f"captions:{one}"))
+    )
+    drawn = [Both(own, prior)[i][0]["sample"] for i in range(4, 8)]
+    assert len({x.numpy().tobytes() for x in drawn}) == 4
+
+
+def test_latents_are_kept_for_the_same_pictures_and_encoders_alone(data: str, tmp_path: Path) -> None:
+    from restuning.data.captions import load_captions
+    from restuning.diffusion.latents import Latents, keep_latents, shard_of
+
+    pipe, folder = larger(), Path(data.partition(":")[2])
+    keep_latents(pipe, load_captions(data), tmp_path / "l", size=16)
+    keep_latents(pipe, load_captions(f"captions:{folder.parent / '.' / folder.name}"), tmp_path / "l", size=16)
+    before = (folder / "0.png").read_bytes()
+    Image.new("RGB", (99, 70), "white").save(folder / "0.png")
+    with pytest.raises(RestuningError, match="of other files: delete it"):
+        keep_latents(pipe, load_captions(data), tmp_path / "l", size=16)
+    (folder / "0.png").write_bytes(before)
+    with torch.no_grad():
+        for p in pipe.text_encoder_2.parameters():
+            p.mul_(1.7)
+    with pytest.raises(RestuningError, match="of other text encoders"):
+        keep_latents(pipe, load_captions(data), tmp_path / "l", size=16)
+    shard = shard_of(tmp_path / "l", "pictures", 0)
+    shard.write_bytes(shard.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="delete it, and it is built again"):
+        Latents(tmp_path / "l").picture(0)
+
+
+def test_a_run_with_a_prior_goes_on_where_it_was_moved_to(
+    base: str, data: str, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import restuning.diffusion.training as training
+
+    run = run_of(base, data, prior_prompt="a square", prior_images=2)
+    monkeypatch.setattr(training, "fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        execute(run, tmp_path / "what?", progress=False)
+    monkeypatch.undo()
+    (tmp_path / "what?").rename(tmp_path / "moved")
+    execute(run, tmp_path / "moved", resume=True, progress=False)
+    assert (tmp_path / "moved" / "result.json").exists()
 
 
 def test_targets(base: str, data: str, tmp_path: Path) -> None:
@@ -281,7 +354,7 @@ def test_targets(base: str, data: str, tmp_path: Path) -> None:
     from restuning.diffusion.latents import keep_latents
 
     pipe = load_base(base)
-    latents = keep_latents(pipe, load_captions(data), tmp_path, spec=data, size=16)
+    latents = keep_latents(pipe, load_captions(data), tmp_path, size=16)
     found = {}
     for prediction in ("epsilon", "v_prediction"):
         pipe.scheduler.register_to_config(prediction_type=prediction)
@@ -536,6 +609,41 @@ def test_from_the_command_line(base: str, data: str, tmp_path: Path, capsys: Any
     assert settings["prompt"] == held["prompt"] and settings["guidance"] == 3.0 and settings["sampler"] == "plms"
     assert Image.open(tmp_path / "grid.png").height > 3 * 16
     assert "holds pictures" in said(capsys, *call)
+    assert "of several adapters (base, bypass, full, lora)" in said(
+        capsys, "score", str(tmp_path / "pictures"), "--real", data, "--features", "restuning-micro"
+    )
+
+
+def test_adapters_of_one_name_and_of_any(base: str, tmp_path: Path, monkeypatch: Any) -> None:
+    """No picture takes another's place, and any folder can be named."""
+    places = ["a/x", "c/x-2", "b/x", "base", "lr=0.1", "train"]
+    for place in places:
+        rt.adapt(pipeline().unet, resize(find_method("bypass", "unet"), 3)).save_pretrained(tmp_path / place)
+    monkeypatch.chdir(tmp_path / "base")
+    folders = [str(tmp_path / place) for place in places[:3]] + [".", *(str(tmp_path / p) for p in places[4:])]
+    call = ["generate", *folders, "--base", base, "--plain", "--prompts", "red", "--steps", "1", "--size", "16"]
+    assert main([*call, "--out", str(tmp_path / "p")]) == 0
+    names = {file.name.removesuffix("-000-0.png") for file in (tmp_path / "p").iterdir()}
+    assert names == {"base", "x", "x-2", "x-3", "base-2", "lr=0.1", "train"}
+
+
+def test_a_plug_gives_the_pipeline_back_and_follows_its_precision(base: str, tmp_path: Path) -> None:
+    pipe = load_base(base)
+    tuned = rt.adapt(denoiser_of(pipe), "full")
+    before = {name: x.clone() for name, x in pipe.unet.state_dict().items()}
+    with torch.no_grad():
+        pipe.unet.conv_out.bias += 1.0
+    tuned.save_pretrained(tmp_path / "full")
+    pipe = load_base(base)
+    with pytest.raises(CheckpointError, match="other weights"):
+        plug(load_base(base), _wider(tmp_path), tmp_path / "full")
+    with plug(pipe, tmp_path / "full"):
+        assert not torch.equal(pipe.unet.conv_out.bias, before["conv_out.bias"])
+    assert all(torch.equal(x, before[name]) for name, x in pipe.unet.state_dict().items())
+    moved(pipe).save_pretrained(tmp_path / "bypass")
+    with plug(pipe, tmp_path / "bypass"):
+        pipe.to(torch.bfloat16)
+        assert pipe("red", num_inference_steps=1, height=16, width=16, output_type="pt").images.shape == (1, 3, 16, 16)
 
 
 def test_bad_input(base: str, data: str, tmp_path: Path, capsys: Any) -> None:
@@ -554,6 +662,10 @@ def test_bad_input(base: str, data: str, tmp_path: Path, capsys: Any) -> None:
     long = tmp_path / "long"
     long.mkdir()
     Image.new("RGB", (16, 16)).save(long / "0.png")
+    assert "the text encoder reads 8" in train("--truncate", "--prompts", "red " * 20)
+    assert "the text encoder reads 8" in train("--truncate", "--prior-prompt", "red " * 20)
+    assert "needs a head" in train("--method", "lst") and "nothing to train" in train("--method", "linear")
+    assert "precision fp16" in train("--precision", "fp16")
     (long / "metadata.jsonl").write_text(json.dumps({"file_name": "0.png", "text": "a red square " * 9}) + "\n")
     assert "the text encoder reads 8" in train(data=f"captions:{long}")
     (long / "0.png").write_bytes(b"no picture")
@@ -571,6 +683,14 @@ def test_bad_input(base: str, data: str, tmp_path: Path, capsys: Any) -> None:
     assert "the text encoder reads 8" in said(
         capsys, "generate", str(run), "--prompts", "red " * 20, "--out", str(tmp_path / "p")
     )
+    assert "is asked for twice" in said(capsys, "generate", "--base", base, *paint, "--seeds", "1", "1")
+    assert "is a folder" in said(capsys, "generate", "--base", base, *paint, "--grid", str(tmp_path))
+    assert "at most 1000" in said(capsys, "generate", "--base", base, *paint, "--steps", "1001")
+    assert "expected 1 or more" in said(capsys, "generate", "--base", base, *paint, "--guidance", "nan")
+    assert "seeds" in said(capsys, "generate", "--base", base, *paint, "--seeds", str(10**25))
+    assert "expected a multiple" in said(capsys, "generate", "--base", base, *paint, "--size", "0")
+    run.joinpath("run.json").write_text("null")
+    assert "is damaged" in said(capsys, "generate", str(run), *paint)
     assert not (tmp_path / "pictures").exists() and not (tmp_path / "p").exists()
     with pytest.raises(DataError, match="expected a multiple"):
         list(pictures(load_base(base), None, Asked(("red",), size=20)))
@@ -578,6 +698,13 @@ def test_bad_input(base: str, data: str, tmp_path: Path, capsys: Any) -> None:
         check_prompts(load_base(base), ["red " * 20])
     with pytest.raises(CheckpointError, match="made for"):
         plug(load_base(base), _wider(tmp_path))
+    with pytest.raises(MethodError, match="denoises"):
+        rt.adapt(pipeline().unet, "linear").compile()
+    zero = pipeline()
+    zero.scheduler.register_to_config(rescale_betas_zero_snr=True)
+    with pytest.raises(RestuningError, match="expected ddim or dpm"):
+        draw(zero, None, Asked(("red",), size=16, steps=2))
+    assert sampler_of(zero) == "ddim" and sampler_of(pipeline()) == "plms"
 
 
 def _wider(tmp_path: Path) -> Path:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from restuning import recipe
 from restuning.checkpoint import read_state, write_state
@@ -753,13 +754,16 @@ def test_seeds_differ() -> None:
 def test_the_mean_of_the_weights_and_a_constant_rate() -> None:
     """By hand: what each step left, averaged with the decay that a young mean has."""
     left: list[torch.Tensor] = []
+    told: list[torch.Tensor] = []
     net = Net()
     settings = TrainConfig(epochs=12, batch_size=22, lr=0.05, warmup_epochs=0, schedule="constant", ema=0.6)
-    history = fit(net, Points(), None, settings, after=lambda _: left.append(net.head.weight.detach().clone()))
+    hook = register_optimizer_step_post_hook(lambda *_: left.append(net.head.weight.detach().clone()))
+    history = fit(net, Points(), None, settings, after=lambda _: told.append(net.head.weight.detach().clone()))
+    hook.remove()
     mean = left[0]
     for step, weight in enumerate(left[1:], 1):
         decay = min(0.6, (1 + step) / (10 + step))
         mean = decay * mean + (1 - decay) * weight
     torch.testing.assert_close(net.head.weight.detach(), mean)
-    assert not torch.allclose(left[-1], mean)
+    assert torch.equal(told[-1], net.head.weight) and not torch.allclose(left[-1], mean)
     assert {epoch.lr for epoch in history.epochs} == {0.05}

@@ -18,7 +18,7 @@ from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Ladder, Method, find_method, from_dict, to_dict
 from restuning.objective import objective
-from restuning.saved import Card, fetch, fingerprint_of, push, read, same_weights, write
+from restuning.saved import Card, card_of, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
 from restuning.wiring.anatomy import AFFINE, Anatomy
 from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
@@ -379,7 +379,10 @@ class Tuned(nn.Module):
         options: those of `torch.compile`, `fullgraph=True` among them. Adapters of one kind, whatever their classes,
         share the graph: to switch between them compiles nothing; torch compiles no more kinds than
         `torch._dynamo.config.recompile_limit`. (`torch.compile(tuned)` cannot see hooks that come and go: use this.)
+        Raises MethodError for a backbone that denoises.
         """
+        if self.denoises:
+            raise MethodError(f"{self._sites.anatomy.name} denoises: only backbones with a head are compiled")
         whole_weights(self._shards, "a compiled pass")
         self._compiled = torch.compile(self._pass, **options)
 
@@ -536,6 +539,17 @@ class Tuned(nn.Module):
             state |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
         write(Path(path), adapter.card, state)
 
+    def check_adapter(self, folder: Path) -> None:
+        """Raises CheckpointError for a saved adapter of another backbone, by what its card says."""
+        made, here = card_of(folder).backbone, self._sites
+        if (made.get("width"), made.get("depth")) != (here.port.writes, len(here.blocks)):
+            raise CheckpointError(
+                f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); "
+                f"this is {self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
+            )
+        if not same_weights(made.get("fingerprint"), self._fingerprint):
+            raise CheckpointError(f"{folder}: made for {made.get('name')} with other weights than this {self._name}")
+
     def load_adapter(
         self,
         path: str | Path,
@@ -549,15 +563,8 @@ class Tuned(nn.Module):
         Raises CheckpointError for files that are damaged, foreign, or of another backbone; nothing is changed then.
         """
         folder, active = fetch(path, revision), self.active_adapters
+        self.check_adapter(folder)
         card, state = read(folder)
-        made, here = card.backbone, self._sites
-        if (made.get("width"), made.get("depth")) != (here.port.writes, len(here.blocks)):
-            raise CheckpointError(
-                f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); "
-                f"this is {self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
-            )
-        if not same_weights(made.get("fingerprint"), self._fingerprint):
-            raise CheckpointError(f"{folder}: made for {made.get('name')} with other weights than this {self._name}")
         try:
             spec = method if method is not None else from_dict(card.spec)
             self.add_adapter(

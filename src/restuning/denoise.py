@@ -90,11 +90,12 @@ def output_of(said: Any) -> Tensor:
 class Plug:
     """Hooks on a backbone that make every call of it one of the tuned backbone, until `remove()`.
 
-    What is tuned goes to where the sample is, as pipelines that move their parts about put that.
+    What is tuned goes to where the sample is, as pipelines that move their parts about put that, and to the backbone's
+    precision where that was cast since and nothing trains. before: the backbone's state to give back.
     """
 
-    def __init__(self, backbone: nn.Module, tuned: Any) -> None:
-        self.tuned = tuned
+    def __init__(self, backbone: nn.Module, tuned: Any, before: Mapping[str, Tensor] | None = None) -> None:
+        self.tuned, self._backbone, self._before = tuned, backbone, before or {}
         self._running: list[tuple[ExitStack, Callable[[Any], None]]] = []
         self._handles = [  # bound methods, so that a copy of the backbone has hooks of its own
             backbone.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
@@ -102,9 +103,12 @@ class Plug:
         ]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = argument(module, args, kwargs)[1]
-        if any(p.device != sample.device for p in self.tuned.adapters.parameters()):
+        sample, own = argument(module, args, kwargs)[1], list(self.tuned.adapters.parameters())
+        if any(p.device != sample.device for p in own):
             self.tuned.adapters.to(sample.device)
+        follows = not torch.is_grad_enabled() and not torch.is_autocast_enabled(sample.device.type)
+        if follows and any(p.dtype != sample.dtype for p in own):
+            self.tuned.adapters.to(sample.dtype)
         stack = ExitStack()
         self._running.append((stack, stack.enter_context(self.tuned.acting())))
 
@@ -118,6 +122,9 @@ class Plug:
         """The backbone as it came."""
         for handle in self._handles:
             handle.remove()
+        if self._before:
+            self._backbone.load_state_dict(self._before)
+            self._before = {}
 
     def __enter__(self) -> "Plug":
         return self

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -366,10 +367,11 @@ class Settings(Protocol):
 @contextlib.contextmanager
 def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Settings] = read_run) -> Iterator[None]:
     """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one."""
-    new = not out.exists()
+    made = not out.exists()
     with locked(out):
         record = out / RUN
         there = contents(out)
+        new = not there
         if record.exists() and not resume:
             state = "a finished run" if (out / RESULT).exists() else "an unfinished run: continue it with --resume"
             raise RestuningError(f"{out} holds {state}; choose another folder for a new one")
@@ -387,11 +389,12 @@ def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Setti
         except OSError as error:
             raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
         except RestuningError:
-            if new and not any(p.suffix in {".pt", ".safetensors"} for p in out.iterdir()):
-                for name in (RUN, TRIALS, ".lock"):  # a run that never started leaves nothing behind
+            own = {RUN, TRIALS, ".lock"}
+            if new and all(p.is_dir() or p.name in own for p in out.rglob("*")):
+                for name in own:  # a run that never started leaves nothing behind
                     (out / name).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    out.rmdir()
+                if made:
+                    shutil.rmtree(out)
             raise
 
 

@@ -168,6 +168,16 @@ class _Run:
             if p.requires_grad:
                 self.place.mean.setdefault(name, p.detach().clone()).lerp_(p, 1 - decay)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """While it lasts, the weights are their mean, where one is kept."""
+        now = changing_tensors(self.model) if self.place.mean else {}
+        restore(self.model, self.place.mean)
+        try:
+            yield
+        finally:
+            restore(self.model, now)
+
     def score(self, dataset: Examples) -> float:
         """The objective's first metric, each process on its share."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -223,7 +233,7 @@ class _Run:
 
 
 @contextmanager
-def _accelerated(precision: str, given: "Accelerator | None") -> Iterator["Accelerator"]:
+def accelerated(precision: str, given: "Accelerator | None" = None) -> Iterator["Accelerator"]:
     """The caller's accelerator, or one of our own that leaves no setting behind for the next run."""
     try:
         from accelerate import Accelerator
@@ -271,9 +281,9 @@ def fit(
     """Train what has requires_grad, in place; `model.train()` each epoch (frozen parts must keep themselves in eval).
 
     `state` is the file that a run can go on from: written at the start, every `save_seconds`, after each epoch and on
-    Ctrl-C. after: told how many epochs are done, after each. With `resume`, the run goes on from it, or starts if it is
-    not there yet; without, it is overwritten. On a GPU, "the same bits" holds as far as its kernels are deterministic.
-    The global generators are left as they were.
+    Ctrl-C. With `resume`, the run goes on from it, or starts if it is not there yet; without, it is overwritten. after:
+    told how many epochs are done, after each, while the weights are their mean if one is kept. On a GPU, "the same
+    bits" holds as far as its kernels are deterministic. The global generators are left as they were.
     """
     if resume and state is None:
         raise RestuningError("resume needs a state file: state is None")
@@ -282,7 +292,7 @@ def fit(
     if config.group_by_length and not isinstance(train, HasLengths):
         raise RestuningError("group_by_length is for texts, and these examples have no length")
     groups = parameter_groups(model, config.weight_decay)
-    with _accelerated(config.precision, accelerator) as accelerator:
+    with accelerated(config.precision, accelerator) as accelerator:
         for name, dataset in (("train", train), ("val", val)):
             if dataset is not None and len(dataset) < accelerator.num_processes:
                 raise RestuningError(f"{name} has {len(dataset)} examples for {accelerator.num_processes} processes")
@@ -308,7 +318,8 @@ def fit(
                     row = run.epoch(show)
                     draw(row.epoch, row.curves())
                     if after is not None and main:
-                        after(row.epoch + 1)
+                        with run.averaged():
+                            after(row.epoch + 1)
             except KeyboardInterrupt:
                 if not run.torn:
                     run.save()

@@ -3,6 +3,8 @@
 import argparse
 import json
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,11 @@ def _generate(args: argparse.Namespace) -> None:
     from restuning.run import RUN
     from restuning.saved import changes_the_base
 
+    twice = next((x for given in (args.prompts, args.seeds or ()) for x, n in Counter(given).items() if n > 1), None)
+    if twice is not None:
+        raise RestuningError(f"{twice!r} is asked for twice: each prompt and seed is painted once")
+    if args.grid is not None and args.grid.is_dir():
+        raise RestuningError(f"--grid {args.grid} is a folder: expected a file's name, such as grid.png")
     if not args.adapters and not args.base:
         raise RestuningError("nothing to paint with: expected a tuned file, or --base")
     if args.out.exists() and any(args.out.glob("*.png")):
@@ -141,34 +148,43 @@ def _generate(args: argparse.Namespace) -> None:
     given |= {name: tuple(given[name]) for name in ("prompts", "seeds") if name in given}
     asked = Asked(**{"size": run.size if run else None, **given})
     base, device = args.base or run.base, "cuda" if torch.cuda.is_available() else "cpu"  # type: ignore[union-attr]
-    named: dict[str, Path] = {}
-    for folder in args.adapters:
-        name = folder.name.replace(".", "-")
-        named[name if name not in named else f"{name}-{len(named)}"] = folder
+    named = {f"adapter{i}": folder for i, folder in enumerate(args.adapters)}
+    labels = dict(zip(("", *named), _labels(args.adapters), strict=True))
     full = [name for name, folder in named.items() if changes_the_base(folder)]
     plain = [""] * (args.plain or not named)
     groups = [[*plain, *(name for name in named if name not in full)], *([name] for name in full)]
-    rows: dict[str, list[Any]] = {name: [] for name in (*plain, *named)}
+    rows: dict[str, list[Any]] = {labels[name]: [] for name in (*plain, *named)}
     paths, seconds = [], 0.0
     for names in filter(None, groups):
         pipe = load_base(base, device)
         tuned = Tuned(denoiser_of(pipe))
+        for folder in args.adapters:
+            tuned.check_adapter(folder)
         for name in filter(None, names):
             tuned.load_adapter(named[name], name)
         tuned.to(pipe.device)
         start = time.perf_counter()
         for picture in pictures(pipe, tuned, asked, names):
-            prompt = asked.prompts.index(picture.prompt)
-            paths.append(args.out / f"{picture.adapter or 'base'}-{prompt:03}-{picture.seed}.png")
-            picture.save(paths[-1])
-            rows[picture.adapter].append(picture.image)
+            label = labels[picture.adapter]
+            paths.append(args.out / f"{label}-{asked.prompts.index(picture.prompt):03}-{picture.seed}.png")
+            replace(picture, adapter=label if picture.adapter else "").save(paths[-1])
+            rows[label].append(picture.image)
         seconds += time.perf_counter() - start
     if args.grid is not None:
         columns = [f"{seed} {prompt}" for prompt in asked.prompts for seed in asked.seeds]
-        grid(args.grid, {name or "base": images for name, images in rows.items()}, columns)
+        grid(args.grid, rows, columns)
     each = seconds / len(paths)
     found = {"pictures": [str(path) for path in paths], "seconds_each": each}
     _say(args, found, f"{len(paths)} pictures, {each:.2f} s each → {args.out}")
+
+
+def _labels(folders: Sequence[Path]) -> list[str]:
+    """What pictures are called by: `base`, and each folder's own name, numbered where that is taken."""
+    found = ["base"]
+    for folder in folders:
+        name = folder.resolve().name
+        found.append(next(x for x in (name, *(f"{name}-{i}" for i in range(2, len(found) + 2))) if x not in found))
+    return found
 
 
 def _say(args: argparse.Namespace, data: Any, text: str) -> None:

@@ -109,6 +109,9 @@ def _listed(where: Path, files: Sequence[str], given: str | None) -> Items:
     """COCO's pictures, in the folder or the tar that was given, or in a folder beside the json."""
     if given is not None and Path(given).is_file():
         within = {str(PurePosixPath(member[1])): member for member in members_of(given)}
+        tops = {name.partition("/")[0] for name in within}
+        if files[0] not in within and len(tops) == 1:  # one folder around it all
+            within = {name.partition("/")[2]: member for name, member in within.items()}
         missing = next((file for file in files if file not in within), None)
         if missing is not None:
             raise DataError(f"{where}: {given} holds no {missing}")

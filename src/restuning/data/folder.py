@@ -1,5 +1,6 @@
 """`folder:PATH`: class/file, or train|val|test/class/file."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,9 @@ class Files(Items):
     def head(self, i: int) -> bytes:
         with open(self.names[i], "rb") as file:
             return file.read(8)
+
+    def size(self, i: int) -> int:
+        return os.path.getsize(self.names[i])
 
 
 def load_folder(path: str) -> Source:

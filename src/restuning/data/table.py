@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
+from urllib.parse import unquote
 
 from restuning.data.folder import Files
 from restuning.data.task import Source
@@ -50,7 +50,8 @@ class Table:
 def settings_of(rest: str, known: Sequence[str]) -> tuple[str, dict[str, str]]:
     """`PATH?name=value&…` → path, settings. Raises DataError for a setting that is not known."""
     path, _, query = rest.partition("?")
-    settings = dict(parse_qsl(query, keep_blank_values=True))
+    pairs = (one.partition("=") for one in query.split("&") if one)
+    settings = {name: unquote(value) for name, _, value in pairs}  # %26 is a & in a value; a + is a +
     strange = sorted(settings.keys() - set(known))
     if strange or (query and not settings):
         raise DataError(f"{rest}: unknown setting {strange[0] if strange else query}: expected {', '.join(known)}")

@@ -34,6 +34,9 @@ class Members(Items):
         tar, _, offset, size = self.members[i]
         return _read(tar, offset, min(size, 8))
 
+    def size(self, i: int) -> int:
+        return self.members[i][3]
+
 
 def _read(tar: str, offset: int, size: int) -> bytes:
     with _open(tar) as file:

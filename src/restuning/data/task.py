@@ -33,6 +33,10 @@ class Items(ABC, Dataset[tuple[Any, Any]]):
         """The first bytes of its file, which tell its format; none where it comes from no file of its own."""
         return b""
 
+    def size(self, i: int) -> int:
+        """Bytes of its file; 0 where it comes from no file of its own."""
+        return 0
+
     def __getitem__(self, i: int) -> tuple[Any, Any]:
         return self.item(i), self.labels[i]
 
@@ -50,6 +54,9 @@ class View(Items):
 
     def head(self, i: int) -> bytes:
         return self.items.head(self.indices[i])
+
+    def size(self, i: int) -> int:
+        return self.items.size(self.indices[i])
 
 
 @dataclass(frozen=True)

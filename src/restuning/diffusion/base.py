@@ -67,24 +67,30 @@ def _kind(pipe: Any) -> str | None:
 
 
 def scheduler_of(pipe: Any, name: str) -> Any:
-    """A sampler over the noise that the base was trained with. Raises RestuningError for an unknown one."""
+    """A sampler over the noise that the base was trained with. Raises RestuningError for an unknown one, and for one
+    that cannot begin where the base does."""
     import diffusers
 
     if name not in SCHEDULERS:
         raise RestuningError(f"unknown sampler {name!r}: expected one of {', '.join(SCHEDULERS)}")
+    if name == "plms" and sampler_of(pipe) != name:
+        raise RestuningError("plms cannot begin at noise alone, as this base was trained to: expected ddim or dpm")
     kind, more = SCHEDULERS[name]
     return getattr(diffusers, kind).from_config(pipe.scheduler.config, **more)
 
 
-def check_prompts(pipe: Any, prompts: Sequence[str]) -> None:
+def sampler_of(pipe: Any) -> str:
+    """The paper's, or DDIM for a base whose last step is noise alone (Lin et al. 2024)."""
+    return "ddim" if pipe.scheduler.config.get("rescale_betas_zero_snr") else "plms"
+
+
+def check_prompts(pipe: Any, prompts: Sequence[str], hint: str = "") -> None:
     """Raises DataError for a text that is longer than the encoder reads."""
     most = min(pipe.tokenizer.model_max_length, _longest(pipe))
     for prompt in prompts:
         count = len(pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
         if count > most:
-            raise DataError(
-                f"{prompt[:60]!r}… has {count} tokens: the text encoder reads {most}; shorten it, or truncate"
-            )
+            raise DataError(f"{prompt[:60]!r}… has {count} tokens: the text encoder reads {most}; shorten it{hint}")
 
 
 def _longest(pipe: Any) -> int:
@@ -95,12 +101,15 @@ def _longest(pipe: Any) -> int:
 
 @torch.no_grad()
 def texts_of(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """What the text encoders make of the prompts, a row each, by the names of the denoiser's arguments."""
+    """What the text encoders make of the prompts, a row each, by the names of the denoiser's arguments; of no words,
+    nothing, where the pipeline says so (SDXL's)."""
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with _quiet():  # of what it truncates
         said = pipe.encode_prompt(list(prompts), **given)
     if _kind(pipe) == "xl":
-        return {"encoder_hidden_states": said[0], "text_embeds": said[2]}
+        found = {"encoder_hidden_states": said[0], "text_embeds": said[2]}
+        empty = [i for i, prompt in enumerate(prompts) if not prompt and pipe.config.force_zeros_for_empty_prompt]
+        return {name: x.index_fill(0, torch.tensor(empty, device=x.device).long(), 0) for name, x in found.items()}
     if _kind(pipe) == "pixart":
         return {"encoder_hidden_states": said[0], "encoder_attention_mask": said[1]}
     return {"encoder_hidden_states": said[0]}

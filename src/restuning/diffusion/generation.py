@@ -1,6 +1,7 @@
 """Pictures from prompts: diffusers' samplers over a base and its tuned forms, apart or from shared work."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from restuning.diffusion.base import (
 )
 from restuning.errors import RestuningError
 from restuning.files import write_whole
+from restuning.saved import changes_the_base, fetch
 
 Share = Literal["exact", "base-trajectory", "mean-trajectory"]
 SHARES = ("exact", "base-trajectory", "mean-trajectory")
@@ -52,8 +54,10 @@ class Asked:
     def __post_init__(self) -> None:
         if not self.prompts or not self.seeds:
             raise RestuningError("nothing to paint: expected a prompt and a seed at least")
-        if self.steps < 1 or self.batch_size < 1 or self.guidance < 1:
+        if self.steps < 1 or self.batch_size < 1 or not 1 <= self.guidance < math.inf:
             raise RestuningError("steps, batch size and guidance: expected 1 or more")
+        if not all(0 <= seed < 1 << 63 for seed in self.seeds):
+            raise RestuningError("seeds: expected numbers from 0 to 2⁶³ − 1")
         if self.share not in SHARES:
             raise RestuningError(f"share is {self.share!r}: expected one of {', '.join(SHARES)}")
 
@@ -81,21 +85,31 @@ class Picture:
         info.add_text("restuning", json.dumps(mine))
         buffer = io.BytesIO()
         self.image.save(buffer, "PNG", pnginfo=info)
-        try:
-            write_whole(path, buffer.getbuffer())
-        except OSError as error:
-            raise RestuningError(f"cannot write {path}: {error.strerror or error}") from error
+        _write(path, buffer)
+
+
+def _write(path: Path, buffer: Any) -> None:
+    try:
+        write_whole(path, buffer.getbuffer())
+    except OSError as error:
+        raise RestuningError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def plug(pipe: Any, *paths: str | Path) -> Plug:
-    """Have a pipeline of diffusers paint with tuned files, together, until `remove()`."""
-    tuned = Tuned(denoiser_of(pipe))
+    """Have a pipeline of diffusers paint with tuned files, together, until `remove()`.
+
+    Of a fully tuned file, whose weights take the place of the base's, those are kept until then.
+    """
+    denoiser, folders = denoiser_of(pipe), [fetch(path) for path in paths]
+    tuned = Tuned(denoiser)
+    held = any(changes_the_base(folder) for folder in folders)
+    before = {name: x.clone() for name, x in denoiser.state_dict().items()} if held else {}
     names = [f"adapter{i}" for i in range(len(paths))]
-    for name, path in zip(names, paths, strict=True):
-        tuned.load_adapter(path, name)
+    for name, folder in zip(names, folders, strict=True):
+        tuned.load_adapter(folder, name)
     tuned.to(pipe.device)
     tuned.set_adapter(names)
-    return tuned.plug()
+    return Plug(denoiser, tuned, before)
 
 
 def pictures(pipe: Any, tuned: Tuned | None, asked: Asked, names: Sequence[str] = ("",)) -> Iterator[Picture]:
@@ -106,7 +120,7 @@ def pictures(pipe: Any, tuned: Tuned | None, asked: Asked, names: Sequence[str] 
     """
     check_prompts(pipe, (*asked.prompts, asked.negative))
     config: Any = denoiser_of(pipe).config
-    size = asked.size or config.sample_size * pipe.vae_scale_factor
+    size = config.sample_size * pipe.vae_scale_factor if asked.size is None else asked.size
     side = check_size(pipe, size)
     wanted = [(prompt, seed) for prompt in asked.prompts for seed in asked.seeds]
     most = max(1, asked.batch_size // max(1, len(_together(tuned, names))))
@@ -203,6 +217,9 @@ def _side_by_side(
 
 def _loop(pipe: Any, asked: Asked, noise: Tensor, step: Callable[[Tensor, Tensor, Any], Tensor]) -> Tensor:
     scheduler = scheduler_of(pipe, asked.sampler)
+    if asked.steps > scheduler.config.num_train_timesteps:
+        most = scheduler.config.num_train_timesteps
+        raise RestuningError(f"{asked.steps} steps: expected at most {most}, with which the base was trained")
     scheduler.set_timesteps(asked.steps, device=noise.device)
     z: Tensor = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -251,4 +268,4 @@ def grid(path: Path, rows: Mapping[str, Sequence[Any]], columns: Sequence[str] =
         pen.text((left + x * (wide + gap), len(rows) * (high + gap)), column[: max(1, wide // 6)], fill="black")
     buffer = io.BytesIO()
     sheet.save(buffer, "PNG")
-    write_whole(path, buffer.getbuffer())
+    _write(path, buffer)

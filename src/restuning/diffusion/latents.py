@@ -53,11 +53,15 @@ class _Shards:
         self.open: dict[int, Any] = {}
 
     def row(self, i: int) -> dict[str, Tensor]:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         shard, at = divmod(i, SHARD)
         if shard not in self.open:
-            self.open[shard] = safe_open(shard_of(self.folder, self.kind, shard), "pt")
+            path = shard_of(self.folder, self.kind, shard)
+            try:
+                self.open[shard] = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} is damaged: delete it, and it is built again ({error})") from error
         file = self.open[shard]
         return {name: file.get_slice(name)[at] for name in file.keys()}  # noqa: SIM118
 
@@ -71,14 +75,14 @@ def keep_latents(
     data: Captioned,
     out: Path,
     *,
-    spec: str,
     size: int,
     flip: bool = False,
     truncate: bool = False,
     batch_size: int = 8,
     show: Callable[[int, str], None] = lambda done, text: None,
 ) -> Latents:
-    """Build what is missing in `out`, or take what is there if it is of the same data, base and settings.
+    """Build what is missing in `out`, or take what is there if it is of the same pictures (told by their names, and by
+    their files' bytes in number), captions, base and settings.
 
     Raises RestuningError if it is of others, or if there is no room for it; DataError for a picture that cannot be
     read, and (without `truncate`) for a caption beyond the encoder's length.
@@ -86,15 +90,18 @@ def keep_latents(
     check_size(pipe, size)
     captions = sorted({caption for i in range(len(data)) for caption in data.captions(i)})
     if not truncate:
-        check_prompts(pipe, captions)
+        check_prompts(pipe, captions, ", or truncate")
     rows = {caption: i for i, caption in enumerate(["", *captions])}
     texts = ["", *captions]
     manifest = {
         "format": FORMAT,
-        "settings": {"data": spec, "size": size, "flip": flip, "truncate": truncate},
+        "settings": {"size": size, "flip": flip, "truncate": truncate},
         "vae": fingerprint_of(pipe.vae),
-        "text_encoder": fingerprint_of(pipe.text_encoder),
+        "text encoders": [
+            fingerprint_of(part) for name, part in pipe.components.items() if name.startswith("text_encoder") and part
+        ],
         "names": [Path(name).name for name in data.names],
+        "files": [data.images.size(i) for i in range(len(data))],
         "words": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
         "texts": len(texts),
         "captions": [[rows[caption] for caption in data.captions(i)] for i in range(len(data))],
@@ -147,7 +154,9 @@ def _same(out: Path, manifest: dict[str, Any]) -> None:
         now = json.loads(as_json(manifest))
         other = [name for name in now if before.get(name) != now[name]]
         if other:
-            raise RestuningError(f"{out} holds latents of other {', '.join(other)}: choose another folder")
+            raise RestuningError(
+                f"{out} holds latents of other {', '.join(other)}: delete it, or choose another folder"
+            )
     else:
         write_whole(file, as_json(manifest))
 

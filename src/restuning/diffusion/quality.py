@@ -1,7 +1,8 @@
 """How near painted pictures are to real ones, and to their prompts: by torchmetrics, with weights that are here."""
 
+import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from restuning.adapt import adapt
-from restuning.backbones import load_backbone, preprocessing_of
+from restuning.backbones import load_backbone, reading_of
+from restuning.data import Preprocess
 from restuning.data.captioned import Square
 from restuning.data.captions import load_captions
 from restuning.data.folder import load_images
@@ -26,19 +28,27 @@ def score(
     real: captioned pictures (`restuning.data.captions`), cut to squares of that size. features: `inception:FILE`
     (FID and KID as published, on torch-fidelity's Inception weights), or any backbone of images that `load_backbone`
     knows, with `weights`: then both are distances of that backbone's pooled features. clip: a folder with a CLIP model;
-    prompts are read from the pictures. Raises DataError for fewer than 2 pictures, RestuningError for weights that are
-    not there.
+    prompts are read from the pictures. Raises DataError for fewer than 2 pictures and for pictures of several adapters
+    (a folder that `restuning generate` painted with one is what can be scored), RestuningError for weights that are not
+    there.
     """
     net = _net(features, weights)
     painted, data = load_images(generated), load_captions(real)
     if min(len(painted), len(data)) < 2:
         raise DataError(f"{len(painted)} pictures and {len(data)} real ones: expected 2 of each at least")
     images = [painted.item(i) for i in range(len(painted))]
+    said = [_said(name) for name in painted.names]
+    by = sorted(
+        {json.loads(text["restuning"])["adapter"] or "base" if "restuning" in text else "none" for text in said}
+    )
+    if len(by) > 1:
+        raise DataError(f"{generated} holds pictures of several adapters ({', '.join(by)}): expected those of one")
     square = Square(images[0].width)
     found = distances(seen(net, images), seen(net, (_image(square(data.image(i))) for i in range(len(data)))))
     result: dict[str, Any] = {"pictures": len(painted), "real": len(data), "features": features, **found}
     if clip is not None:
-        result["clip_score"] = clip_score(clip, images, [_prompt(name) for name in painted.names])
+        prompts = [_prompt(text, name) for text, name in zip(said, painted.names, strict=True)]
+        result["clip_score"] = clip_score(clip, images, prompts)
     return result
 
 
@@ -106,10 +116,19 @@ def _net(features: str, weights: str | None) -> Callable[[Sequence[Any]], Tensor
             raise MissingExtra("torch-fidelity", "diffusion") from error
         except Exception as error:
             raise RestuningError(f"{path} holds no Inception weights: {line(error)}") from error
-        return lambda images: net(torch.stack([_pixels(image) for image in images])).flatten(1)
+        return lambda images: net(torch.stack([_pixels(image) for image in _alike(images)])).flatten(1)
     backbone = load_backbone(features, weights)
-    how, tuned = preprocessing_of(backbone), adapt(backbone, "linear")
+    how, tuned = reading_of(backbone), adapt(backbone, "linear")
+    if not isinstance(how, Preprocess):
+        raise RestuningError(f"{features} reads texts: expected a backbone of images")
     return lambda images: tuned(torch.stack([how(image) for image in images]))
+
+
+def _alike(images: Sequence[Any]) -> Sequence[Any]:
+    sizes = sorted({image.size for image in images})
+    if len(sizes) > 1:
+        raise DataError(f"pictures of several sizes ({sizes[0]} and {sizes[-1]} pixels): Inception reads those of one")
+    return images
 
 
 def _pixels(image: Any) -> Tensor:
@@ -124,11 +143,15 @@ def _image(pixels: Tensor) -> Any:
     return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def _prompt(path: str) -> str:
+def _said(path: str) -> dict[str, str]:
+    """A PNG's own words."""
     from PIL import Image
 
     with Image.open(path) as image:
-        prompt = getattr(image, "text", {}).get("prompt")
-    if prompt is None:
+        return dict(getattr(image, "text", {}))
+
+
+def _prompt(said: Mapping[str, str], path: str) -> str:
+    if "prompt" not in said:
         raise DataError(f"{path} says nothing of its prompt: CLIP scores are for pictures of `restuning generate`")
-    return str(prompt)
+    return said["prompt"]

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.adapt import Tuned
+from restuning.data.captioned import Captioned
 from restuning.data.captions import load_captions
-from restuning.diffusion.base import check_prompts, denoiser_of, load_base, noise_of, scheduler_of, told
+from restuning.data.folder import Files
+from restuning.diffusion.base import check_prompts, denoiser_of, load_base, noise_of, sampler_of, scheduler_of, told
 from restuning.diffusion.generation import Asked, draw, grid, pictures
 from restuning.diffusion.latents import Latents, keep_latents
 from restuning.errors import RestuningError
@@ -25,9 +27,9 @@ from restuning.methods import Method, find_method, on_blocks, resize
 from restuning.objective import Objective
 from restuning.processes import is_first, meet
 from restuning.progress import History, bar
-from restuning.recipe import TrainConfig, seed_of
+from restuning.recipe import TrainConfig, parameter_groups, seed_of
 from restuning.run import RESULT, claimed, versions
-from restuning.train import fit
+from restuning.train import accelerated, fit
 
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
 """The paper's: AdamW, lr 1e-4, constant, batch 8, 10 epochs."""
@@ -103,15 +105,15 @@ def read_run(path: Path) -> DiffusionRun:
         return DiffusionRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise RestuningError(f"no recorded run at {path}") from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise RestuningError(f"{path} is damaged: {error}") from error
 
 
 class Noised:
     """Examples: latents with noise of a drawn amount, and what the denoiser should say of them.
 
-    All that is drawn is a function of (seed, epoch, i): the view, the caption, whether it is left out, the timestep,
-    the noise. weight: of the squared error.
+    All that is drawn is a function of (seed, epoch, place): the view, the caption, whether it is left out, the
+    timestep, the noise. weight: of the squared error.
     """
 
     def __init__(
@@ -131,7 +133,11 @@ class Noised:
         self.epoch = epoch
 
     def __getitem__(self, i: int) -> tuple[dict[str, Tensor], Tensor]:
-        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, i))
+        return self.at(i, i)
+
+    def at(self, i: int, place: int) -> tuple[dict[str, Tensor], Tensor]:
+        """Picture i, as it is drawn at this place of the epoch."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self.epoch, place))
 
         def drawn(below: int) -> int:
             return int(torch.randint(below, (), generator=generator))
@@ -168,7 +174,7 @@ class Both:
 
     def __getitem__(self, i: int) -> Any:
         n = len(self.own)
-        return self.own[i] if i < n else self.prior[(i - n + self.own.epoch * n) % len(self.prior)]
+        return self.own[i] if i < n else self.prior.at((i - n + self.own.epoch * n) % len(self.prior), i)
 
 
 class Denoiser(nn.Module):
@@ -229,34 +235,37 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
         processes = meet()
         start = time.perf_counter()
         pipe = load_base(run.base, "cuda" if torch.cuda.is_available() else "cpu")
-        if not run.truncate:
-            check_prompts(pipe, run.prompts)
+        # all that can be refused, before hours of latents
+        data = load_captions(run.data)
+        check_prompts(pipe, [*run.prompts, *([] if run.prior_prompt is None else [run.prior_prompt])])
         scheduler = scheduler_of(pipe, "ddim")
+        torch.manual_seed(run.training.seed)
+        tuned = Tuned(denoiser_of(pipe), backbone_name=run.base)
+        tuned.add_adapter("default", run.spec(tuned.family), preprocessing={"size": run.size})
+        tuned.to(pipe.device)
+        model = Denoiser(pipe, tuned, run.size)
+        with accelerated(run.training.precision):
+            parameter_groups(model, run.training.weight_decay)
         shared = Path(run.latents) if run.latents else out / "latents"
         with bar(1, progress and is_first()) as show:
-            latents = _latents(run, pipe, run.data, shared, run.flip, lambda _, text: show(0, text))
+            latents = _latents(run, pipe, data, shared, run.flip, lambda _, text: show(0, text))
         own = Noised(latents, scheduler, seed=run.training.seed, drop=run.drop)
         examples: Examples = own
         if run.prior_prompt is not None:
             prior = _prior(run, pipe, out)
             weight = run.prior_weight
             examples = Both(own, Noised(prior, scheduler, seed=run.training.seed, drop=run.drop, weight=weight))
-        torch.manual_seed(run.training.seed)
-        denoiser = denoiser_of(pipe)
-        tuned = Tuned(denoiser, backbone_name=run.base)
-        tuned.add_adapter("default", run.spec(tuned.family), preprocessing={"size": run.size})
-        tuned.to(pipe.device)
         if run.gradient_checkpointing:
             tuned.gradient_checkpointing_enable()
-        model = Denoiser(pipe, tuned, run.size)
 
         def after(epoch: int) -> None:
             if run.prompts and (epoch % run.sample_every == 0 or epoch == run.training.epochs):
-                painted = draw(pipe, tuned, Asked(run.prompts, size=run.size, steps=20))
+                painted = draw(pipe, tuned, Asked(run.prompts, size=run.size, steps=20, sampler=sampler_of(pipe)))
                 grid(out / f"samples-{epoch:04}.png", {f"epoch {epoch}": painted}, run.prompts)
 
         batch, _ = next(iter(loader(examples, run.training.batch_size)))
-        kept = saved_bytes(lambda: model.train()(to_device(batch, pipe.device)), model.parameters())
+        with accelerated(run.training.precision) as accelerator, accelerator.autocast():
+            kept = saved_bytes(lambda: model.train()(to_device(batch, pipe.device)), model.parameters())
         histories: list[History] = []
 
         def train() -> None:
@@ -307,25 +316,23 @@ def _prior(run: DiffusionRun, pipe: Any, out: Path) -> Latents:
     files = [folder / f"{seed:05}.png" for seed in range(run.prior_images)]
     missing = tuple(seed for seed, file in enumerate(files) if not file.exists())
     if missing and is_first():
-        for picture in pictures(pipe, None, Asked((run.prior_prompt,), seeds=missing, size=run.size)):
+        asked = Asked((run.prior_prompt,), missing, size=run.size, sampler=sampler_of(pipe))
+        for picture in pictures(pipe, None, asked):
             picture.save(files[picture.seed])
-    rows = [json.dumps({"file_name": file.name, "text": run.prior_prompt}) for file in files]
-    if is_first():
-        write_whole(folder / "metadata.jsonl", ("\n".join(rows) + "\n").encode())
     meet()
-    return _latents(run, pipe, f"captions:{folder}", out / "prior-latents")
+    data = Captioned(Files(files, [0] * len(files)), [(run.prior_prompt,)] * len(files))
+    return _latents(run, pipe, data, out / "prior-latents")
 
 
 def _latents(
     run: DiffusionRun,
     pipe: Any,
-    spec: str,
+    data: Captioned,
     out: Path,
     flip: bool = False,
     show: Callable[[int, str], None] = lambda done, text: None,
 ) -> Latents:
     if is_first():
-        how: dict[str, Any] = {"spec": spec, "size": run.size, "flip": flip, "truncate": run.truncate}
-        keep_latents(pipe, load_captions(spec), out, **how, show=show)
+        keep_latents(pipe, data, out, size=run.size, flip=flip, truncate=run.truncate, show=show)
     meet()
     return Latents(out)
