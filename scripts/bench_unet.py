@@ -183,9 +183,9 @@ Wanted of the bypass: at most {WANTED["bytes"]} of full's bytes and {WANTED["ste
 {args.tasks} bypasses on one evaluation of the U-Net take {ratio} of {args.tasks} evaluations, each with its bypass;
 wanted is at most {WANTED["tasks"]}. (The paper: ten prompts' work at 0.164.)
 
-Command: `python scripts/bench_unet.py --side {args.side} --batch {args.batch} --tasks {args.tasks} --rounds {args.rounds}
---device {args.device} --precision {args.precision}`; commit {facts["commit"]}; torch {torch.__version__}; {where}.
-Median of {args.rounds} rounds, all calls of a round in turn.
+Command: `python scripts/bench_unet.py --side {args.side} --batch {args.batch} --tasks {args.tasks}
+--rounds {args.rounds} --device {args.device} --precision {args.precision}`; commit {facts["commit"]};
+torch {torch.__version__}; {where}. Median of {args.rounds} rounds, all calls of a round in turn.
 """
     (args.results / f"{name}.md").write_text(text)
     print(text)

@@ -111,7 +111,18 @@ def test_transformers_folders(tmp_path: Path) -> None:
     text = {k: v for k, v in TEXT.items() if k not in ("image_size", "patch_size")} | {"eos_token_id": 2}
     clip = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=HF, projection_dim=8))
     clip.save_pretrained(tmp_path / "clip")
+    hf.CLIPImageProcessor().save_pretrained(tmp_path / "clip")
     vision = rt.load_backbone(f"hf:{tmp_path / 'clip'}")
+    assert preprocessing_of(vision).mean == tuple(hf.CLIPImageProcessor().image_mean) != (0.5, 0.5, 0.5)
+    hf.ViTImageProcessor().save_pretrained(tmp_path / "vit")
+    assert preprocessing_of(loaded).interpolation == "bilinear" and preprocessing_of(vision).interpolation == "bicubic"
+    (tmp_path / "vit" / "preprocessor_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="image processor cannot be read"):
+        preprocessing_of(loaded)
+    vit.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in rt.load_backbone(f"hf:{tmp_path / 'half'}").parameters()} == {torch.float32}
+    with pytest.raises(RestuningError, match="image size 8 does not fit"):
+        rt.load_backbone("convnext_atto", "random", 8)
     tuned = rt.adapt(vision, "res-tuning", 3)
     assert tuned(pixel_values=torch.zeros(1, 3, 16, 16)).shape == (1, 3)
 

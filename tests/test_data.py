@@ -209,6 +209,10 @@ def test_hub_data_sets(tmp_path: Path) -> None:
         str(tmp_path / "outside")
     )
     assert "test row 3: label 7 is outside the 2 classes" in error(f"hf:{tmp_path / 'outside'}")
+    for i, odd in enumerate(([0.5] * 10, [[0]] * 10, [None, *[1] * 9])):
+        strange = rows.remove_columns("kind").add_column("label", odd)
+        strange.save_to_disk(str(tmp_path / f"odd{i}"))
+        assert f"label is {odd[0]!r}: expected the name or number" in error(f"hf:{tmp_path / f'odd{i}'}")
     rows.remove_columns("picture").save_to_disk(str(tmp_path / "blind"))
     assert "0 image columns among kind" in error(f"hf:{tmp_path / 'blind'}")
 

@@ -99,6 +99,12 @@ class Examples:
         return self.pixels[i], i % 3
 
 
+def test_fisher_information_on_a_grid() -> None:
+    tuned, examples = adapt(VIT, rt.Ladder(4, init="fisher", grid=2), 3), Examples()
+    found = fisher(tuned, tuned._find("default"), examples)
+    assert all(found[block.mlp.fc1.weight].sum() > 0 for block in tuned.backbone.blocks)
+
+
 def test_fisher_information_is_the_mean_squared_gradient() -> None:
     tuned, examples = adapt(VIT, rt.Ladder(4, init="fisher"), 3), Examples()
     assert needs_data(tuned)

@@ -8,6 +8,7 @@ import pytest
 import restuning as rt
 from restuning import sweep as module
 from restuning.cli import main
+from restuning.methods import find_method, to_dict
 
 DATA = ["--data", "digits", "--train-size", "120", "--test-size", "60", "--quiet"]
 
@@ -78,6 +79,12 @@ def test_bad_grids(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert main(["sweep", "--bank", bank, *more, "--out", str(tmp_path / "x")]) == 2
         said = capsys.readouterr().err
         assert words in said and said.count("\n") == 1
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "m.json").write_text(json.dumps(to_dict(find_method("bypass"))))
+    two = [str(tmp_path / folder / "m.json") for folder in ("a", "b")]
+    assert main(["sweep", "--bank", bank, "--method", *two, "--out", str(tmp_path / "x")]) == 2
+    assert "two methods are called 'm'" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
 
 

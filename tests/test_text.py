@@ -13,7 +13,7 @@ import sklearn.utils.class_weight
 import torch
 import transformers as hf
 from tiny import TEXT
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 import restuning as rt
@@ -21,6 +21,8 @@ from restuning.backbones import MINILM, reading_of
 from restuning.bank import Bank, FromBank, FromFeatures, build, keep
 from restuning.cli import main
 from restuning.data import Tokenise, load_task, prepared
+from restuning.data.text import Texts
+from restuning.data.tokens import Tokenised
 from restuning.errors import DataError, RestuningError
 from restuning.evaluate import loader, predict_logits
 from restuning.objective import IGNORED, balanced, confusion, objective
@@ -298,11 +300,43 @@ def test_words_have_their_labels_at_their_first_token(model: Path, tmp_path: Pat
         assert row[row != IGNORED].tolist() == known[inside] and row[0] == IGNORED
 
 
+def test_words_of_a_byte_level_tokenizer_begin_with_a_blank(tmp_path: Path) -> None:
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    bpe.train_from_iterator([" good film plot"] * 50, trainers.BpeTrainer(vocab_size=320, special_tokens=special))
+    held = json.loads(bpe.to_str())["model"]
+    hf.RobertaTokenizerFast(vocab=held["vocab"], merges=list(map(tuple, held["merges"]))).save_pretrained(tmp_path)
+    how = Tokenise(str(tmp_path), 40, 400)
+    texts = [(["good", "film", "plot"],), (["film"],)]
+    words = Tokenised(Texts(texts, [[0, 1, 0], [1]], ["a", "b"]), how)
+    whole = Tokenised(Texts([("so good film plot",)], [0], ["a"]), how)
+    said = [how.load().convert_ids_to_tokens(words[0][0]["input_ids"])[1:-1], words[0][1][1:-1]]
+    assert said == [["Ġgood", "Ġfilm", "Ġplot"], [0, 1, 0]]
+    assert whole[0][0]["input_ids"][-4:-1] == words[0][0]["input_ids"][1:-1]
+
+
+def test_a_task_of_one_label(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "one.jsonl"
+    lines = [json.dumps({"text": text, "label": ["good"] if label else []}) for text, label in rows(60)]
+    file.write_text("\n".join(lines))
+    train = ["train", "--data", f"text:{file}", "--backbone", f"hf:{model}", "--method", "linear", "--epochs", "1"]
+    assert call(*train, "--test-size", "20", "--quiet", "--out", tmp_path / "a", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["metric"] == "map" and 0 <= result["test_exact"] <= 100
+    assert call("evaluate", tmp_path / "a", "--per-class", "--json") == 0
+    assert len(json.loads(capsys.readouterr().out)["per_class"]["f1"]) == 1
+    assert call("predict", tmp_path / "a", "word1 " * 30, "--json") == 0, "longer than the name of a file can be"
+    assert "--batch-size 0" in refused(capsys, "evaluate", tmp_path / "a", "--batch-size", "0")
+    assert "shots are so many of each class" in refused(capsys, "data", f"text:{file}", "--shots", "2")
+    assert "only images with one class each" in refused(capsys, "data", "check", "-", f"text:{file}")
+
+
 def test_what_a_tokenizer_says_no_to(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     long = write_splits(tmp_path / "long", {"train.tsv": ["text\tlabel", "word1 " * 50 + "\t0", *["word2\t1"] * 5]})
     train = ["train", "--data", f"text:{long}", "--backbone", f"hf:{model}", "--out", tmp_path / "out", *FAST]
     said = refused(capsys, *train, "--test-size", "1", "--method", "linear")
-    assert "line 2: 52 tokens, and the model reads at most 40: cut texts with --max-length 40" in said
+    assert "line 2: 52 tokens, and the model reads at most 40 (--max-length 40, in training, has texts cut)" in said
     assert not (tmp_path / "out").exists(), "nothing half-written"
     assert call(*train, "--test-size", "1", "--max-length", "20", "--method", "linear") == 0
     capsys.readouterr()

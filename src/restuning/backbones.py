@@ -129,17 +129,39 @@ def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: b
             crop=float(timm.get("crop_pct") or 1.0) if crop else None,
         )
     side = image_size or int(getattr(config, "image_size", 224))
-    mean, std = _processor_statistics(str(getattr(config, "_name_or_path", "")))
-    return Preprocess(size=(side, side), mean=mean, std=std, crop=1.0 if crop else None)
+    how, half = _processor(str(getattr(config, "_name_or_path", ""))), (0.5, 0.5, 0.5)
+    return Preprocess(
+        size=(side, side),
+        mean=tuple(how.get("image_mean") or half),
+        std=tuple(how.get("image_std") or half),
+        interpolation=RESAMPLE.get(how.get("resample"), "bicubic"),  # type: ignore[arg-type]
+        crop=1.0 if crop else None,
+    )
 
 
-def _processor_statistics(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of transformers' image processor beside the weights; 0.5 where there is none."""
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""As Pillow counts them."""
+
+
+def _processor(path: str) -> dict[str, Any]:
+    """transformers' image processor beside the weights, as data; nothing where there is none. Raises CheckpointError
+    for one that cannot be read."""
+    if not path:
+        return {}
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    local = Path(path).is_dir()
     try:
-        data = json.loads((Path(path) / "preprocessor_config.json").read_text(encoding="utf-8"))
-        return tuple(data["image_mean"]), tuple(data["image_std"])
-    except OSError:
-        return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        with nullcontext() if local else hub():
+            found: dict[str, Any] = BaseImageProcessor.get_image_processor_dict(path)[0]
+            return found
+    except (OSError, ValueError) as error:
+        if local and any((Path(path) / name).exists() for name in PROCESSORS):
+            raise CheckpointError(f"{path}: the image processor cannot be read: {line(error)}") from error
+        return {}
+
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 def _micro() -> nn.Module:
@@ -208,9 +230,12 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
                 model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
-    model.config._name_or_path = path  # a packaged model is known by its name, wherever it is installed
+    if not getattr(model, "is_quantized", False):
+        model.float()  # a tuner born at one cannot move in bfloat16: half precision is for autocast
     vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
     backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
+    config: Any = backbone.config
+    config._name_or_path = path  # a packaged model is known by its name, wherever it is installed
     if weights is not None:
         _load(backbone, weights)
     return backbone
@@ -274,6 +299,11 @@ def _classifier(key: str) -> bool:
 
 def _resize(backbone: nn.Module, image_size: int) -> None:
     if find_sites(backbone).anatomy.convolutional:
+        try:
+            with torch.no_grad():
+                backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+        except RuntimeError as error:
+            raise RestuningError(f"image size {image_size} does not fit the backbone: {line(error)}") from error
         return
     resize: Any = getattr(backbone, "set_input_size", None)
     if resize is None:

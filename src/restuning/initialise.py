@@ -51,7 +51,7 @@ def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0)
         for weight in weights:
             weight.requires_grad_(True)
         for inputs, label in loader(examples, sampler=picked):
-            with torch.enable_grad(), tap(backbone, tuned._sites, [adapter.depth]) as taps:
+            with torch.enable_grad(), tap(backbone, tuned._sites, [adapter.depth], adapter.view) as taps:
                 call, named = arguments((to_device(inputs, device),), {})
                 backbone(*call, **named)
                 logits = adapter.head(tuned._readers[tuned._active()[0]].tail(taps.features[0]))

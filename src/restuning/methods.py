@@ -5,7 +5,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
 
 from torch import nn
 
@@ -385,7 +386,23 @@ def _build(name: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> 
     unknown = settings.keys() - {f.name for f in fields(table[name])}
     if unknown:
         raise MethodError(f"unknown settings of {name}: {', '.join(sorted(unknown))}")
+    hints = get_type_hints(table[name])
+    for setting, value in settings.items():
+        if not _is(value, hints[setting]):
+            wanted = getattr(hints[setting], "__name__", hints[setting])
+            raise MethodError(f"{name}: {setting} is {value!r}: expected {wanted}")
     try:
         return table[name](**settings)
     except (TypeError, AttributeError) as error:
         raise MethodError(f"{name} cannot be read: {line(error)}") from error
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value can be what a setting is declared as; where that is no plain type, its own check decides."""
+    kind = get_origin(hint)
+    if kind in (Union, UnionType):
+        return any(_is(value, one) for one in get_args(hint))
+    if kind in (Sequence, Mapping):
+        return isinstance(value, kind) and not isinstance(value, str)
+    wanted = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}.get(hint)
+    return wanted is None or (isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)))

@@ -95,8 +95,8 @@ def _multi(weights: Tensor | None) -> Objective:
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
 
     def metrics(logits: Tensor, labels: Tensor) -> Metrics:
-        tm, c, there = _torchmetrics(), logits.shape[1], labels.long()
-        p = logits.sigmoid()
+        tm, (p, there) = _torchmetrics(), _several(logits.sigmoid(), labels.long())
+        c = p.shape[1]
         yield "map", 100 * tm.multilabel_average_precision(p, there, c, average="macro").item()
         yield "f1", 100 * tm.multilabel_f1_score(p, there, c, average="micro").item()
         yield "f1_macro", 100 * tm.multilabel_f1_score(p, there, c, average="macro").item()
@@ -159,9 +159,17 @@ def _each(kind: str, scores: Tensor, labels: Tensor, classes: int) -> dict[str, 
     """Precision, recall and F1 in percent, and how many there are, of every class."""
     tm = _torchmetrics()
     wanted = {"precision": f"{kind}_precision", "recall": f"{kind}_recall", "f1": f"{kind}_f1_score"}
-    found = {name: 100 * getattr(tm, f)(scores, labels, classes, average="none") for name, f in wanted.items()}
     count = labels.sum(0) if labels.ndim == 2 else torch.bincount(labels, minlength=classes)
+    if kind == "multilabel":
+        scores, labels = _several(scores, labels)
+    many = max(classes, 2)
+    found = {n: 100 * getattr(tm, f)(scores, labels, many, average="none")[:classes] for n, f in wanted.items()}
     return {**found, "count": count}
+
+
+def _several(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, c) as torchmetrics takes them: it refuses one class alone, whose double has the same means."""
+    return (scores.expand(-1, 2), labels.expand(-1, 2)) if scores.shape[1] == 1 else (scores, labels)
 
 
 def confusion(logits: Tensor, labels: Tensor) -> Tensor:

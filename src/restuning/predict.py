@@ -1,6 +1,7 @@
 """Several saved adapters on one image or text, or on many of them."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def _texts(given: str, words: bool) -> Texts:
             lines = [one for one in Path(given).read_text(encoding="utf-8").splitlines() if one.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{given} cannot be read as UTF-8 text: {line(error)}") from error
-    elif Path(given).exists():
+    elif os.path.exists(given):
         raise DataError(f"{given} is no .txt file, and this adapter reads texts")
     else:
         lines = [given] if given.strip() else []

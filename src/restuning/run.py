@@ -125,7 +125,7 @@ def read_run(path: Path) -> Run:
         return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise RestuningError(f"no recorded run at {path}: expected a {RUN}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise RestuningError(f"{path} is damaged: {error}") from error
 
 
@@ -399,9 +399,11 @@ def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Setti
 
 
 def from_bank(path: str | Path) -> dict[str, Any]:
-    """The settings of a run that a bank decides: data and backbone, as they were when it was built."""
+    """The settings of a run that a bank decides: data, what of it is tested on, and backbone, as they were when it was
+    built."""
     manifest = Bank(path, verify=False).manifest
-    return {"data": manifest["data"]["spec"], "bank": str(path), **manifest["source"]}
+    sizes = {"test_size": manifest.get("test_size")}
+    return {"data": manifest["data"]["spec"], "bank": str(path), **sizes, **manifest["source"]}
 
 
 def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
@@ -457,7 +459,8 @@ def build_bank(
             show(100 * done // of, f"{done} of {of}")
 
         source = {"backbone": backbone, "weights": weights, **reads}
-        return build(tuned, task, how, out, about={"source": source}, seen=seen, **settings)
+        about = {"source": source, "test_size": sizes.get("test_size")}
+        return build(tuned, task, how, out, about=about, seen=seen, **settings)
 
 
 def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None = None) -> Tuned:

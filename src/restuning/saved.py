@@ -83,6 +83,7 @@ def card_of(folder: Path) -> Card:
     names = [f.name for f in fields(Card)]
     data = {"kind": Card.kind, **data}  # older files hold adapters of this one kind
     missing = [name for name in names if name not in data]
+    missing += [name for name in ("spec", "backbone") if name in data and not isinstance(data[name], dict)]
     if missing:
         raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
     return Card(**{name: data[name] for name in names})

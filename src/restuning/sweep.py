@@ -55,18 +55,22 @@ class Sweep:
             replace(self.training, lr=lr, epochs=epochs, seed=seed)
         for method in self.methods:
             find_method(method)
+        folders = [Path(method).stem for method in self.methods]
+        if len(set(folders)) != len(folders):
+            twice = next(name for name in folders if folders.count(name) > 1)
+            raise RestuningError(f"two methods are called {twice!r}, as their folders would be: rename a file")
 
     def run(self, method: str, seed: int) -> Run:
         """The run that a winner of this method and seed is, but for its rate and length."""
         spec = to_dict(find_method(method)) if method.endswith(".json") else method
+        given = from_bank(self.bank)
         return Run(
-            **from_bank(self.bank),
+            **{**given, "test_size": self.test_size or given["test_size"]},
             method=spec,
             pool=self.pool,
             train_size=self.train_size,
             shots=self.shots,
             val_size=self.val_size,
-            test_size=self.test_size,
             training=replace(self.training, seed=seed),
         )
 
@@ -147,7 +151,11 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
             "lr": lr,
             "epochs": epochs,
             "test_score": score if good else None,
-            "validation_score": {f"{r:g}, {e} epochs": trials[seed, r, e] for s, r, e in trials if s == seed},
+            "validation_score": {
+                f"{r:g}, {e} epochs": trials[seed, r, e] if math.isfinite(trials[seed, r, e]) else None
+                for s, r, e in trials
+                if s == seed
+            },
         }
         seeds.append(row)
         folder = out / f"{Path(method).stem}-seed{seed}"

@@ -150,7 +150,11 @@ def _train(args: argparse.Namespace) -> None:
     if str(settings.get("method", "")).endswith(".json"):  # the run records what the file holds
         settings["method"] = to_dict(find_method(settings["method"]))
     if "bank" in settings:
-        settings = {**from_bank(settings["bank"]), **settings}
+        held = from_bank(settings["bank"])
+        other = next((k for k, v in held.items() if k in settings and k != "test_size" and settings[k] != v), None)
+        if other is not None:
+            raise RestuningError(f"{settings['bank']} is of {other} {held[other]!r}: leave out {settings[other]!r}")
+        settings = {**held, **settings}
     if run is not None:
         run = replace(run, **settings, training=replace(run.training, **training))
     elif "data" not in settings:

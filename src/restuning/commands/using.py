@@ -48,6 +48,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     from restuning.objective import confusion, objective
     from restuning.run import RUN, card_reading, load_tuned, read_run
 
+    if args.batch_size < 1:
+        raise RestuningError(f"--batch-size {args.batch_size}: expected at least 1")
     tuned = load_tuned(args.adapter, args.weights)
     card = tuned.card()
     run = read_run(args.adapter / RUN) if (args.adapter / RUN).exists() else None

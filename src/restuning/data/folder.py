@@ -51,12 +51,12 @@ def load_folder(path: str) -> Source:
 
 def load_images(path: Path) -> Items:
     """One image, or all of a folder (not of those below it), without labels: every label is 0."""
-    if path.is_dir():
+    if os.path.isdir(path):
         files = _files(path)
         if not files:
             raise DataError(f"no image in {path.absolute()} (expected {', '.join(sorted(SUFFIXES))})")
         return Files(files, [0] * len(files))
-    if not path.exists():
+    if not os.path.exists(path):
         raise DataError(f"no such image or folder: {path.absolute()}")
     return Files([path], [0])
 

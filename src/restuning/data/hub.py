@@ -123,7 +123,13 @@ def _images(rest: str, splits: dict[str, Any], images: list[str], given: str | N
         classes = tuple(features[label].names)
         index = {i: i for i in range(len(classes))}
     else:
-        values = sorted(set(splits["train"][label]), key=lambda v: (str(type(v)), v))
+        held = splits["train"][label]
+        odd = next((i for i, v in enumerate(held) if not isinstance(v, int | str)), None)
+        if odd is not None:
+            raise DataError(
+                f"{rest}, train row {odd}: {label} is {held[odd]!r}: expected the name or number of a class"
+            )
+        values = sorted(set(held), key=lambda v: (str(type(v)), v))
         classes = tuple(map(str, values))
         index = {v: i for i, v in enumerate(values)}
     made = {}

@@ -34,7 +34,9 @@ def pixels_of(items: Items, sample: int = 16) -> str:
 
 
 def inspect(source: Source, known: Known | None = None) -> Report:
-    """Read every image once."""
+    """Read every image once. Raises DataError for what is no images with one class each."""
+    if source.kind != "single-label" or isinstance(source.train.item(0), tuple):
+        raise DataError("only images with one class each can be checked")
     splits = {name: items for name in ("train", "val", "test") if (items := getattr(source, name)) is not None}
     counts = {name: len(items) for name, items in splits.items()}
     seen = {name: len(set(items.labels)) for name, items in splits.items()}

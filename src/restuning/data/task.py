@@ -102,6 +102,8 @@ def split(
     sizes = (("train_size", train_size), ("val_size", val_size or None), ("test_size", test_size), ("shots", shots))
     if shots is not None and train_size is not None:
         raise DataError(f"{spec}: train_size and shots both say how many to train on: expected one of them")
+    if shots is not None and source.kind != "single-label":
+        raise DataError(f"{spec}: shots are so many of each class, and a {source.kind} task has no one class an item")
     for name, size in sizes:
         if size is not None and size < 1:
             raise DataError(f"{spec}: {name} is {size}, expected at least 1")

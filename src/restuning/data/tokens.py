@@ -45,8 +45,9 @@ class Tokenise:
         except (KeyError, TypeError) as error:
             raise DataError(f"a tokenisation that cannot be read: {error}") from error
 
-    def load(self) -> Any:
-        """The tokenizer. Raises DataError if it cannot be had, or is another model's."""
+    def load(self, words: bool = False) -> Any:
+        """The tokenizer; of texts by words, one that sees where a word begins (byte-level ones see it by the blank
+        before it). Raises DataError if it cannot be had, or is another model's."""
         try:
             from transformers import AutoTokenizer
         except ImportError as error:
@@ -54,7 +55,7 @@ class Tokenise:
         path = packaged(self.tokenizer)
         try:
             with nullcontext() if Path(path).is_dir() else hub():
-                tokenizer = AutoTokenizer.from_pretrained(path)
+                tokenizer = AutoTokenizer.from_pretrained(path, **({"add_prefix_space": True} if words else {}))
         except Exception as error:
             raise DataError(f"no tokenizer at {self.tokenizer!r}: {line(error)}; name one with --tokenizer") from error
         if len(tokenizer) > self.vocabulary:
@@ -80,9 +81,9 @@ class Tokenised(Dataset[tuple[dict[str, list[int]], Any]]):
     """
 
     def __init__(self, items: Items, how: Tokenise) -> None:
-        tokenizer = how.load()
         texts = [items.item(i) for i in range(len(items))]
         words = bool(texts) and isinstance(texts[0][0], list)
+        tokenizer = how.load(words)
         self.fields = tokenizer(
             *(list(column) for column in zip(*texts, strict=True)),
             truncation=how.max_length is not None,
@@ -94,8 +95,8 @@ class Tokenised(Dataset[tuple[dict[str, list[int]], Any]]):
         for name, count in zip(items.names, self.lengths, strict=True):
             if count > how.limit:
                 raise DataError(
-                    f"{name}: {count} tokens, and the model reads at most {how.limit}: cut texts with "
-                    f"--max-length {how.limit}"
+                    f"{name}: {count} tokens, and the model reads at most {how.limit} "
+                    f"(--max-length {how.limit}, in training, has texts cut)"
                 )
         self.labels: Sequence[Any] = items.labels
         if _by_token(items.labels):

@@ -70,7 +70,8 @@ def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
     if mask is None:
         return x.mean(1)
     weight = mask[..., None].to(x.dtype)
-    return (x * weight).sum(1) / weight.sum(1)
+    wide = torch.promote_types(x.dtype, torch.float32)  # a sum has no room in float16
+    return ((x * weight).sum(1, dtype=wide) / weight.sum(1, dtype=wide)).to(x.dtype)
 
 
 ALL, FIRST, LAST, MEAN = View(), View("first"), View("last", 0), View("mean", 0)
