@@ -1,5 +1,6 @@
 """Against what others wrote: PEFT's LoRA, prefix tuning and (IA)³, copied weights; LoRA files both ways; merging."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,37 @@ def test_what_cannot_be_merged() -> None:
         with pytest.raises(MethodError, match=text):
             tuned.merge_and_unload()
         assert list(tuned.adapters) == ["default"]
+
+
+def test_lora_of_another_part_of_a_larger_model(tmp_path: Path) -> None:
+    """Never taken for this part's, however alike the two are."""
+    text = {k: v for k, v in TEXT.items() if k not in ("image_size", "patch_size")}
+    vision = {k: TEXT[k] for k in TEXT if k not in ("vocab_size", "max_position_embeddings", "pad_token_id")}
+    two = hf.SiglipModel(hf.SiglipConfig(text_config=text, vision_config=vision)).eval()
+    for name, targets in {"text": r"text_model.*q_proj", "both": ["q_proj"], "vision": r"vision_model.*q_proj"}.items():
+        theirs = peft.get_peft_model(copy.deepcopy(two), peft.LoraConfig(r=2, target_modules=targets))
+        shake(theirs)
+        theirs.save_pretrained(tmp_path / name)
+    tuned = rt.adapt(two.vision_model, "linear", 3)
+    for name in ("text", "both"):
+        with pytest.raises(CheckpointError, match="text_model"):
+            rt.load_peft(tuned, tmp_path / name, "lora")
+        assert list(tuned.adapters) == ["default"] and tuned.active_adapters == ("default",)
+    rt.load_peft(tuned, tmp_path / "vision", "lora")
+
+
+@pytest.mark.parametrize("pattern", [r"layers\.[0].*q_proj", "layers.0.attention.q_proj", "q_proj"])
+def test_alphas_by_pefts_own_patterns(pattern: str, tmp_path: Path) -> None:
+    theirs = lora_of_peft("hf-vit", target_modules=["q_proj"], alpha_pattern={pattern: 64})
+    theirs.save_pretrained(tmp_path)
+    tuned = rt.adapt(TINY["hf-vit"].backbone(), "linear", 3)
+    rt.load_peft(tuned, tmp_path, "lora")
+    inputs = TINY["hf-vit"].inputs()
+    expected = last(theirs.base_model.model, tuned._sites, inputs)
+    torch.testing.assert_close(tuned.eval().features(**inputs)[0], expected[:, :1], atol=1e-5, rtol=1e-4)
+
+
+def test_lora_that_presumes_other_weights_is_refused(tmp_path: Path) -> None:
+    lora_of_peft("hf-vit", init_lora_weights="pissa").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="pissa"):
+        rt.load_peft(rt.adapt(TINY["hf-vit"].backbone(), "linear", 3), tmp_path)

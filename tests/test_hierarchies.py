@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import timm
 import torch
 import torchvision
 from test_laws import adapt, plain_features, shake
-from tiny import HIERARCHIES, REFUSED, small
+from tiny import HIERARCHIES, REFUSED, TINY, small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -483,3 +484,19 @@ def test_convolutions_see_any_size() -> None:
     assert rt.adapt(model, "bypass-mean", 3)(torch.randn(1, 3, 100, 100)).shape == (1, 3)
     with pytest.raises(RestuningError):
         rt.load_backbone("vit_tiny_patch16_224", "random", image_size=100)
+
+
+def test_a_side_path_over_stages_wants_square_maps() -> None:
+    backbone = HIERARCHIES["timm-resnet"].backbone()
+    wide = torch.randn(1, 3, 64, 256, dtype=next(backbone.parameters()).dtype)
+    assert rt.adapt(backbone, "linear", 3)(wide).shape == (1, 3)
+    with pytest.raises(MethodError, match="square maps"):
+        rt.adapt(backbone, "bypass", 3)(wide)
+
+
+@pytest.mark.parametrize("name", [*TINY])
+def test_a_tuned_model_is_pickled(name: str) -> None:
+    tuned = rt.adapt(TINY[name].backbone(), "linear", 3, anatomy=TINY[name].anatomy).eval()
+    again = pickle.loads(pickle.dumps(tuned))
+    x = TINY[name].inputs()
+    assert torch.equal(again(**x), tuned(**x))

@@ -1,5 +1,7 @@
 """Many adapters at once: each says what it says alone, on shared features and in mixed batches."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -221,3 +223,34 @@ def test_own_tuners_mix_too() -> None:
     for i, row in enumerate(rows):
         y = alone(tuned, row, inputs)[i]
         torch.testing.assert_close(mixed[i, : len(y)], y, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("method", ["bypass", "res-tuning"])
+def test_threads_do_not_see_one_another(method: str) -> None:
+    """Hooks are on a backbone for all of its callers: two tuned models on it, each in a thread, take turns."""
+    tiny, backbone = TINY["timm-vit"], TINY["timm-vit"].backbone()
+    tuned = [shaken(rt.adapt(backbone, method, 3)).eval() for _ in range(2)]
+    inputs = [tiny.inputs(2 + i) for i in range(2)]
+    with torch.no_grad():
+        expected = [t(**x) for t, x in zip(tuned, inputs, strict=True)]
+
+    def work(i: int) -> int:
+        with torch.no_grad():
+            return sum(not torch.equal(tuned[i](**inputs[i]), expected[i]) for _ in range(100))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(work, range(2))) == [0, 0]
+    finally:
+        sys.setswitchinterval(before)
+
+
+def test_targets_of_several_widths_in_one_batch() -> None:
+    tiny = TINY["timm-vit"]
+    tuned = rt.Tuned(tiny.backbone())
+    for name, width in (("a", 2), ("b", 3)):
+        tuned.add_adapter(name, "linear", width, kind="regression")
+    with pytest.raises(MethodError, match="several widths"):
+        tuned(**tiny.inputs(2), labels=torch.zeros(2, 3), adapter_names=["a", "b"])

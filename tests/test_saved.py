@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,7 +10,8 @@ from tiny import TINY
 
 import restuning as rt
 from restuning import files
-from restuning.errors import CheckpointError
+from restuning.errors import CheckpointError, MethodError
+from restuning.saved import fingerprint_of
 
 VIT = TINY["timm-vit"]
 
@@ -122,3 +124,67 @@ def test_hub(folder, monkeypatch) -> None:
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
     assert "the hub gave no adapter of that name: no route to host" in refused("me/task")
+
+
+def test_what_no_file_can_hold_is_refused_before_it_is_trained(folder) -> None:
+    tuned = rt.adapt(VIT.backbone(), "linear", np.int64(3), classes=np.array([4, 5, 6]))
+    tuned.save_pretrained(folder)
+    assert rt.Tuned.from_pretrained(VIT.backbone(), folder).card().classes == [4, 5, 6]
+    with pytest.raises(MethodError, match="plain data"):
+        rt.adapt(VIT.backbone(), "linear", 3, preprocessing={"mean": np.zeros(3)})
+
+
+def test_heads_and_poolers_are_no_part_of_what_a_backbone_is_told_by(tmp_path) -> None:
+    whole = TINY["timm-vit"].backbone()
+    whole.reset_classifier(1000)
+    rt.adapt(whole, "linear", 3).save_pretrained(tmp_path / "a")
+    whole.reset_classifier(0)
+    rt.Tuned.from_pretrained(whole, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config["backbone"]["fingerprint"] = fingerprint_of(whole)  # as older files have it
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    rt.Tuned.from_pretrained(whole, tmp_path / "a")
+    with torch.no_grad():
+        whole.blocks[1].mlp.fc1.weight.mul_(2)
+        whole.blocks[0].mlp.fc1.weight.mul_(2)
+    with pytest.raises(CheckpointError, match="other weights"):
+        rt.Tuned.from_pretrained(whole, tmp_path / "a")
+
+
+def test_of_several_active_adapters_one_is_named(tmp_path) -> None:
+    tuned = rt.adapt(VIT.backbone(), "lora", 3)
+    tuned.add_adapter("second", "lora", 3)
+    tuned.set_adapter(["default", "second"])
+    for call in (
+        tuned.merge_and_unload,
+        lambda: tuned.save_pretrained(tmp_path),
+        lambda: rt.save_peft(tuned, tmp_path),
+    ):
+        with pytest.raises(MethodError, match="several adapters are active"):
+            call()
+    tuned.save_pretrained(tmp_path, "second")
+    with pytest.raises(MethodError, match="cannot be named 'training'"):
+        tuned.add_adapter("training", "lora", 3)
+
+
+def test_a_deleted_full_adapter_leaves_another_backbone_in_eval_mode(tmp_path) -> None:
+    tuned = rt.adapt(VIT.backbone(), "full", 3).train()
+    with torch.no_grad():
+        for p in tuned.backbone.parameters():
+            p.add_(0.3)
+    tuned.delete_adapter("default")
+    assert not tuned.backbone.training and not any(p.requires_grad for p in tuned.backbone.parameters())
+    tuned.add_adapter("next", "linear", 3)
+    tuned.save_pretrained(tmp_path / "next")
+    with pytest.raises(CheckpointError, match="other weights"):
+        rt.Tuned.from_pretrained(VIT.backbone(), tmp_path / "next")
+
+
+def test_after_unload(tmp_path) -> None:
+    backbone = VIT.backbone().train()
+    backbone.blocks[0].eval()
+    tuned = rt.adapt(backbone, "linear", 3)
+    tuned.unload()
+    assert backbone.training and not backbone.blocks[0].training and backbone.blocks[1].training
+    tuned.add_adapter("again", "linear", 3)
+    assert rt.count(tuned)["trainable"] == rt.count(tuned)["head"] and not backbone.training

@@ -5,6 +5,7 @@ import torch
 from tiny import TINY
 
 import restuning as rt
+from restuning.errors import RestuningError
 
 
 @pytest.mark.parametrize("method", ["res-tuning", "bypass", "full"])
@@ -64,3 +65,36 @@ def test_transformers_trainer(method: str, tmp_path) -> None:
     assert trainer.evaluate()["eval_loss"] < 0.5 * before
     assert trainer.predict(rows).predictions.shape == (8, 2)
     assert all(not p.requires_grad for p in tuned.backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["hf-vit", "timm-vit"])
+def test_trainers_accumulated_step_is_that_of_the_whole_batch(name: str, tmp_path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    tiny, found = TINY[name], []
+    ((key, pixels),) = tiny.inputs(8).items()
+    key = "pixel_values" if name == "hf-vit" else "x"
+    rows = [{key: p, "labels": i % 2} for i, p in enumerate(pixels)]
+    for each, steps in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        tuned = rt.adapt(tiny.backbone(), "linear", 2)
+        settings = {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 1.0, "optim": "sgd", "use_cpu": True}
+        settings |= {"lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": "none", "save_strategy": "no"}
+        settings |= {"per_device_train_batch_size": each, "gradient_accumulation_steps": steps, "disable_tqdm": True}
+        arguments = TrainingArguments(**settings, remove_unused_columns=False, gradient_checkpointing=steps > 1)
+        Trainer(tuned, arguments, train_dataset=rows).train()
+        found.append(tuned.adapters["default"].head.state_dict())
+    for key, weight in found[0].items():
+        torch.testing.assert_close(found[1][key], weight)
+
+
+def test_targets_as_collators_give_them() -> None:
+    """(b,) for (b, 1): the same loss, not one of every pair."""
+    tiny, y = TINY["timm-vit"], torch.arange(6.0)
+    x = tiny.inputs(6)
+    for kind in ("regression", "multi-label"):
+        tuned, y = rt.adapt(tiny.backbone(), "linear", 1, kind=kind), y.clamp(max=1) if kind == "multi-label" else y
+        flat, tall = (tuned(**x, labels=labels)["loss"] for labels in (y, y[:, None]))
+        torch.testing.assert_close(flat, tall)
+        with pytest.raises(RestuningError, match="expected as many"):
+            tuned(**x, labels=y[:5])

@@ -18,10 +18,10 @@ from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
 from restuning.methods import Full, Ladder, Method, find_method, from_dict, to_dict
 from restuning.objective import objective
-from restuning.saved import Card, card_of, fetch, fingerprint_of, push, read, same_weights, write
+from restuning.saved import Card, card_of, check_card, fetch, fingerprint_of, push, read, same_weights, write
 from restuning.stack import PerRow, Stack
 from restuning.wiring.anatomy import AFFINE, Anatomy
-from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, tap
+from restuning.wiring.attach import Attachment, Taps, Tuners, gathered, one_thread, tap
 from restuning.wiring.live import ALL, View
 from restuning.wiring.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.wiring.shards import Shards, whole_weights
@@ -57,12 +57,15 @@ class Tuned(nn.Module):
         self._device = device
         self.body = sum(p.numel() for p in backbone.parameters())
         self._sites = find_sites(backbone, anatomy)
-        self._came = {name: p.requires_grad for name, p in backbone.named_parameters()}, backbone.training
+        self._came = (
+            {name: p.requires_grad for name, p in backbone.named_parameters()},
+            {name: module.training for name, module in backbone.named_modules()},
+        )
         self._train_mode, self._disabled = train_mode, False
         self._name, self._class = backbone_name or name_of(backbone), type(backbone).__name__
-        self._fingerprint = fingerprint or fingerprint_of(backbone)
         self.active_adapters: tuple[str, ...] = ()
         self.backbone = backbone.requires_grad_(False)
+        self._fingerprint = fingerprint or self._print()
         self.adapters = nn.ModuleDict()
         self._readers: dict[str, Reader] = {}
         self._stacks: list[Served] = []
@@ -92,13 +95,13 @@ class Tuned(nn.Module):
         regression `num_classes` is the number of targets. Raises MethodError for a name in use or unfit, an unknown
         method, a class count below 1, a pooling that a kind cannot have; SiteError for an operation that is not there.
         """
-        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.ModuleDict, name):
-            raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
         if name in self.adapters:
             raise MethodError(f"there is an adapter named {name!r} already: delete it first, or choose another name")
+        if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.adapters, name):
+            raise MethodError(f"an adapter cannot be named {name!r}: use letters, digits, '_' and '-'")
         if num_classes is None and classes is not None:
             num_classes = len(classes)
-        if num_classes is not None and num_classes < 1:
+        if num_classes is not None and (num_classes := int(num_classes)) < 1:
             raise MethodError(f"num_classes={num_classes}: expected at least 1")
         if classes is not None and len(classes) != num_classes:
             raise MethodError(f"{len(classes)} class names for num_classes={num_classes}")
@@ -128,18 +131,19 @@ class Tuned(nn.Module):
             },
             pool=tail.pool,
             num_classes=num_classes,
-            classes=None if classes is None else tuple(classes),
+            classes=None if classes is None else tuple(c.item() if hasattr(c, "item") else c for c in classes),
             preprocessing=None if preprocessing is None else dict(preprocessing),
             kind=kind,
         )
+        check_card(card)
         like = next(self.backbone.parameters(), torch.empty(0))
         with torch.device(self._device or like.device):
             adapter = Adaptation(self.backbone, self._sites, spec, tail.pool, num_classes, card)
         self.adapters[name] = adapter.to(like.dtype).train(self.training)
         self._readers[name] = Reader(self._find(name), self.backbone, self._sites, tail)
         self.active_adapters = (name,)
-        if adapter.full:
-            self.backbone.requires_grad_(True)
+        if adapter.full or len(self.adapters) == 1:  # the first after `unload` finds the backbone as that left it
+            self.backbone.requires_grad_(adapter.full)
             self.train(self.training)
 
     def set_adapter(self, names: str | Sequence[str]) -> None:
@@ -162,24 +166,30 @@ class Tuned(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; the others stay as they are."""
-        if self._find(name).full:
-            self.backbone.requires_grad_(False)
+        full = self._find(name).full
         del self.adapters[name], self._readers[name]
+        if full:
+            self.backbone.requires_grad_(False)
+            self.train(self.training)
+            self._fingerprint = self._print()  # its weights are others now
         self._stacks = [served for served in self._stacks if name not in served.readers]
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
 
     def unload(self) -> nn.Module:
-        """The backbone as it came: same code, flags, mode and (unless fully tuned) weights. The adapters are gone."""
+        """The backbone as it came: same code, flags, modes and (unless fully tuned) weights. The adapters are gone; so
+        is the frozen state that another `Tuned` on the same backbone counts on."""
         self._replay.leave()
         self.gather()
         for name in list(self.adapters):
             self.delete_adapter(name)
         if bool(checkpoints(self.backbone)) != self._checkpointed:
             switch_checkpoints(self.backbone, self._checkpointed)
-        flags, training = self._came
+        flags, modes = self._came
         for name, p in self.backbone.named_parameters():
             p.requires_grad_(flags[name])
-        return self.backbone.train(training)
+        for name, module in self.backbone.named_modules():
+            module.training = modes[name]
+        return self.backbone
 
     def merge_and_unload(self, name: str | None = None) -> nn.Module:
         """The backbone with the active (or the named) adapter in its own weights: no tuner is left, its features are
@@ -188,13 +198,11 @@ class Tuned(nn.Module):
         Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit), or for a convolution that
         standardises its weight; nothing is changed then.
         """
-        name = name if name is not None else self._active()[0]
+        name = self.one(name)
         adapter = self._find(name)
-        self.gather()
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
-        changed: dict[Site, tuple[Tensor, Tensor]] = {}
         for place, site in adapter.sites.items():
             tuner: Any = adapter.tuners[place]
             if not getattr(tuner, "merges", False) or site.op not in AFFINE:
@@ -205,6 +213,10 @@ class Tuned(nn.Module):
             standardised = "" if site.weight else type(self.backbone.get_submodule(site.reads.path)).__name__
             if standardised.startswith(("StdConv", "ScaledStdConv")):
                 raise MethodError(f"{standardised} standardises its weight: nothing can be merged into it")
+        self.gather()
+        changed: dict[Site, tuple[Tensor, Tensor]] = {}
+        for place, site in adapter.sites.items():
+            tuner = adapter.tuners[place]
             affine = site.affine(self.backbone)
             weight, bias = affine.weight, affine.bias
             bias = weight.new_zeros(len(weight)) if bias is None else bias
@@ -263,9 +275,12 @@ class Tuned(nn.Module):
             return logits
         if not isinstance(logits, Tensor):
             raise MethodError("labels= needs one active adapter")
-        kinds = {self.card(name).kind for name in adapter_names or self._active() if name is not None}
+        cards = [self.card(name) for name in adapter_names or self._active() if name is not None]
+        kinds = {card.kind for card in cards}
         if len(kinds) > 1:
             raise MethodError(f"labels= for adapters of several kinds of task ({', '.join(sorted(kinds))})")
+        if kinds & {"multi-label", "regression"} and len({card.num_classes for card in cards}) > 1:
+            raise MethodError(f"labels= for {kinds.pop()} adapters of several widths: a row would be padded with −inf")
         loss = objective(kinds.pop() if kinds else "single-label").loss
         return {"loss": loss(logits, labels), "logits": logits}
 
@@ -291,7 +306,12 @@ class Tuned(nn.Module):
                 self._replay.watch([output_of(out)], partial(attachment.on, again=True))
 
         thrifty = torch.is_grad_enabled() and not checkpoints(self.backbone)
-        with Thrift() if thrifty else nullcontext(), attachment.on(), joined(self.backbone, self._sites, active):
+        with (
+            one_thread(self.backbone),
+            Thrift() if thrifty else nullcontext(),
+            attachment.on(),
+            joined(self.backbone, self._sites, active),
+        ):
             yield spoke
 
     def shares(self, name: str) -> bool:
@@ -307,7 +327,8 @@ class Tuned(nn.Module):
         """
         args, kwargs = arguments(args, kwargs)
         active = {name: self._find(name) for name in self._active()}
-        return each_of(self.backbone, self._sites, active, Apart(rows, plain), args, kwargs)
+        with one_thread(self.backbone):
+            return each_of(self.backbone, self._sites, active, Apart(rows, plain), args, kwargs)
 
     def plug(self) -> Plug:
         """Have a backbone that denoises act as the tuned one wherever it is called, in a pipeline of diffusers too,
@@ -342,8 +363,11 @@ class Tuned(nn.Module):
 
         # a block that is run again in a backward pass has to keep what it kept
         thrifty = self._sites.anatomy.convolutional and not checkpoints(self.backbone)
-        with torch.no_grad() if frozen else Thrift() if thrifty else nullcontext(), on() as taps:
+        quiet = torch.no_grad() if frozen else Thrift() if thrifty else nullcontext()
+        with one_thread(self.backbone), quiet, on() as taps:
             self.backbone(*args, **kwargs)
+        if taps.oblong and len(layers) > 1 and not self._sites.uniform:
+            raise MethodError("a side path over stages needs square maps: images as high as wide")
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
         if trained and torch.is_grad_enabled() and checkpoints(self.backbone):
             self._replay.watch(taps.features, partial(on, again=True))
@@ -365,8 +389,8 @@ class Tuned(nn.Module):
             return self._readers[names[0]](self._readers[names[0]].own(at, kept), head)
         found: dict[str, Tensor] = {}
         if not torch.is_grad_enabled() and not self.training:
-            self._stacks = serve(self._readers, names, self._stacks)
-            for served in self._stacks:
+            stacks = self._stacks = serve(self._readers, names, self._stacks)
+            for served in stacks:
                 found |= served(at, kept, head)
         for name in names:
             if name not in found:
@@ -392,6 +416,7 @@ class Tuned(nn.Module):
         added = gathered((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
         attachment = Attachment(self.backbone, self._sites, added)
         with (
+            one_thread(self.backbone),
             replays_nothing() if checkpoints(self.backbone) else nullcontext(),
             attachment.on(),
             tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps,
@@ -431,7 +456,8 @@ class Tuned(nn.Module):
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
             tail = tail_of(self.backbone, self._sites)
-            with tap(self.backbone, self._sites, [len(self._sites.blocks)], live(self._sites, tail.pool)) as taps:
+            last, view = [len(self._sites.blocks)], live(self._sites, tail.pool)
+            with one_thread(self.backbone), tap(self.backbone, self._sites, last, view) as taps:
                 said = self.backbone(*args, **kwargs)
             return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
@@ -467,9 +493,21 @@ class Tuned(nn.Module):
             module.training = mode  # transformers recomputes in training only; dropout, in other modules, stays off
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+    accepts_loss_kwargs = False
+    """What transformers' Trainer asks: the loss is a mean over the batch, whatever else there is to count."""
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Have the backbone recompute its blocks in the backward pass, as transformers and timm do. Tuners inside them
-        act then too; a side path needs none of it. Raises MethodError for a backbone that cannot."""
+        act then too; a side path needs none of it. Raises MethodError for a backbone that cannot, and for other
+        than the defaults of every_n_layers and offload, which Trainer hands on."""
+        if every_n_layers != 1 or offload:
+            raise MethodError("every block is recomputed, and nothing offloaded: leave out every_n_layers and offload")
         switch_checkpoints(self.backbone, True, {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
         self.train(self.training)
 
@@ -513,6 +551,16 @@ class Tuned(nn.Module):
             raise MethodError("no adapter is active: add one, set one, or use disable_adapter()")
         return self.active_adapters
 
+    def one(self, name: str | None = None) -> str:
+        """The named adapter, or the active one. Raises MethodError where several are active."""
+        if name is None and len(self._active()) > 1:
+            raise MethodError(f"several adapters are active ({', '.join(self._active())}): expected the name of one")
+        return name if name is not None else self._active()[0]
+
+    def _print(self) -> list[float] | None:
+        """By which its blocks are told from those of other weights: heads and poolers come and go."""
+        return fingerprint_of(nn.ModuleList(self.backbone.get_submodule(path) for path in self._sites.blocks))
+
     def _layers(self, kept: View | None = None) -> list[int]:
         """Those that the active adapters read, where the tokens `kept` (None: those that are tapped) are there."""
         kept = kept or self._live()
@@ -532,8 +580,7 @@ class Tuned(nn.Module):
 
     def save_pretrained(self, path: str | Path, name: str | None = None) -> None:
         """Write the active (or the named) adapter with its head: adapter_config.json, adapter_model.safetensors."""
-        name = name if name is not None else self._active()[0]
-        adapter = self._find(name)
+        adapter = self._find(self.one(name))
         state = adapter.state_dict()
         if adapter.full:
             state |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
@@ -547,7 +594,8 @@ class Tuned(nn.Module):
                 f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); "
                 f"this is {self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
             )
-        if not same_weights(made.get("fingerprint"), self._fingerprint):
+        mine = (self._fingerprint, fingerprint_of(self.backbone))  # files of older versions have that of all of it
+        if not any(same_weights(made.get("fingerprint"), one) for one in mine if one is not None or one is mine[0]):
             raise CheckpointError(f"{folder}: made for {made.get('name')} with other weights than this {self._name}")
 
     def load_adapter(

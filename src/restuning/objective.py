@@ -92,7 +92,7 @@ def _single(weights: Tensor | None) -> Objective:
 def _multi(weights: Tensor | None) -> Objective:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         weight = None if weights is None else weights.to(logits.device, logits.dtype)
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
+        return F.binary_cross_entropy_with_logits(logits, _like(labels, logits), pos_weight=weight)
 
     def metrics(logits: Tensor, labels: Tensor) -> Metrics:
         tm, (p, there) = _torchmetrics(), _several(logits.sigmoid(), labels.long())
@@ -114,7 +114,7 @@ def _multi(weights: Tensor | None) -> Objective:
 
 def _regression(weights: Tensor | None) -> Objective:
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return F.mse_loss(logits, labels.to(logits.dtype))
+        return F.mse_loss(logits, _like(labels, logits))
 
     def metrics(logits: Tensor, labels: Tensor) -> Metrics:
         tm, labels = _torchmetrics("regression"), labels.float()
@@ -165,6 +165,14 @@ def _each(kind: str, scores: Tensor, labels: Tensor, classes: int) -> dict[str, 
     many = max(classes, 2)
     found = {n: 100 * getattr(tm, f)(scores, labels, many, average="none")[:classes] for n, f in wanted.items()}
     return {**found, "count": count}
+
+
+def _like(labels: Tensor, logits: Tensor) -> Tensor:
+    """Targets in the shape and the dtype of what is said of them: collators give (b,) for (b, 1). Raises RestuningError
+    where there are not as many."""
+    if labels.numel() != logits.numel():
+        raise RestuningError(f"labels {tuple(labels.shape)} for outputs {tuple(logits.shape)}: expected as many")
+    return labels.reshape(logits.shape).to(logits.dtype)
 
 
 def _several(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """LoRA files as PEFT writes them, read and written."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ def load_peft(
     """
     folder = fetch(path)
     config, state = _read(folder)
-    found = _found(folder, tuned._sites, state)
+    found, places = _found(folder, tuned._sites, state)
     ranks: dict[tuple[str, int, float], list[int]] = {}
     for site_path, (a, _) in found.items():
         rank = len(a)
-        alpha = float(_pattern(config.get("alpha_pattern"), site_path) or config["lora_alpha"])
+        alpha = float(_pattern(config.get("alpha_pattern"), places[site_path]) or config["lora_alpha"])
         alpha = alpha * rank**0.5 if config.get("use_rslora") else alpha
         site = next(s for s in tuned._sites.all if s.writes.path == site_path and s.op in PARTS)
         ranks.setdefault((site_path.split(".")[-1], rank, alpha), []).append(site.block or 0)
@@ -43,12 +44,14 @@ def load_peft(
         for (tail, rank, alpha), blocks in ranks.items()
     )
     method: Method = parts[0] if len(parts) == 1 else Mix(parts)
+    active = tuned.active_adapters
     tuned.add_adapter(name, method, num_classes, pool=pool)
     for place, site in tuned._find(name).sites.items():
         tuner: Any = tuned._find(name).tuners[place]
         a, b = found[site.writes.path]
         if (tuner.a.shape, tuner.b.shape) != (a.shape, b.shape):
             tuned.delete_adapter(name)
+            tuned.active_adapters = active
             raise CheckpointError(
                 f"{folder}: LoRA of {site.writes.path} is {tuple(a.shape)}, not {tuple(tuner.a.shape)}"
             )
@@ -64,7 +67,7 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    adapter = tuned._find(name if name is not None else tuned._active()[0])
+    adapter = tuned._find(tuned.one(name))
     state: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     dropout = 0.0
@@ -124,19 +127,39 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for key, value in _PLAIN.items():
         if config.get(key) not in (None, value):
             raise CheckpointError(f"{folder}: PEFT's {key}={config[key]!r} is not plain LoRA")
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):
+        raise CheckpointError(
+            f"{folder}: PEFT's init_lora_weights={config['init_lora_weights']!r} changes the backbone's own weights: "
+            "expected a file that PEFT converted to plain LoRA"
+        )
     return config, state
 
 
-def _found(folder: Path, sites: Sites, state: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Site's path → (A, B); the model that PEFT wrapped may have been inside a larger one, or ours may be."""
+def _found(
+    folder: Path, sites: Sites, state: dict[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
+    """Site's path → (A, B), and → PEFT's own path: the model that it wrapped may have been inside a larger one, or ours
+    may be."""
     paths = {site.writes.path for site in sites.all if site.op in PARTS}
     halves: dict[str, dict[str, Tensor]] = {}
+    places: dict[str, str] = {}
+    around: set[str] = set()
     for key, value in state.items():
         place, _, half = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        path = next((p for p in paths if p == place or p.endswith(f".{place}") or place.endswith(f".{p}")), None)
-        if half not in ("A", "B") or path is None:
+        fits = [p for p in paths if p == place] or [
+            p for p in paths if p.endswith(f".{place}") or place.endswith(f".{p}")
+        ]
+        if half not in ("A", "B") or not fits:
             raise CheckpointError(f"{folder}: {key} is no LoRA of an affine module of this backbone")
+        path = max(fits, key=len)
+        around.add(place.removesuffix(path) if len(place) > len(path) else "")
+        if places.setdefault(path, place) != place or half in halves.get(path, {}):
+            raise CheckpointError(f"{folder}: {place} and {places[path]} are both {path} of this backbone")
         halves.setdefault(path, {})[half] = value
+    of_texts = [tower for tower in around if re.search(r"(text|language)_?(model|encoder|tower)?\.$", tower)]
+    if len(around) > 1 or (of_texts and sites.anatomy.family != "text"):
+        towers = ", ".join(sorted(tower.rstrip(".") or "none" for tower in around))
+        raise CheckpointError(f"{folder}: LoRA of other parts of a larger model ({towers}) than this backbone")
     single = [path for path, both in halves.items() if both.keys() != {"A", "B"}]
     if single or not halves:
         raise CheckpointError(f"{folder}: {f'{single[0]} lacks a half' if single else 'no tensors'}")
@@ -147,8 +170,9 @@ def _found(folder: Path, sites: Sites, state: dict[str, Tensor]) -> dict[str, tu
                 f"{folder}: LoRA of {path} is for widths {both['A'].shape[1]} and {len(both['B'])}; "
                 f"this backbone has {port.reads} and {port.writes}"
             )
-    return {path: (both["A"], both["B"]) for path, both in halves.items()}
+    return {path: (both["A"], both["B"]) for path, both in halves.items()}, places
 
 
-def _pattern(patterns: dict[str, Any] | None, path: str) -> Any:
-    return next((value for key, value in (patterns or {}).items() if path == key or path.endswith(f".{key}")), None)
+def _pattern(patterns: dict[str, Any] | None, place: str) -> Any:
+    """As PEFT looks it up: keys are regular expressions of the last part of a path."""
+    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", place)), None)

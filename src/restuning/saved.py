@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning._version import __version__
-from restuning.errors import CheckpointError, MissingExtra, line
+from restuning.errors import CheckpointError, MethodError, MissingExtra, line
 from restuning.files import as_json, write_whole
 from restuning.hub import hub
 
@@ -33,17 +33,25 @@ class Card:
     kind: str = "single-label"
 
 
+def check_card(card: Card) -> None:
+    """Raises MethodError for what no file can hold."""
+    try:
+        as_json(asdict(card))
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"what is saved beside the adapter is plain data: {error}") from error
+
+
 def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
     """Both files, each whole or not at all. Raises CheckpointError if the folder cannot be written."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    config = {"format": FORMAT, "restuning_version": __version__, **asdict(card)}
-    tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    config = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(card)})
+    tensors = save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()})
     try:
-        write_whole(folder / MODEL, save(tensors))
-        write_whole(folder / CONFIG, as_json(config))
+        write_whole(folder / MODEL, tensors)
+        write_whole(folder / CONFIG, config)
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -18,12 +19,28 @@ def _timm_pool(root: Any) -> str:
 
 def _pool_type(module: str) -> Callable[[Any], str]:
     """The pooling that a timm pooling module says of itself."""
+    return partial(_pool_said, module)
 
-    def pool(root: Any) -> str:
-        kind = attrgetter(f"{module}.pool_type")(root)
-        return _TIMM_POOLS.get(kind, str(kind))
 
-    return pool
+def _pool_said(module: str, root: Any) -> str:
+    kind = attrgetter(f"{module}.pool_type")(root)
+    return _TIMM_POOLS.get(kind, str(kind))
+
+
+def _mean(_: Any) -> str:
+    return "mean"
+
+
+def _none(_: Any) -> str:
+    return "none"
+
+
+def _registers(root: Any) -> int:
+    return 1 + int(root.config.num_register_tokens)
+
+
+def _qv_biases(block: Any) -> bool:
+    return block.attn.qkv is not None and block.attn.q_bias is not None
 
 
 _HF_PARTS = {
@@ -94,7 +111,7 @@ def _with_registers(row: Anatomy) -> Anatomy:
     return replace(
         row,
         name=f"{row.name} with registers",
-        prefix=lambda root: 1 + int(root.config.num_register_tokens),
+        prefix=_registers,
     )
 
 
@@ -248,12 +265,12 @@ _HIERARCHIES: tuple[Anatomy, ...] = (
         has=("dwconv",),
         embed="embeddings.patch_embeddings",
         post="layernorm",
-        pool=lambda root: "mean",
+        pool=_mean,
         family="convnext",
         **_MAPS,
     ),
     _RESNET,
-    replace(_RESNET, name="torchvision ResNet", pool=lambda root: "mean"),
+    replace(_RESNET, name="torchvision ResNet", pool=_mean),
     Anatomy(  # also BiT, whose norms come first in a block
         "timm ResNetV2",
         blocks="stages.*.blocks",
@@ -300,7 +317,7 @@ _HIERARCHIES: tuple[Anatomy, ...] = (
         width=("layer.2.convolution.weight", "layer.1.convolution.weight"),
         reads=("layer.0.convolution",),
         embed="embedder.embedder.convolution",
-        pool=lambda root: "mean",
+        pool=_mean,
         **_CONV,
     ),
     _SWIN,
@@ -325,7 +342,7 @@ _HIERARCHIES: tuple[Anatomy, ...] = (
         heads="attention.num_attention_heads",
         embed="embeddings.patch_embeddings.projection",
         norm="layernorm",
-        pool=lambda root: "mean",
+        pool=_mean,
         **_MAPS,
     ),
 )
@@ -387,7 +404,7 @@ _DIFFUSERS = Anatomy(
     width="attn1.to_out.0.weight",
     heads="attn1.heads",
     embed="conv_in",
-    pool=lambda root: "none",
+    pool=_none,
     prefix=_zero,
     family="unet",
     join="conv_norm_out",
@@ -419,7 +436,7 @@ ANATOMIES: tuple[Anatomy, ...] = (
         _TIMM,
         name="timm EVA, BEiT",
         parts={**_TIMM.parts, "qkv": (Weight("attn", "attn.qkv.weight"),)},
-        fits=lambda block: block.attn.qkv is not None and block.attn.q_bias is not None,
+        fits=_qv_biases,
     ),
     _TIMM,
     _OPEN_CLIP,

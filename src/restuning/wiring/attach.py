@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,14 @@ Hook = Callable[[], AbstractContextManager[None]]
 
 Tuners = Sequence[tuple[str, Tuner]]
 """(adapter, tuner): what is added at one site."""
+
+
+_BUSY: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
+
+
+def one_thread(backbone: nn.Module) -> RLock:
+    """Held while hooks are on a backbone, which they are for all of its callers: of several threads, one at a time."""
+    return _BUSY.setdefault(backbone, RLock())
 
 
 def gathered(tuners: Iterable[tuple[Site, str, Tuner]]) -> dict[Site, list[tuple[str, Tuner]]]:
@@ -78,6 +88,8 @@ class Joint:
         said = x["out"] = y
         for name, tuner in self.tuners:
             on_grid = getattr(tuner, "on_grid", False)
+            if on_grid and said.ndim == 4 and said.shape[2] != said.shape[3]:
+                raise MethodError(f"{type(tuner).__name__} needs a square map, not {said.shape[2]} x {said.shape[3]}")
             more = sum(g.more for g in self.grown if self.site.block in g.span) if on_grid else 0
             read = x[_source(tuner)]
             if getattr(tuner, "on_maps", False):
@@ -329,11 +341,15 @@ class Taps:
         self.kept: dict[int, Tensor] = {}
         self.given: Tensor | None = None  # the attention mask
         self.memory: Tensor | None = None
+        self.oblong = False  # whether a map was not square
 
     def keep(self, layer: int, x: Tensor) -> None:
         if self.maps:
             self.kept[layer] = x
             return
+        self.oblong = self.oblong or (x.ndim == 4 and x.shape[2] != x.shape[3])
+        if self.oblong and isinstance(self.view.tokens, int) and self.view.tokens > 1:
+            raise MethodError(f"a map of {x.shape[2]} x {x.shape[3]}: a grid of its cells needs it square")
         x = as_tokens(x)
         seen = self.view(x, self.given)
         if x.requires_grad or seen is x or not self.one_shape:  # a slice would hold the memory of all
