@@ -249,6 +249,12 @@ def test_what_does_not_fit(bank: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "the method reads 'all'" in refused(*train, str(first), "--method", "bypass", "--pool", "mean")
     assert "needs the backbone's weights" in refused(*train, str(bank), "--method", "lst")
     assert "is of data 'digits'" in refused(*train, str(first), "--method", "linear", "--data", "sprites:location")
+    assert "is of test_size 40: leave out 30" in refused(*train, str(first), "--method", "linear", "--test-size", "30")
+    assert "restuning bank --views" in refused(*train, str(first), "--method", "linear", "--augment")
+    done = ["--bank", str(first), "--method", "linear", "--epochs", "1", "--out", str(tmp_path / "done")]
+    assert main(["train", *done, "--quiet"]) == 0
+    again = ["train", "--run", str(tmp_path / "done" / "run.json"), "--out", str(tmp_path / "run")]
+    assert "is of data 'digits'" in refused(*again, "--data", "sprites:location")
     assert "no bank" in refused(*train, str(tmp_path / "nowhere"), "--method", "bypass")
     assert not (tmp_path / "run").exists()
     assert "holds a finished bank" in refused("bank", *DATA, "--out", str(first))

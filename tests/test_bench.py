@@ -113,6 +113,7 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, 
         (["memory", "--backbone", "vit_tinny"], "unknown backbone"),
         (["grid", "--weights", "nowhere.pt"], "no weights at nowhere.pt"),
         (["step", "--image-size", "33"], "image size 33"),
+        (["step", "--backbone", "all-MiniLM-L6-v2"], "reads texts"),
     ],
 )
 def test_refused(argv: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -119,6 +119,29 @@ def test_rate_is_chosen_on_validation(photos: Path, tmp_path: Path) -> None:
     assert result["examples"]["val"] == 0, "the last training is on training and validation images together"
 
 
+def test_a_larger_test_than_the_runs_own_is_refused(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was trained on is never tested on."""
+    train = ["train", "--data", f"folder:{photos}", "--method", "linear", "--epochs", "1", "--quiet"]
+    assert call(*train, "--test-size", "6", "--seed", "20231019", "--augment", "--out", tmp_path / "a") == 0
+    capsys.readouterr()
+    assert call("evaluate", tmp_path / "a", "--test-size", "3", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["examples"] == 3
+    assert "at most the 6" in refused(capsys, "evaluate", tmp_path / "a", "--test-size", "12")
+    assert call(*train, "--out", tmp_path / "b") == 0
+    capsys.readouterr()
+    assert "at most the" in refused(capsys, "evaluate", tmp_path / "b", "--test-size", "12")
+
+
+def test_patience_with_several_rates_says_so_first(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = ["train", "--data", f"folder:{photos}", "--method", "linear", "--lr", "0.01", "0.001", "--epochs", "2"]
+    said = refused(capsys, *train, "--val-size", "6", "--patience", "1", "--quiet", "--out", tmp_path / "a")
+    assert "give one rate" in said and not (tmp_path / "a").exists()
+
+
 def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
     argv = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{photos}", "--epochs", "40"]
     argv += ["--batch-size", "2", "--quiet"]

@@ -125,10 +125,12 @@ def test_transparency_is_white_sixteen_bits_scale_and_exif_turns(tmp_path: Path)
     assert load_images(tmp_path / "turned.jpg").item(0).size == (4, 8)
 
 
-@pytest.mark.parametrize("packed", ["tar", "tar.gz", "tar.xz"])
-def test_tar_is_the_folder(photos: Path, tmp_path: Path, packed: str) -> None:
+@pytest.mark.parametrize(
+    ("packed", "how"), [("tar", ""), ("tar.gz", "gz"), ("tar.xz", "xz"), ("tbz2", "bz2"), ("tar", "xz")]
+)
+def test_tar_is_the_folder(photos: Path, tmp_path: Path, packed: str, how: str) -> None:
     path = tmp_path / f"photos.{packed}"
-    with tarfile.open(path, f"w:{packed.partition('.')[2]}") as tar:
+    with tarfile.open(path, f"w:{how}") as tar:
         tar.add(photos, arcname="top")
     a, b = load_task(f"folder:{photos}", train_size=20), load_task(f"tar:{path}", train_size=20)
     assert a.classes == b.classes and list(a.train.labels) == list(b.train.labels)

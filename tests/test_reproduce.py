@@ -5,9 +5,11 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from restuning.errors import Busy, RestuningError
 from restuning.experiments import EXPERIMENTS, Data, Experiment, Row
 from restuning.files import locked
 from restuning.methods import to_dict
-from restuning.reproduce import EVERYTHING, Only, Settings, cost, plan, reproduce
+from restuning.reproduce import EVERYTHING, Only, Settings, claim, cost, plan, reproduce
 from restuning.results import RESULTS, key_of, read
 
 DIGITS = "part:60,40:digits"
@@ -171,6 +173,18 @@ def test_what_is_absent_is_one_line_and_the_rest_is_done(tmp_path: Path, capsys:
         reproduce([], tmp_path, replace(SETTINGS, lrs=(0.1,)))
 
 
+def test_two_that_begin_together(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        for i in range(10):
+            start = Barrier(2)
+
+            def both(_: int, at: Path = tmp_path / str(i), start: Barrier = start) -> None:
+                start.wait()
+                claim(at, SETTINGS)
+
+            list(pool.map(both, range(2)))
+
+
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setitem(EXPERIMENTS, "tiny", TINY)
     argv = ["reproduce", "tiny", "--data-root", "x", "--row", "linear", "--column", "digits", "--seeds", "0"]
@@ -179,7 +193,10 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert main([*argv, "--dry-run"]) == 0 and "hours on this machine" in capsys.readouterr().out
     assert main([*argv, "--out", str(tmp_path)]) == 0
     assert "[1/1] tiny, digits: linear" in capsys.readouterr().err and len(read(tmp_path)) == 2
-    assert main(["reproduce"]) == 0 and "tab4" in capsys.readouterr().out
+    assert main(["reproduce"]) == 0
+    listed = capsys.readouterr().out
+    assert all(any(line.startswith(f"{name} ") for line in listed.splitlines()) for name in ("tab4", "tiny", "small"))
+    assert main(["reproduce", "--json"]) == 0 and "tab4" in [e["name"] for e in json.loads(capsys.readouterr().out)]
     for bad, words in {
         ("tab6", "--data-root", "x"): "another command: restuning train-diffusion",
         ("tiny",): "--data-root is missing",

@@ -80,6 +80,10 @@ def test_a_search_ends_in_a_method(tmp_path: Path, capsys: pytest.CaptureFixture
     small = ["--population", "4", "--generations", "1", "--epochs", "1", "--lr", "0.005", "--limit", "60000"]
     assert main(["search", *data, "--val-size", "40", *small, "--out", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
+    again = ["search", *data, "--val-size", "40", *small, "--out", str(out)]
+    assert main(again) == 2 and "holds a finished run" in capsys.readouterr().err
+    assert main([*again, "--limit", "50000", "--resume"]) == 2 and "other settings" in capsys.readouterr().err
+    assert main(["train", "--resume", "--out", str(out)]) == 2 and "unknown settings" in capsys.readouterr().err
     assert found["parameters"] <= 60_000 and len(found["best_by_generation"]) == 2
     assert found["best_by_generation"] == sorted(found["best_by_generation"])
     method = from_dict(json.loads((out / "method.json").read_text()))

@@ -61,6 +61,7 @@ def test_training_side_by_side_is_training_one_by_one(method: Any) -> None:
         Point(replace(CONFIG, lr=lr, epochs=epochs, seed=seed), torch.randperm(44)[:30])
         for lr, epochs, seed in ((0.05, 4, 0), (0.01, 2, 1), (0.01, 4, 1), (0.005, 4, 2))
     ]
+    points[3] = replace(points[3], config=replace(points[3].config, schedule="constant"))
     alone = [born(method, seed=p.config.seed) for p in points]
     for model, p in zip(alone, points, strict=True):
         fit(model, Rows(x, y, p.rows), None, p.config, progress=False)
@@ -115,6 +116,8 @@ def test_what_does_not_stack() -> None:
         Stack([born(rt.Bypass()), born(rt.Bypass(rt.Adapter(5)))])
     with pytest.raises(MethodError, match="no clipping"):
         Point(replace(CONFIG, clip=1.0), torch.arange(3))
+    with pytest.raises(MethodError, match="no mean of the weights"):
+        Point(replace(CONFIG, ema=0.9), torch.arange(3))
     stack = Stack([born(rt.Bypass()) for _ in range(2)])
     with pytest.raises(MethodError, match="share the number of examples"):
         train(stack, features(), torch.zeros(44), [Point(CONFIG, torch.arange(n)) for n in (8, 16)])

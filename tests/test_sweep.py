@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import restuning as rt
 from restuning import sweep as module
@@ -42,9 +43,18 @@ def test_a_sweep_is_its_runs(bank: str, tmp_path: Path, capsys: pytest.CaptureFi
             one = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), folder)
             for p, q in zip(saved.adapters.parameters(), one.adapters.parameters(), strict=True):
                 assert ((p - q).norm() / q.norm()).item() < 1e-3
-    assert main(["evaluate", str(out / "bypass-grid2-seed3"), "--test-size", "60", "--json"]) == 0
+    assert main(["evaluate", str(out / "bypass-grid2-seed3"), "--json"]) == 0
     accuracy = json.loads(capsys.readouterr().out)["accuracy"]
     assert accuracy == pytest.approx(found["bypass-grid2"]["seeds"][1]["test_score"], abs=1.7)
+
+
+def test_a_winner_is_trained_again_by_its_record(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = ["--method", "bypass", "--lr", "0.02", "0.002", "--epochs", "3", "--seeds", "0", "--val-size", "30"]
+    assert main(["sweep", "--bank", bank, *grid, "--out", str(tmp_path / "s")]) == 0
+    won = tmp_path / "s" / "bypass-seed0"
+    assert main(["train", "--run", str(won / "run.json"), "--quiet", "--out", str(tmp_path / "again")]) == 0
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (won, tmp_path / "again"))
+    assert all((a[name] - b[name]).norm() <= 1e-3 * b[name].norm() for name in a)
 
 
 def test_a_sweep_goes_on_where_it_was(
@@ -82,6 +92,9 @@ def test_bad_grids(bank: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "m.json").write_text(json.dumps(to_dict(find_method("bypass"))))
+    assert main(["bank", *DATA, "--views", "2", "--out", str(tmp_path / "views")]) == 0
+    assert main(["sweep", "--bank", str(tmp_path / "views"), "--out", str(tmp_path / "x")]) == 2
+    assert "2 views of each image" in capsys.readouterr().err
     two = [str(tmp_path / folder / "m.json") for folder in ("a", "b")]
     assert main(["sweep", "--bank", bank, "--method", *two, "--out", str(tmp_path / "x")]) == 2
     assert "two methods are called 'm'" in capsys.readouterr().err

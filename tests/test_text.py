@@ -128,6 +128,12 @@ def test_columns_by_name_and_quotes_as_they_are(tmp_path: Path) -> None:
     assert 'a "quote' in {load_task(f"text:{tsv}", test_size=1).train.item(i)[0] for i in range(2)}
 
 
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "t.tsv"
+    file.write_text("text\tlabel\n" + "".join(f"a{i}\t{v}\n" for i, v in enumerate(("0.5", "1e-05", "2.25", "-1.5E2"))))
+    assert load_task(f"text:{file}", test_size=2).kind == "regression"
+
+
 def test_kinds_of_labels(tmp_path: Path) -> None:
     def of(*labels: Any, text: Any = "a b", more: str = "") -> Any:
         file = tmp_path / "t.jsonl"

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.adapt import Tuned, adapt
-from restuning.backbones import describe_backbone, load_backbone, preprocessing_of
+from restuning.backbones import describe_backbone, load_backbone, reading_of
 from restuning.bank import Bank, FromBank, FromFeatures, build
 from restuning.bank.stack import Point, train
-from restuning.data import Items, Task
+from restuning.data import Items, Preprocess, Task
 from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.figures import Record
 from restuning.measure import in_turn, peak_bytes, saved_bytes, spread
@@ -109,7 +109,10 @@ class Bench:
         return subject(name, self.load() if backbone is None else backbone, self.backbone, self.classes)
 
     def side(self) -> int:
-        return preprocessing_of(describe_backbone(self.backbone), self.image_size).size[0]
+        how = reading_of(describe_backbone(self.backbone), self.image_size)
+        if not isinstance(how, Preprocess):
+            raise RestuningError(f"{self.backbone} reads texts: benchmarks are of backbones of images")
+        return how.size[0]
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         torch.manual_seed(1)
@@ -338,7 +341,7 @@ def _bank(settings: Bench) -> Measured:
     model, classes = FromFeatures(tuned), tuple(map(str, range(settings.classes)))
     task = Task("noise", classes, _Noise(settings.batch * BANK_STEPS, len(classes)), None, _Noise(1, len(classes)))
     with tempfile.TemporaryDirectory() as folder:
-        build(tuned, task, preprocessing_of(shared, settings.image_size), Path(folder), batch_size=settings.batch)
+        build(tuned, task, reading_of(shared, settings.image_size), Path(folder), batch_size=settings.batch)
         bank = Bank(folder)
         rows = FromBank(bank, bank.source().train)
         kept, kept_labels = _to(bank.rows("train").fetch(range(len(rows))), x.device)

@@ -175,11 +175,19 @@ def claim(out: Path, settings: Settings) -> None:
     """The folder for these settings. Raises RestuningError where it holds results of others."""
     record = out / SETTINGS
     now = as_json(asdict(settings))
-    if record.exists() and record.read_bytes() != now:
+    for last in (False,) * 50 + (True,):
+        if record.exists():
+            break
+        try:
+            with locked(out):
+                if not record.exists():
+                    write_whole(record, now)
+        except Busy:  # another process begins here too
+            if last:
+                raise
+            time.sleep(0.1)
+    if record.read_bytes() != now:
         raise RestuningError(f"{out} holds results of other settings (see {record}): choose another folder")
-    if not record.exists():
-        with locked(out):
-            write_whole(record, now)
 
 
 def absent(jobs: Sequence[Job]) -> dict[str, str]:

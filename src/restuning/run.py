@@ -146,6 +146,8 @@ def execute(
     """
     if shard and isinstance(find_method(run.method), Full):
         raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
+    if run.bank is not None:
+        _agree(run, run.bank)
     meet()
     with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
         processes = meet()
@@ -163,6 +165,8 @@ def execute(
             raise RestuningError("a run from a bank holds no backbone: there is nothing to share out")
         else:
             task = _FromBank(run, whole, bank)
+        if run.training.patience is not None and len(run.lrs) > 1 and whole.val is None:
+            raise RestuningError("patience with several rates wants data with a validation split: give one rate")
         lr, trials = run.lrs[0], dict[str, float | None]()
         if len(run.lrs) > 1:
             held = whole
@@ -365,15 +369,18 @@ class Settings(Protocol):
 
 
 @contextlib.contextmanager
-def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Settings] = read_run) -> Iterator[None]:
-    """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one."""
+def claimed(
+    out: Path, run: Settings, resume: bool, read: Callable[[Path], Settings] = read_run, done: str = RESULT
+) -> Iterator[None]:
+    """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one; done:
+    the file that a finished one has."""
     made = not out.exists()
     with locked(out):
         record = out / RUN
         there = contents(out)
         new = not there
         if record.exists() and not resume:
-            state = "a finished run" if (out / RESULT).exists() else "an unfinished run: continue it with --resume"
+            state = "a finished run" if (out / done).exists() else "an unfinished run: continue it with --resume"
             raise RestuningError(f"{out} holds {state}; choose another folder for a new one")
         if there and not record.exists():
             raise RestuningError(f"{out} is not empty and holds no run ({', '.join(there[:3])}): choose another folder")
@@ -381,7 +388,7 @@ def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Setti
             before, now = read(record).to_dict(), run.to_dict()
             other = [f"{k} was {before[k]}, is {now[k]}" for k in now if as_json(before[k]) != as_json(now[k])]
             raise RestuningError(f"{out} holds a run of other settings: {'; '.join(other)}")
-        if record.exists() and (out / RESULT).exists():
+        if record.exists() and (out / done).exists():
             raise RestuningError(f"{out} holds a finished run: there is nothing to resume")
         try:
             write_whole(record, as_json(run.to_dict()))
@@ -389,7 +396,7 @@ def claimed(out: Path, run: Settings, resume: bool, read: Callable[[Path], Setti
         except OSError as error:
             raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
         except RestuningError:
-            own = {RUN, TRIALS, ".lock"}
+            own = {RUN, ".lock"}
             if new and all(p.is_dir() or p.name in own for p in out.rglob("*")):
                 for name in own:  # a run that never started leaves nothing behind
                     (out / name).unlink(missing_ok=True)
@@ -404,6 +411,16 @@ def from_bank(path: str | Path) -> dict[str, Any]:
     manifest = Bank(path, verify=False).manifest
     sizes = {"test_size": manifest.get("test_size")}
     return {"data": manifest["data"]["spec"], "bank": str(path), **sizes, **manifest["source"]}
+
+
+def _agree(run: Run, bank: str) -> None:
+    """Raises RestuningError for settings that a bank decides, and that are others here."""
+    held = from_bank(bank)
+    other = next((name for name, value in held.items() if getattr(run, name) != value), None)
+    if other is not None:
+        raise RestuningError(f"{bank} is of {other} {held[other]!r}: leave out {getattr(run, other)!r}")
+    if run.augment:
+        raise RestuningError(f"{bank} holds features: augmented ones are built by restuning bank --views")
 
 
 def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:

@@ -227,6 +227,30 @@ def evolve(
                 look(space.crossed(a[1], b[1], rng) if i % 2 else space.mutated(a[1], rng, 0.2))
 
 
+@dataclass(frozen=True)
+class SearchRun:
+    """Everything that decides a search's outcome."""
+
+    run: Run
+    limit: int
+    population: int
+    generations: int
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"limit": self.limit, "population": self.population, "generations": self.generations}
+        return {**self.run.to_dict(), "search": own}
+
+    @classmethod
+    def read(cls, path: Path) -> "SearchRun":
+        """The run.json of a search. Raises RestuningError for one that cannot be read, or is a run's."""
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            own = held.pop("search")
+            return cls(Run.from_dict(held), **own)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise RestuningError(f"{path} is damaged, or no search's: {error}") from error
+
+
 def search(
     run: Run,
     out: Path,
@@ -244,7 +268,8 @@ def search(
     """
     if population < 2 or generations < 0:
         raise RestuningError(f"population {population}, generations {generations}: expected at least 2 and 0")
-    with claimed(out, run, resume):
+    asked_for = SearchRun(run, limit, population, generations)
+    with claimed(out, asked_for, resume, SearchRun.read, SEARCH):
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
         how = reading_of(backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
         config = replace(run.training, lr=run.lrs[0], accumulate=_SANDWICH)

@@ -43,7 +43,6 @@ class Sweep:
     train_size: int | None = None
     shots: int | None = None
     val_size: int = 0
-    test_size: int | None = None
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -65,7 +64,7 @@ class Sweep:
         spec = to_dict(find_method(method)) if method.endswith(".json") else method
         given = from_bank(self.bank)
         return Run(
-            **{**given, "test_size": self.test_size or given["test_size"]},
+            **given,
             method=spec,
             pool=self.pool,
             train_size=self.train_size,
@@ -83,6 +82,8 @@ def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]
     is done is not done again on `resume`. Returns what sweep.json holds.
     """
     bank, seed = Bank(settings.bank), settings.seeds[0]
+    if bank.views > 1:
+        raise RestuningError(f"{settings.bank} holds {bank.views} views of each image: a sweep reads a bank of one")
     for method in settings.methods:  # what cannot be, before anything is written
         on_bank(settings.run(method, seed), _task(settings, bank, seed, hold=True), bank)()
     with locked(out):
@@ -160,7 +161,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         seeds.append(row)
         folder = out / f"{Path(method).stem}-seed{seed}"
         run = settings.run(method, seed)
-        run = replace(run, lrs=(lr,), training=config(lr, epochs, seed))
+        run = replace(run, lrs=(lr,), val_size=0, training=config(lr, epochs, seed))  # it was trained on all
         winners[seed].tuned.save_pretrained(folder)
         write_whole(folder / RUN, as_json(run.to_dict()))
         write_whole(folder / RESULT, as_json({**row, "settings": run.to_dict(), "versions": versions()}))
@@ -177,7 +178,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
 
 def _task(settings: Sweep, bank: Bank, seed: int, hold: bool) -> Task:
     """The splits of a run of this seed; with `hold`, those on which its rate is chosen."""
-    sizes = {"train_size": settings.train_size, "shots": settings.shots, "test_size": settings.test_size, "seed": seed}
+    sizes = {"train_size": settings.train_size, "shots": settings.shots, "test_size": None, "seed": seed}
     spec, source = str(bank.manifest["data"]["spec"]), bank.source()
     whole = split(spec, source, **sizes, val_size=0)  # type: ignore[arg-type]
     if not hold:

@@ -24,6 +24,8 @@ class Point:
         c = self.config
         if c.clip is not None or c.patience is not None or c.accumulate != 1 or c.group_by_length:
             raise MethodError("a stack trains by the plain recipe: no clipping, patience, accumulation or grouping")
+        if c.ema is not None or c.precision != "no":
+            raise MethodError("a stack trains by the plain recipe: no mean of the weights, and in single precision")
 
 
 def train(
@@ -75,7 +77,7 @@ def _rate(config: TrainConfig, step: int, steps: int) -> float:
     if step >= config.epochs * steps:
         return 0.0
     warmup = min(config.warmup_epochs, 0.2 * config.epochs)
-    return learning_rate(step, config.epochs * steps, warmup * steps, config.lr)
+    return learning_rate(step, config.epochs * steps, warmup * steps, config.lr, config.schedule)
 
 
 class _AdamW:

@@ -73,7 +73,10 @@ def _reproduce(args: argparse.Namespace) -> int:
     if not args.experiments:
         rows = [[e.name, e.about, e.said] for e in EXPERIMENTS.values()]
         suites = [[name, f"all of {', '.join(parts)}", ""] for name, parts in SUITES.items()]
-        table(["name", "what", "command"], [*rows, *suites])
+        if args.json:
+            print(json.dumps([dict(zip(("name", "what", "command"), row, strict=True)) for row in [*rows, *suites]]))
+        else:
+            table(["name", "what", "command"], [*rows, *suites])
         return 0
     found = [e for name in args.experiments for e in find(name)]
     for experiment in found:
@@ -114,7 +117,9 @@ def _reproduce(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"jobs": len(jobs), "failed": failed}))
     else:
-        print(f"{len(jobs)} jobs, {len(failed)} of them failed; restuning report {args.out} shows them")
+        print(
+            f"{len(jobs)} jobs, {len(failed)} failures (missing data are one); restuning report {args.out} shows them"
+        )
     if failed:
         raise RestuningError(f"{failed[0]}{f' (and {len(failed) - 1} more)' if len(failed) > 1 else ''}")
     return 0

@@ -34,8 +34,8 @@ def backbone_flags(parser: argparse.ArgumentParser, weights: bool = True) -> Non
         parser.add_argument("--image-size", type=int, help="pixels a side (default: the backbone's own)")
 
 
-def size_flags(parser: argparse.ArgumentParser) -> None:
-    for name, about in SIZES.items():
+def size_flags(parser: argparse.ArgumentParser, *names: str) -> None:
+    for name, about in ((name, SIZES[name]) for name in names or SIZES):
         parser.add_argument(f"--{name}-size", type=int, metavar="N", help=about)
 
 
@@ -86,7 +86,7 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     table = Table(box=None, pad_edge=False)
     for i, column in enumerate(columns):
         numbers = all(row[i].replace(",", "").isdigit() for row in rows)
-        table.add_column(column, justify="right" if numbers else "left", no_wrap=True)
+        table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers or i == 0, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    Console(width=None if sys.stdout.isatty() else 10_000).print(table)  # in a pipe, a row is a line

@@ -106,7 +106,7 @@ def add_commands(add: Add) -> None:
     sweep.add_argument("--epochs", type=int, nargs="+", help="(default 50 100)")
     sweep.add_argument("--seeds", type=int, nargs="+", help="(default 0 1 2)")
     sweep.add_argument("--pool", choices=POOLS, help="what the head reads (default: the backbone's)")
-    size_flags(sweep)
+    size_flags(sweep, "train", "val")
     sweep.add_argument("--shots", type=int, metavar="K", help=SHOTS)
     sweep.add_argument("--batch-size", type=int, help="(default 32)")
     sweep.add_argument("--weight-decay", type=float, help="(default 0.05)")
@@ -150,11 +150,7 @@ def _train(args: argparse.Namespace) -> None:
     if str(settings.get("method", "")).endswith(".json"):  # the run records what the file holds
         settings["method"] = to_dict(find_method(settings["method"]))
     if "bank" in settings:
-        held = from_bank(settings["bank"])
-        other = next((k for k, v in held.items() if k in settings and k != "test_size" and settings[k] != v), None)
-        if other is not None:
-            raise RestuningError(f"{settings['bank']} is of {other} {held[other]!r}: leave out {settings[other]!r}")
-        settings = {**held, **settings}
+        settings = {**from_bank(settings["bank"]), **settings}
     if run is not None:
         run = replace(run, **settings, training=replace(run.training, **training))
     elif "data" not in settings:

@@ -44,6 +44,7 @@ def add_commands(add: Add) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     from restuning.data import check, load_task, prepared
+    from restuning.data.task import some
     from restuning.evaluate import predict_logits
     from restuning.objective import confusion, objective
     from restuning.run import RUN, card_reading, load_tuned, read_run
@@ -59,8 +60,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     if args.confusion is not None and card.kind not in ("single-label", "per-token"):
         raise RestuningError(f"--confusion: a {card.kind} task has none")
     spec = args.data or (run.data if run else "")
-    test_size = args.test_size or (run.test_size if run and spec == run.data else None)
-    test = (task := load_task(spec, test_size=test_size)).test
+    same = run is not None and spec == run.data
+    test = (task := load_task(spec, test_size=run.test_size if run and same else args.test_size)).test
+    if same and args.test_size is not None:
+        test = some(spec, test, args.test_size)  # of those that it was not trained on
     if (tuple(task.classes), task.kind) != (tuple(card.classes or ()), card.kind):
         raise RestuningError(
             f"{spec} is {task.kind} of {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "

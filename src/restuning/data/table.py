@@ -202,7 +202,7 @@ def _kind(labels: Sequence[Any], words: bool) -> str:
     numbers = [label for label in labels if isinstance(label, int | float) and not isinstance(label, bool)]
     texts = [label for label in labels if isinstance(label, str)]
     pointed = any(isinstance(v, float) for v in numbers) or any("." in v for v in texts)
-    written = not numbers and all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", v.strip()) for v in texts)
+    written = not numbers and all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", v.strip()) for v in texts)
     whole = len(numbers) == len(labels) or (len(texts) == len(labels) and written)
     return "regression" if pointed and whole else "single-label"
 

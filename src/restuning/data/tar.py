@@ -5,7 +5,7 @@ import os
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from restuning.data.decode import SUFFIXES, decode
 from restuning.data.folder import SPLITS, source_of
@@ -46,14 +46,18 @@ def _read(tar: str, offset: int, size: int) -> bytes:
 
 def _open(tar: str) -> io.BufferedIOBase:
     """The tar's plain stream, whatever packs it."""
+    return _opener(tar)(tar, "rb")  # type: ignore[no-any-return]
+
+
+def _opener(tar: str) -> Any:
+    """By the file's first bytes."""
     import bz2
     import gzip
     import lzma
 
     with open(tar, "rb") as file:
-        magic = file.read(6)
-    openers = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
-    return openers.get(magic[:2], open)(tar, "rb")  # type: ignore[operator,no-any-return]
+        magic = file.read(2)
+    return {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}.get(magic, open)
 
 
 def members_of(path: str) -> list[Member]:
@@ -67,8 +71,7 @@ def members_of(path: str) -> list[Member]:
             size = os.path.getsize(path)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise DataError(f"{where} cannot be read as a tar: {line(error)}") from error
-    plain = not any(path.endswith(end) for end in (".gz", ".tgz", ".bz2", ".xz"))
-    if plain and any(m.offset_data + m.size > size for m in files):
+    if _opener(path) is open and any(m.offset_data + m.size > size for m in files):
         raise DataError(
             f"{where} is cut short: expected {max(m.offset_data + m.size for m in files)} bytes, has {size}"
         )

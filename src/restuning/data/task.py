@@ -114,10 +114,7 @@ def split(
         test: Items = View(source.train, tested)
     else:
         rest = list(range(len(source.train)))
-        test = source.test
-        if test_size is not None:
-            _enough(spec, "test_size", test_size, len(test))
-            test = View(test, _draw(test, range(len(test)), test_size, seed=0)[0])
+        test = source.test if test_size is None else some(spec, source.test, test_size)
     if train_size is not None:
         _enough(spec, "train_size", train_size, len(rest))
         rest = _draw(source.train, rest, train_size, seed)[0]
@@ -137,6 +134,15 @@ def split(
             raise DataError(f"{spec}: {len(items)} {name} item: a regression is judged on two or more")
     held_last = source.held if whole and not val_size else 0
     return Task(spec, source.classes, View(source.train, rest), val, test, source.kind, held_last)
+
+
+def some(spec: str, items: Items, count: int) -> Items:
+    """So many items to test on, each class by its share, the same at every call. Raises DataError if there are not so
+    many."""
+    if count < 1:
+        raise DataError(f"{spec}: test_size is {count}, expected at least 1")
+    _enough(spec, "test_size", count, len(items))
+    return View(items, _draw(items, range(len(items)), count, seed=0)[0])
 
 
 def part(spec: str, source: Source, train_size: int, test_size: int) -> Source:

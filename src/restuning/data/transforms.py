@@ -103,7 +103,7 @@ class Prepared(Dataset[tuple[Tensor, Any]]):
         if self.augment:
             with torch.random.fork_rng(devices=[]):
                 # a large odd multiplier each, so that neighbouring epochs and images share no seed
-                torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + i)
+                torch.manual_seed(((self.seed * 1_000_003 + self.epoch) * 10_000_019 + i) % 2**63)
                 return self.preprocess.augmented(self.images.item(i)), label
         pixels = self.cached.get(i)
         if pixels is None:
