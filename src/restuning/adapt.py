@@ -186,9 +186,9 @@ class Tuned(nn.Module):
             switch_checkpoints(self.backbone, self._checkpointed)
         flags, modes = self._came
         for name, p in self.backbone.named_parameters():
-            p.requires_grad_(flags[name])
+            p.requires_grad_(flags.get(name, True))  # what was put there since is as a new module is
         for name, module in self.backbone.named_modules():
-            module.training = modes[name]
+            module.training = modes.get(name, modes[""])
         return self.backbone
 
     def merge_and_unload(self, name: str | None = None) -> nn.Module:
@@ -198,7 +198,7 @@ class Tuned(nn.Module):
         Raises MethodError for a tuner that no weight can hold (all but LoRA, SSF and BitFit), or for a convolution that
         standardises its weight; nothing is changed then.
         """
-        name = self.one(name)
+        name = self._one(name)
         adapter = self._find(name)
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
@@ -551,7 +551,7 @@ class Tuned(nn.Module):
             raise MethodError("no adapter is active: add one, set one, or use disable_adapter()")
         return self.active_adapters
 
-    def one(self, name: str | None = None) -> str:
+    def _one(self, name: str | None = None) -> str:
         """The named adapter, or the active one. Raises MethodError where several are active."""
         if name is None and len(self._active()) > 1:
             raise MethodError(f"several adapters are active ({', '.join(self._active())}): expected the name of one")
@@ -580,7 +580,7 @@ class Tuned(nn.Module):
 
     def save_pretrained(self, path: str | Path, name: str | None = None) -> None:
         """Write the active (or the named) adapter with its head: adapter_config.json, adapter_model.safetensors."""
-        adapter = self._find(self.one(name))
+        adapter = self._find(self._one(name))
         state = adapter.state_dict()
         if adapter.full:
             state |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}

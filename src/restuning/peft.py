@@ -67,7 +67,7 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    adapter = tuned._find(tuned.one(name))
+    adapter = tuned._find(tuned._one(name))
     state: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     dropout = 0.0
