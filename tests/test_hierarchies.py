@@ -334,7 +334,7 @@ def test_paths_that_cannot_be() -> None:
     with pytest.raises(MethodError, match=r"Bypass\(over='all'\): expected blocks, stages or None"):
         rt.Bypass(over="all")
     wide = {"x": torch.randn(2, 3, 32, 48)}
-    with pytest.raises(MethodError, match="patches make no square grid"):
+    with pytest.raises(MethodError, match="needs square maps"):
         adapt(convnext, "bypass")(**wide)
     assert adapt(convnext, "res-tuning")(**wide).shape == (2, 4), "tuners of the blocks need no square"
     assert adapt(convnext, "bypass-mean")(**wide).shape == (2, 4), "nor does a path of means"

@@ -1,11 +1,22 @@
 """Other people's loops: a plain one, Accelerate, transformers.Trainer."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from tiny import TINY
 
 import restuning as rt
 from restuning.errors import RestuningError
+
+
+@pytest.fixture(autouse=True)
+def left_as_it_was() -> Iterator[None]:
+    """What Accelerate keeps for a whole process is of one test alone."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._reset_state(True)
 
 
 @pytest.mark.parametrize("method", ["res-tuning", "bypass", "full"])

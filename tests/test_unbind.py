@@ -18,7 +18,7 @@ from restuning.errors import MethodError, SiteError
 from restuning.wiring import unbind
 from restuning.wiring.live import ALL
 
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # four of its last bits
 
 
 def _eager(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

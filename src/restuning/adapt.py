@@ -366,7 +366,7 @@ class Tuned(nn.Module):
         quiet = torch.no_grad() if frozen else Thrift() if thrifty else nullcontext()
         with one_thread(self.backbone), quiet, on() as taps:
             self.backbone(*args, **kwargs)
-        if taps.oblong and len(layers) > 1 and not self._sites.uniform:
+        if taps.oblong and view == ALL and len(layers) > 1 and not self._sites.uniform:
             raise MethodError("a side path over stages needs square maps: images as high as wide")
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
         if trained and torch.is_grad_enabled() and checkpoints(self.backbone):
