@@ -496,6 +496,7 @@ def test_a_side_path_over_stages_wants_square_maps() -> None:
 
 @pytest.mark.parametrize("name", [*TINY])
 def test_a_tuned_model_is_pickled(name: str) -> None:
+    """As it goes to a spawned process; no file is ever read so."""
     tuned = rt.adapt(TINY[name].backbone(), "linear", 3, anatomy=TINY[name].anatomy).eval()
     again = pickle.loads(pickle.dumps(tuned))
     x = TINY[name].inputs()

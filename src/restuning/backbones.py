@@ -134,7 +134,7 @@ def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: b
         size=(side, side),
         mean=tuple(how.get("image_mean") or half),
         std=tuple(how.get("image_std") or half),
-        interpolation=RESAMPLE.get(how.get("resample"), "bicubic"),  # type: ignore[arg-type]
+        interpolation=RESAMPLE.get(how.get("resample", 3), "bicubic"),
         crop=1.0 if crop else None,
     )
 

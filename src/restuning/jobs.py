@@ -178,6 +178,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
     saved = {}
     for row, file in files.items():
         swept = found["methods"][str(file)]
+        kept = _kept(job, job.methods[row], folder / "sweep" / f"{file.stem}-seed{job.seeds[0]}")
         for one in swept["seeds"]:
             saved[row, one["seed"]] = at = folder / "sweep" / f"{file.stem}-seed{one['seed']}"
             yield {
@@ -191,7 +192,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 "parameters": swept["parameters"],
                 "seconds": swept["seconds"] / len(job.seeds),
                 "peak_bytes": peak,
-                "kept_bytes": _kept(job, job.methods[row], at),
+                "kept_bytes": kept,
                 "from": "bank",
                 "gates": _gates(at),
             }
@@ -201,6 +202,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
 def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]:
     saved = {}
     for row, method in job.methods.items():
+        kept = None  # the same for every seed
         for seed in job.seeds:
             saved[row, seed] = folder = out / JOBS / job.name / f"{slug(row)}-seed{seed}"
             run = Run(
@@ -221,6 +223,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
             else:
                 again = (folder / RUN).exists()
                 result, peak = _measured(partial(execute, run, folder, resume=again, progress=progress))
+            kept = _kept(job, method, folder) if kept is None else kept
             yield {
                 "row": row,
                 "column": job.column,
@@ -233,7 +236,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 "parameters": result["parameters"],
                 "seconds": result["seconds"],
                 "peak_bytes": peak,
-                "kept_bytes": _kept(job, method, folder),
+                "kept_bytes": kept,
                 "from": "backbone",
                 "gates": _gates(folder),
             }

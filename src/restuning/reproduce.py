@@ -175,7 +175,7 @@ def claim(out: Path, settings: Settings) -> None:
     """The folder for these settings. Raises RestuningError where it holds results of others."""
     record = out / SETTINGS
     now = as_json(asdict(settings))
-    for last in (False,) * 50 + (True,):
+    for left in range(50, -1, -1):
         if record.exists():
             break
         try:
@@ -183,7 +183,7 @@ def claim(out: Path, settings: Settings) -> None:
                 if not record.exists():
                     write_whole(record, now)
         except Busy:  # another process begins here too
-            if last:
+            if not left:
                 raise
             time.sleep(0.1)
     if record.read_bytes() != now:

@@ -62,9 +62,8 @@ class Sweep:
     def run(self, method: str, seed: int) -> Run:
         """The run that a winner of this method and seed is, but for its rate and length."""
         spec = to_dict(find_method(method)) if method.endswith(".json") else method
-        given = from_bank(self.bank)
         return Run(
-            **given,
+            **from_bank(self.bank),
             method=spec,
             pool=self.pool,
             train_size=self.train_size,

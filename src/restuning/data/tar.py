@@ -46,7 +46,8 @@ def _read(tar: str, offset: int, size: int) -> bytes:
 
 def _open(tar: str) -> io.BufferedIOBase:
     """The tar's plain stream, whatever packs it."""
-    return _opener(tar)(tar, "rb")  # type: ignore[no-any-return]
+    stream: io.BufferedIOBase = _opener(tar)(tar, "rb")
+    return stream
 
 
 def _opener(tar: str) -> Any:
