@@ -13,13 +13,13 @@ from restuning.errors import MethodError, RestuningError
 _NEEDS = "the backbone's blocks are shared out over processes, and {} needs the whole of them: call gather() first"
 
 
-def whole_weights(shards: "Shards | None", what: str) -> None:
+def require_unsharded(shards: "Shards | None", what: str) -> None:
     """Raises MethodError where there are none."""
     if shards is not None:
         raise MethodError(_NEEDS.format(what))
 
 
-def shared_out(module: nn.Module) -> list[str]:
+def sharded_parameters(module: nn.Module) -> list[str]:
     """The names of the parameters of which this process holds a share."""
     if not torch.distributed.is_available():
         return []
@@ -31,8 +31,8 @@ def shared_out(module: nn.Module) -> list[str]:
 class Shards:
     """What was done to a backbone so that it is shared out, and undoes it.
 
-    Each block is gathered as it begins and given back as it ends, forward and backward; the backbone's own call, the
-    root, lets the next one come while one runs. What belongs to no block, or to several, stays whole everywhere.
+    Each block is gathered as it begins and given back as it ends, forward and backward; the backbone's own call,
+    the root, lets the next one come while one runs. What belongs to no block, or to several, stays whole everywhere.
     """
 
     def __init__(self, backbone: nn.Module, blocks: Iterable[str], device: torch.device | str) -> None:

@@ -1,40 +1,14 @@
 """The output folder of a run: one process at a time, nothing of an earlier run overwritten."""
 
-
 import contextlib
-import json
-import platform
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
-import torch
-from torch import nn
-
-from restuning._version import __version__
-from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
-from restuning.errors import CheckpointError, Diverged, RestuningError
-from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
-from restuning.training.initialise import initialise, needs_data
-from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
-from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
-from restuning.training.logging import bar
-from restuning.training.config import TrainConfig
-from restuning.training.loop import fit
-from restuning.side.features import MEAN
-
+from restuning.errors import RestuningError
 from restuning.runs.settings import RESULT, RUN, read_run
+from restuning.utils.files import as_json, atomic_write, contents, locked
 
 
 class Settings(Protocol):
@@ -44,7 +18,7 @@ class Settings(Protocol):
 
 
 @contextlib.contextmanager
-def claimed(
+def run_directory(
     out: Path, run: Settings, resume: bool, read: Callable[[Path], Settings] = read_run, done: str = RESULT
 ) -> Iterator[None]:
     """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one; done:
@@ -66,7 +40,7 @@ def claimed(
         if record.exists() and (out / done).exists():
             raise RestuningError(f"{out} holds a finished run: there is nothing to resume")
         try:
-            write_whole(record, as_json(run.to_dict()))
+            atomic_write(record, as_json(run.to_dict()))
             yield
         except OSError as error:
             raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error

@@ -1,39 +1,19 @@
 """Saved adapters on the backbone that their files name."""
 
-
-import contextlib
-import json
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
-import torch
 from torch import nn
 
-from restuning._version import __version__
-from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
-from restuning.errors import CheckpointError, Diverged, RestuningError
-from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
-from restuning.training.initialise import initialise, needs_data
-from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
-from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
-from restuning.training.logging import bar
-from restuning.training.config import TrainConfig
-from restuning.training.loop import fit
-from restuning.side.features import MEAN
-
+from restuning.backbones.load import load_backbone, preprocessing_of
+from restuning.data import (
+    Preprocess,
+    Reading,
+    reading,
+)
+from restuning.errors import CheckpointError
+from restuning.model.tuned import Tuned
 from restuning.runs.settings import RUN, read_run
 
 
@@ -44,18 +24,18 @@ def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None 
     """
     from restuning.model.files import read
 
-    card, _ = read(folder)
+    config, _ = read(folder)
     if weights is None and (folder / RUN).exists():
         weights = read_run(folder / RUN).weights
-    how = card_reading(folder, card.preprocessing)
+    how = transform_of(folder, config.preprocessing)
     if onto is None:
-        onto = load_backbone(str(card.backbone["name"]), weights)
+        onto = load_backbone(str(config.backbone["name"]), weights)
         if isinstance(how, Preprocess) and preprocessing_of(onto).size != how.size:
-            onto = load_backbone(str(card.backbone["name"]), weights, how.size[0])
+            onto = load_backbone(str(config.backbone["name"]), weights, how.size[0])
     return Tuned.from_pretrained(onto, folder)
 
 
-def card_reading(folder: Path, data: Mapping[str, Any] | None) -> Reading:
+def transform_of(folder: Path, data: Mapping[str, Any] | None) -> Reading:
     """How items were read that an adapter was trained with."""
     if data is None:
         raise CheckpointError(f"{folder} names no preprocessing: it was not trained by the command line")

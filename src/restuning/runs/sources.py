@@ -1,47 +1,41 @@
 """Where a run's examples and models come from: items and a backbone, or a bank."""
 
-
-import contextlib
-import json
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from restuning._version import __version__
-from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
-from restuning.errors import CheckpointError, Diverged, RestuningError
-from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
-from restuning.training.initialise import initialise, needs_data
-from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.backbones.load import describe_backbone, load_backbone, reading_of
+from restuning.data import (
+    Items,
+    Prepared,
+    Reading,
+    Task,
+    prepared,
+    reading,
+)
+from restuning.features.bank import (
+    LIMIT,
+    Bank,
+    FromBank,
+    FromFeatures,
+    bytes_per_item,
+    cache_features,
+)
 from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
-from restuning.training.logging import bar
-from restuning.training.config import TrainConfig
-from restuning.training.loop import fit
-from restuning.side.features import MEAN
-
+from restuning.methods.spec import Full
+from restuning.model.tuned import Tuned
 from restuning.runs.settings import Run
+from restuning.training.evaluate import Examples
+from restuning.training.initialise import initialise, needs_data
 
 
 class _Prepared(Protocol):
     """Models of a run, and items as they read them."""
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
-        """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
+        """A newly initialised tuned model, the same at each call; what begins from data begins from `train`."""
         ...
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples: ...
@@ -86,7 +80,7 @@ class _FromItems:
             return self._examples(items)
         key = tuple(items.names)
         if key not in self.kept:
-            self.kept[key] = keep(tuned, self._examples(items), self.run.training.batch_size)
+            self.kept[key] = cache_features(tuned, self._examples(items), self.run.training.batch_size)
         return self.kept[key]
 
     def _examples(self, items: Items) -> Examples:
@@ -104,7 +98,7 @@ class _FromItems:
         if self.fits is None:
             whole = self.whole
             items = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
-            self.fits = bytes_each(tuned, self._examples(whole.train)) * items <= LIMIT
+            self.fits = bytes_per_item(tuned, self._examples(whole.train)) * items <= LIMIT
         return self.fits
 
 
@@ -144,7 +138,7 @@ def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
 
 
 def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
-    """A maker of the run's newly born models, each on what is left of a backbone without its weights."""
+    """A maker of the run's newly initialised models, each on what is left of a backbone without its weights."""
     prepared = _FromBank(run, whole, bank)
 
     def born() -> FromFeatures:

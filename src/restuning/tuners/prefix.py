@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port, Read, Said
+from restuning._types import Input, Output, SiteInfo
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.scale import Scale, branch_scale, check_init, check_size
 
 
@@ -17,8 +18,8 @@ class Prefix:
 
     Multi-head attention (Eq. 1) of what the operation read over `tokens` learned keys and as many learned values;
     2 · tokens · d parameters at width d.
-    scale: a learned weight of the branch, none, scalar or channel, one at birth.
-    init: `zero` (V_pre zero, so the operation is unchanged at birth) or `xavier` (keys and values).
+    scale: a learned weight of the branch, none, scalar or channel, one at initialisation.
+    init: `zero` (V_pre zero, so the operation is unchanged at initialisation) or `xavier` (keys and values).
     Raises MethodError for sizes below 1, an unknown choice, or heads that do not divide the width.
     """
 
@@ -30,38 +31,38 @@ class Prefix:
         check_size("Prefix", "tokens", self.tokens)
         check_init("Prefix", self.init, ("zero", "xavier"))
 
-    def __call__(self, port: Port) -> nn.Module:
-        return PrefixTuner(port.reads, port.writes, port.heads, self.tokens, self.scale, self.init)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        return PrefixTuner(info.in_features, info.out_features, info.heads, self.tokens, self.scale, self.init)
 
 
-class PrefixTuner(nn.Module):
-    """(b, n, reads) → (b, n, writes); see `Prefix`."""
+class PrefixTuner(Tuner):
+    """(b, n, in_features) → (b, n, out_features); see `Prefix`."""
 
     mixes_tokens = False
 
-    def __init__(self, reads: int, writes: int, heads: int, tokens: int, scale: Scale, init: str) -> None:
+    def __init__(self, in_features: int, out_features: int, heads: int, tokens: int, scale: Scale, init: str) -> None:
         super().__init__()
-        check_heads(heads, reads, writes)
+        check_heads(heads, in_features, out_features)
         self.heads = heads
-        self.keys = nn.Parameter(torch.empty(tokens, reads))
-        self.values = nn.Parameter(torch.zeros(tokens, writes))
-        self.scale = branch_scale(scale, writes)
+        self.keys = nn.Parameter(torch.empty(tokens, in_features))
+        self.values = nn.Parameter(torch.zeros(tokens, out_features))
+        self.scale = branch_scale(scale, out_features)
         nn.init.xavier_uniform_(self.keys)
         if init == "xavier":
             nn.init.xavier_uniform_(self.values)
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         values = self.values if self.scale is None else self.values * self.scale
         return attend(x, self.keys, values, self.heads)
 
 
-def check_heads(heads: int, reads: int, writes: int) -> None:
+def check_heads(heads: int, in_features: int, out_features: int) -> None:
     """Every head has the same width."""
-    if reads % heads or writes % heads:
-        raise MethodError(f"{heads} heads do not divide the widths {reads} (read) and {writes} (written)")
+    if in_features % heads or out_features % heads:
+        raise MethodError(f"{heads} heads do not divide the widths {in_features} (input) and {out_features} (output)")
 
 
-def attend(x: Read, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def attend(x: Input, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """Eq. 1 for queries x (b, n, d) over learned keys (p, d) and values (p, d'), head by head: (b, n, d')."""
     b, n, d = x.shape
     q = x.view(b, n, heads, d // heads)

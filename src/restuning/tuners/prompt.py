@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from restuning._types import Port, Tokens
+from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.prefix import attend, check_heads
 from restuning.tuners.scale import Scale, branch_scale, check_size
 
@@ -16,10 +17,11 @@ class Prompt:
     """Res-Prompt on any operation (Res-Tuning, section 3.1): Attn(x, P, P), beside the operation.
 
     One set of `tokens` learned tokens P serves as keys and as values; tokens · d parameters at width d. P is
-    xavier-uniform: the tuner is not zero at birth, because shared tokens that start at zero stay identical for ever.
-    scale: a learned weight of the branch, none, scalar or channel, one at birth.
+    xavier-uniform: the tuner is not zero at initialisation, because shared tokens that start at zero stay identical for
+    ever.
+    scale: a learned weight of the branch, none, scalar or channel, one at initialisation.
     Raises MethodError for sizes below 1, an unknown choice, heads that do not divide the width, or an operation that
-    reads another width than it writes.
+    in_features another width than it out_features.
     """
 
     tokens: int = 10
@@ -28,13 +30,16 @@ class Prompt:
     def __post_init__(self) -> None:
         check_size("Prompt", "tokens", self.tokens)
 
-    def __call__(self, port: Port) -> nn.Module:
-        if port.reads != port.writes:
-            raise MethodError(f"Prompt needs an operation of one width; this reads {port.reads}, writes {port.writes}")
-        return PromptTuner(port.reads, port.heads, self.tokens, self.scale)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        if info.in_features != info.out_features:
+            raise MethodError(
+                f"Prompt needs an operation of one width; this one's input is {info.in_features} wide, its output "
+                f"{info.out_features}"
+            )
+        return ResPromptTuner(info.in_features, info.heads, self.tokens, self.scale)
 
 
-class PromptTuner(nn.Module):
+class ResPromptTuner(Tuner):
     """(b, n, d) → (b, n, d); see `Prompt`."""
 
     mixes_tokens = False
