@@ -1,10 +1,9 @@
 """Tuning a text-to-image base: the noise-prediction loss over kept latents; a run from its settings to its files."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,6 +40,7 @@ from restuning.training.loop import accelerated, fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.options import CAPTIONS, TUNER_SIZE, Blocks, Option
+from restuning.utils.plain import read_plain
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
@@ -103,29 +103,10 @@ class DiffusionRun:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "DiffusionRun":
-        """The inverse of `to_dict`. Raises RestuningError for settings that are unknown or missing."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown or not {"base", "data"} <= set(data):
-            raise RestuningError(f"a run with unknown settings {unknown}" if unknown else "a run without base or data")
-        blocks = data.get("blocks")
-        try:
-            training = TrainConfig(**{**asdict(RECIPE), **data.get("training", {})})
-        except TypeError as error:
-            raise RestuningError(f"a run with unknown training settings: {error}") from error
-        more = {"prompts": tuple(data.get("prompts", ())), "blocks": None if blocks is None else tuple(blocks)}
-        return cls(**{**data, **more, "training": training})
-
 
 def read_run(path: Path) -> DiffusionRun:
     """A run.json. Raises RestuningError if it is not there, cannot be read, or is of another kind."""
-    try:
-        return DiffusionRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise RestuningError(f"no recorded run at {path}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RestuningError(f"{path} is damaged: {error}") from error
+    return read_plain(path, DiffusionRun, lambda data: {**data, "training": asdict(RECIPE) | data.get("training", {})})
 
 
 class Noised:

@@ -28,6 +28,7 @@ from restuning.tuners import Adapter, Lora, PromptTuning
 from restuning.tuners.base import TunerConfig, as_tuner, copy_contract
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.options import Option
+from restuning.utils.plain import read_plain
 
 KINDS: Mapping[str, tuple[str, TunerConfig]] = {
     "adapter": ("ffn", Adapter(10, source="out")),
@@ -260,12 +261,7 @@ class SearchRun:
     @classmethod
     def read(cls, path: Path) -> "SearchRun":
         """The run.json of a search. Raises RestuningError for one that cannot be read, or is a run's."""
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            own = held.pop("search")
-            return cls(Run.from_dict(held), SearchSettings(**own))
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise RestuningError(f"{path} is damaged, or no search's: {error}") from error
+        return read_plain(path, cls, lambda held: {"search": held.pop("search", None), "run": held})
 
 
 def search(

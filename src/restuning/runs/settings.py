@@ -1,9 +1,8 @@
 """A run's settings as data, and the files that record them."""
 
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +30,7 @@ from restuning.utils.options import (
     ValSize,
     Weights,
 )
+from restuning.utils.plain import read_plain
 
 RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 
@@ -91,36 +91,10 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Run":
-        """The inverse of `to_dict`. Raises RestuningError for settings that are unknown or missing."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown or "data" not in data:
-            raise RestuningError(f"a run with unknown settings {unknown}" if unknown else "a run without 'data'")
-        blocks = data.get("blocks")
-        try:
-            training = TrainConfig(**data.get("training", {}))
-        except TypeError as error:
-            raise RestuningError(f"a run with unknown training settings: {error}") from error
-        return cls(
-            **{
-                **data,
-                "blocks": None if blocks is None else tuple(blocks),
-                "lrs": tuple(data.get("lrs", (1e-3,))),
-                "training": training,
-            }
-        )
-
 
 def read_run(path: Path) -> Run:
     """A run.json. Raises RestuningError if it is not there or cannot be read."""
-    try:
-        return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise RestuningError(f"no recorded run at {path}: expected a {RUN}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RestuningError(f"{path} is damaged: {error}") from error
+    return read_plain(path, Run)
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,54 @@
+"""Plain data, as JSON holds it, to settings: by msgspec, which is needed only where something is read."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from restuning.errors import MissingExtra, RestuningError
+
+T = TypeVar("T")
+
+
+def from_plain(kind: type[T], data: Any, where: str, fail: type[RestuningError] = RestuningError) -> T:
+    """Plain data as a dataclass, its settings of the declared types. Raises `fail`, one line, for one that is unknown,
+    missing, or of another type; `where` begins it."""
+    unknown = _unknown(kind, data)
+    if unknown:
+        raise fail(f"{where} has unknown settings: {', '.join(unknown)}")
+    return convert(kind, data, f"{where} is damaged", fail)
+
+
+def convert(kind: Any, data: Any, where: str, fail: type[RestuningError] = RestuningError) -> Any:
+    """Plain data as a declared type (lists become tuples). Raises `fail` for data of another type."""
+    try:
+        import msgspec
+    except ImportError as error:
+        raise MissingExtra("msgspec", "cli") from error
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        raise fail(f"{where}: {error}") from error
+
+
+def read_plain(path: Path, kind: type[T], change: Callable[[Any], Any] = lambda data: data) -> T:
+    """A JSON file as a dataclass. change: made to its data first. Raises RestuningError, one line, where it is not
+    there or does not fit."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RestuningError(f"no recorded run at {path}: expected a {path.name}") from error
+    except ValueError as error:
+        raise RestuningError(f"{path} is damaged: {error}") from error
+    return from_plain(kind, change(data) if isinstance(data, dict) else data, str(path))
+
+
+def _unknown(kind: Any, data: Any) -> list[str]:
+    """Settings that a dataclass, or one of its fields, does not have."""
+    if not (is_dataclass(kind) and isinstance(data, Mapping)):
+        return []
+    hints = get_type_hints(kind)  # type: ignore[arg-type]
+    names = [f.name for f in fields(kind)]
+    inner = [f"{name}.{one}" for name in names if name in data for one in _unknown(hints[name], data[name])]
+    return sorted(set(data) - set(names)) + inner
