@@ -87,13 +87,13 @@ def filled(kind: type[S], args: argparse.Namespace, base: S | None = None, **mor
         start = _default(field) if base is None else getattr(base, field.name)
         if field.name not in values and is_dataclass(start):
             values[field.name] = filled(type(start), args, start)
-    return kind(**values) if base is None else replace(base, **values)
+    return kind(**values) if base is None else replace(base, **values)  # type: ignore[type-var]
 
 
 def _options(kind: type) -> Iterator[tuple[Field[Any], Any, Option | None]]:
     """Fields, their types, and how they are flags: the last `Option` stands."""
     hints = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         hint = hints[field.name]
         notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Option)]
         yield field, getattr(hint, "__origin__", hint) if notes else hint, notes[-1] if notes else None

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from restuning.cli.arguments import Parser, filled, given
-from restuning.cli.output import table
+from restuning.cli.output import say, table
 from restuning.errors import RestuningError
 from restuning.paper.experiments import EXPERIMENTS, SUITES, find
+from restuning.paper.experiments.measured import Place, find_own, measure
+from restuning.paper.experiments.ours import OWN
 from restuning.paper.jobs import Job
 from restuning.paper.reproduce import Engine, Only, Settings, cost, here, plan, reproduce, seconds_each
 from restuning.utils.options import Json, Option
@@ -30,6 +32,9 @@ class Reproduce:
     dry_run: Annotated[bool, Option("print what it would cost, and do nothing")] = False
     engine: Annotated[Literal["local", "ray"], Option("where jobs are done")] = "local"
     workers: Annotated[int | None, Option("start a local Ray cluster of N workers", metavar="N")] = None
+    set: Annotated[
+        tuple[str, ...], Option("settings of an experiment of our own, such as unet", metavar="KEY=VALUE")
+    ] = ()
     json: Json = False
 
 
@@ -43,6 +48,9 @@ def run(args: argparse.Namespace) -> None:
     own, only = filled(Reproduce, args), filled(Only, args)
     if not own.experiments:
         _list(own.json)
+        return
+    if any(name in OWN for name in own.experiments):
+        _own(own, given(Settings, args).get("data_root", ""))
         return
     found = [e for name in own.experiments for e in find(name)]
     for experiment in found:
@@ -75,9 +83,23 @@ def run(args: argparse.Namespace) -> None:
         raise RestuningError(f"{failed[0]}{f' (and {len(failed) - 1} more)' if len(failed) > 1 else ''}")
 
 
+def _own(own: Reproduce, data_root: str) -> None:
+    if len(own.experiments) > 1:
+        raise RestuningError(f"{' '.join(own.experiments)}: an experiment of our own is run alone")
+    if own.out is None:
+        raise RestuningError("--out is missing: expected a folder")
+    (name,) = own.experiments
+    records = measure(name, find_own(name, own.set), Place(data_root, own.out))
+    say(own.json, records, f"{len(records)} records: {own.out / f'{name}.jsonl'}, {name}.md beside it")
+
+
 def _list(as_json: bool) -> None:
     columns = ["name", "what", "command"]
     rows = [[e.name, e.about, e.said] for e in EXPERIMENTS.values()]
+    rows += [
+        [name, about, f"restuning reproduce {name} --data-root DATA --out runs/{name}"]
+        for name, (*_, about) in OWN.items()
+    ]
     rows += [[name, f"all of {', '.join(parts)}", ""] for name, parts in SUITES.items()]
     if as_json:
         print(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))

@@ -29,7 +29,7 @@ class AdapterConfig:
     backbone: Mapping[str, Any]
     pool: str
     num_classes: int | None
-    classes: Sequence[str] | None = None
+    classes: Sequence[Any] | None = None
     preprocessing: Mapping[str, Any] | None = None
     kind: str = "single-label"
 
