@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -41,8 +41,13 @@ class Own(Protocol):
     def text(self, records: Sequence[Record]) -> str:
         """Markdown of the records that there are, without the line on what made them."""
 
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
-        """Draw `file`, if there is something to draw."""
+
+@runtime_checkable
+class Pictured(Protocol):
+    """An experiment that has a picture."""
+
+    def picture(self, place: Place, records: Sequence[Record], file: Path) -> None:
+        """Draw `file`."""
 
 
 def find_own(name: str, settings: Sequence[str] = ()) -> Own:
@@ -63,7 +68,8 @@ def measure(name: str, experiment: Own, place: Place) -> list[Record]:
         for record in experiment.run(place):
             records.append(record)
             write(name, experiment, place.out, records)
-        if experiment.picture(place, records, place.out / f"{name}.png"):
+        if isinstance(experiment, Pictured):
+            experiment.picture(place, records, place.out / f"{name}.png")
             write(name, experiment, place.out, records, pictured=True)
     return records
 

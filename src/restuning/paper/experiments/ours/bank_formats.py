@@ -54,9 +54,6 @@ Random batches of {BATCH} rows of {LAYERS} × {WIDTH} in float16 from a memory-m
 
 {table(["format", "ms a batch", "ratio to the first"], rows)}"""
 
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
-        return False
-
 
 def _all(read: Read, batches: Tensor) -> None:
     for rows in batches:

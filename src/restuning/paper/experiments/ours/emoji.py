@@ -160,7 +160,7 @@ ViT-Ti; unbiased, of few images. A Fréchet distance of fewer images than featur
 
 {table([*columns, "kept, MiB", "of full", "s a step"], rows)}"""
 
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
+    def picture(self, place: Place, records: Sequence[Record], file: Path) -> None:
         """The same prompts and seeds by every method: a row each."""
         rows: dict[str, list[Any]] = {"base": [], **{method: [] for method in METHODS}, "real": []}
         columns: list[str] = []
@@ -176,7 +176,6 @@ ViT-Ti; unbiased, of few images. A Fréchet distance of fewer images than featur
                 _, pipe, tuned = self._loss(place, adapter, test)
                 rows[method] += draw(pipe, tuned, Asked(prompts, steps=25, sampler="dpm"))
         grid(file, rows, columns)
-        return True
 
 
 def _divide(whole: Path, most: Path, fifth: Path) -> None:

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from restuning.backbones.load import STAGES
 from restuning.paper.experiments.measured import Place, kept_of_images, mean, mib, table, trained
@@ -97,6 +96,3 @@ each, but for `lora` and `full`) and, for `linear` and `bypass`, weight decays (
                 title = f"## {task}, {side} x {side}: {train:,} training, {test:,} test images"
                 parts += [title, table(columns, rows)]
         return "\n\n".join(parts)
-
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
-        return False

@@ -80,9 +80,6 @@ base's is. Median of {ROUNDS} rounds, all ways in turn.
 
 {table(["", "seconds", "of one after another", "deviation"], rows)}"""
 
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
-        return False
-
 
 def _pixels(pipe: Any, latents: Tensor) -> Tensor:
     """Latents (n, b, c, h, w) → images, in [0, 1]."""

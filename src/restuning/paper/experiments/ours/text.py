@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -119,9 +118,6 @@ texts."""
                     f"of an epoch of full fine-tuning: {STEPS} steps of each in turn, {ROUNDS} rounds."
                 )
         return "\n\n".join(parts)
-
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
-        return False
 
 
 def _one(place: Place, task: str, data: str, row: Row) -> Record:

@@ -8,7 +8,6 @@ round, all calls in turn.
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -162,6 +161,3 @@ Wanted of the bypass: at most {WANTED["bytes"]} of full's bytes and {WANTED["ste
 {found["tasks"]} bypasses on one evaluation of the U-Net take {ratio(found)} of {found["tasks"]} evaluations, each with
 its bypass; wanted is at most {WANTED["tasks"]}. (The paper: ten prompts' work at 0.164.)"""
         return text
-
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
-        return False

@@ -97,7 +97,7 @@ saves at batch 8, each storage once, parameters left out. Best mean first; – w
 
 {table(["method", "epochs", "trained, head apart", "MiB kept for backward", *self.tasks], rows)}"""
 
-    def picture(self, place: Place, records: Sequence[Record], file: Path) -> bool:
+    def picture(self, place: Place, records: Sequence[Record], file: Path) -> None:
         """Like the paper's Figure 4: accuracy against parameters (left) and against memory (right)."""
         plt = pyplot()
         figure, axes = plt.subplots(len(self.tasks), 2, figsize=(13, 5.2 * len(self.tasks)), sharey="row")
@@ -122,7 +122,6 @@ saves at batch 8, each storage once, parameters left out. Best mean first; – w
         figure.tight_layout()
         figure.savefig(file, dpi=110)
         plt.close(figure)
-        return True
 
 
 @dataclass(frozen=True)
