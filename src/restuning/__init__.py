@@ -11,8 +11,11 @@ from restuning.adapt import adapt as adapt
 from restuning.errors import RestuningError as RestuningError
 from restuning.measure import count as count
 from restuning.methods import Bypass as Bypass
+from restuning.methods import BypassAttention as BypassAttention
+from restuning.methods import BypassQuery as BypassQuery
 from restuning.methods import Full as Full
 from restuning.methods import Ladder as Ladder
+from restuning.methods import LinearAll as LinearAll
 from restuning.methods import Mix as Mix
 from restuning.methods import Residual as Residual
 from restuning.methods import SideTuning as SideTuning

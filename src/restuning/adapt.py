@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Features
-from restuning.adaptation import Adaptation, Reader, grid_of, parts_of
+from restuning.adaptation import Adaptation, Reader, grid_of, own_output, parts_of
 from restuning.denoise import Apart, Plug, each_of, joined, output_of, serves
 from restuning.errors import CheckpointError, MethodError
 from restuning.many import Served, kind_of, pick, serve
@@ -111,6 +111,9 @@ class Tuned(nn.Module):
             whole_weights(self._shards, "full fine-tuning")
         if any(isinstance(part, Ladder) and part.init != "random" for part in parts_of(spec)):
             whole_weights(self._shards, "a ladder that is pruned from them")
+        if own_output(spec) is not None and (kind == "per-token" or pool not in (None, self._sites.pool)):
+            what = "labels per token" if kind == "per-token" else f"pool={pool!r}"
+            raise MethodError(f"{what}: this method reads every layer in a way of its own, one vector for each example")
         if kind == "per-token":
             if grid_of(spec) is not None or pool not in (None, "none"):
                 raise MethodError("labels per token need every token: no grid, and no pooling but none")

@@ -9,11 +9,34 @@ from torch import Tensor, nn
 
 from restuning._types import Features, Port, Recipe
 from restuning.errors import MethodError
-from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
+from restuning.methods import (
+    Bypass,
+    BypassAttention,
+    BypassQuery,
+    Full,
+    Ladder,
+    LinearAll,
+    Method,
+    Mix,
+    OwnOutput,
+    Part,
+    Residual,
+)
 from restuning.saved import Card
-from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
+from restuning.side import (
+    AttentionNet,
+    BypassNet,
+    LadderNet,
+    QueryNet,
+    Readout,
+    ReadoutNet,
+    SideNet,
+    keeps_mean,
+    mixes_tokens,
+    prune,
+)
 from restuning.wiring.anatomy import PARTS, Affine, several
-from restuning.wiring.attach import INPUT, MASK, attach, gathered
+from restuning.wiring.attach import INPUT, MASK, attach, gathered, summary_of
 from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
 from restuning.wiring.sites import Site, Sites, check_blocks
 from restuning.wiring.tail import Tail, head_width, live
@@ -37,6 +60,7 @@ class Adaptation(nn.Module):
         self.side: nn.Module | None = None
         self.view = _view(sites, method, pool)
         width = head_width(sites.port.writes, pool, 1 if pool != "flat" else self.view.count())
+        own = own_output(method)
         for part in parts_of(method):
             if isinstance(part, Residual):
                 for op, recipe in part.tuners.items():
@@ -47,6 +71,10 @@ class Adaptation(nn.Module):
                 self.side = _bypass(sites, part, self.path)
             elif sites.join is not None:
                 raise MethodError(f"{type(part).__name__} needs a head; {sites.anatomy.name} has none: a Bypass can be")
+            elif isinstance(part, OwnOutput) and sites.join is None:
+                self.path = sites.stages if not sites.uniform else self.path
+                self.side = side = _own_output(sites, part, self.path)
+                width = side.out_features
             elif isinstance(part, Ladder):
                 self.side = _ladder(backbone, sites, part)
             else:
@@ -55,10 +83,10 @@ class Adaptation(nn.Module):
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
         alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
         averaged &= sites.uniform or not isinstance(self.side, BypassNet)
-        if grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
+        if own is None and grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
             self.view = ALL
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        by_mask = "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
+        by_mask = own is not None or "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
         self.reads_mask = padded and self.view == ALL and by_mask
         self.masked = padded and (self.reads_mask or self.view.by_mask)
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
@@ -106,11 +134,26 @@ class Adaptation(nn.Module):
         if isinstance(self.side, SideNet):
             return (INPUT, self.depth)
         layers = self.path if self.side is not None else (self.depth,)
+        if isinstance(self.side, QueryNet | AttentionNet) and self.side.stem is not None:
+            layers = (INPUT, *layers)
         return (MASK, *layers) if self.reads_mask else layers
 
     def layers_of(self, kept: View) -> Sequence[int]:
-        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding."""
+        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding; of a bank's
+        components, the summaries are beside them."""
+        if kept.tokens == "components":
+            summaries = tuple(map(summary_of, self.path))
+            if isinstance(self.side, ReadoutNet):
+                return summaries
+            return (*self.layers, *summaries)
         return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
+
+    def accepts(self, kept: View) -> bool:
+        """Whether its output can be had from features of which the tokens `kept` are there."""
+        if kept.tokens == "components":
+            fits = isinstance(self.side, QueryNet | AttentionNet) and self.side.stages.components == kept.components
+            return fits or isinstance(self.side, ReadoutNet)
+        return self.view.of(kept) is not None
 
     def beside(self, features: Sequence[Tensor]) -> Tensor:
         """What the side path says of the features of `path`, into which no gradient goes."""
@@ -123,6 +166,13 @@ class Adaptation(nn.Module):
             return self.side(tail(features[-1]), features[0])  # type: ignore[no-any-return]
         mask = features[0] if self.reads_mask else None
         features = features[self.reads_mask :]
+        if isinstance(self.side, ReadoutNet):
+            return self.side(features)  # type: ignore[no-any-return]
+        if isinstance(self.side, QueryNet | AttentionNet):
+            pixels = features[0] if self.side.stem is not None else None
+            features = features[pixels is not None :]
+            count = len(self.path)
+            return self.side(features[:count], features[count:] or None, mask, pixels)  # type: ignore[no-any-return]
         if self.side is None:
             return tail(features[-1], mask)
         return tail(self.side(features, mask) if isinstance(self.side, LadderNet) else self.side(features), mask)
@@ -138,6 +188,8 @@ class Reader(nn.Module):
 
     def own(self, features: Mapping[int, Tensor], kept: View) -> Features:
         """What it reads of features of which the tokens `kept` are there; raises MethodError if they are too few."""
+        if kept.tokens == "components" and self.adapter.accepts(kept):
+            return tuple(features[layer] for layer in self.adapter.layers_of(kept))
         view = self.adapter.view.of(kept)
         if view is None:
             raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
@@ -163,6 +215,11 @@ def grid_of(method: Method) -> int | None:
     return next((p.grid for p in parts_of(method) if isinstance(p, Bypass | Ladder) and p.grid), None)
 
 
+def own_output(method: Method) -> OwnOutput | None:
+    """The part whose own output the head reads, if there is one."""
+    return next((p for p in parts_of(method) if isinstance(p, OwnOutput)), None)
+
+
 def parts_of(method: Method) -> Sequence[Part]:
     """A mix's parts, or the method alone; full fine-tuning has none."""
     if isinstance(method, Full):
@@ -173,6 +230,13 @@ def parts_of(method: Method) -> Sequence[Part]:
 def _view(sites: Sites, method: Method, pool: str) -> View:
     """What its output can see of a layer, if nothing mixes tokens."""
     grid, prefix = grid_of(method), sites.port.grid
+    own = own_output(method)
+    if isinstance(own, LinearAll):
+        return View("pooled", prefix or 0)
+    if isinstance(own, BypassQuery | BypassAttention):
+        grid = own.grid or (None if sites.uniform else STAGE_GRID)
+        if grid is None:
+            return ALL
     if grid is None:
         return live(sites, pool)
     if grid == 1 and not prefix:
@@ -208,6 +272,31 @@ def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
     widths = [port.writes for port in ports]
     tuners = side(part.horizontal), side(part.vertical)
     return BypassNet(widths, *tuners, sites.join is not None, part.gate, part.gates == "channel", part.normed)
+
+
+STAGE_GRID = 7
+"""Cells a side to which maps are averaged for a path over stages, whatever their own sizes."""
+
+
+def _own_output(sites: Sites, part: OwnOutput, path: Sequence[int]) -> ReadoutNet | QueryNet | AttentionNet:
+    widths = [sites.features[layer].writes for layer in path]
+    prefix = sites.port.grid or 0
+    summaries = 2 if prefix else 1
+    gated = part.gated if isinstance(part, LinearAll) else part.readout == "gated"
+    if gated and len({*widths}) > 1:
+        raise MethodError(f"gates sum layers of one width: {sites.anatomy.name} has {', '.join(map(str, widths))}")
+    if isinstance(part, LinearAll):
+        return ReadoutNet(widths, summaries, gated)
+    if part.stem and sites.port.grid is None:
+        raise MethodError("a stem reads images, and this backbone does not")
+    readout = None if part.readout == "none" else Readout(widths, summaries, gated)
+    prefix = min(prefix, 1) if part.grid else prefix  # of pooled patches, the first token alone is kept
+    stages = min(part.stages, len(widths))
+    settings = {"width": part.width, "stages": stages, "heads": part.heads}
+    more = {"components": part.components, "stem": part.stem}
+    if isinstance(part, BypassQuery):
+        return QueryNet(widths, prefix, readout, queries=part.queries, **settings, **more)
+    return AttentionNet(widths, prefix, readout, **settings, **more, causal=sites.pool == "last")
 
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:

@@ -25,6 +25,7 @@ from restuning.tuners import (
     PromptTuning,
     Ssf,
 )
+from restuning.tuners.scale import check_size
 
 
 def _check_recipe(where: str, recipe: Any) -> None:
@@ -134,15 +135,93 @@ class SideTuning:
 
 
 @dataclass(frozen=True)
+class LinearAll:
+    """A linear head on every layer: the first token and the mean of the patches (of texts: the mean of the tokens),
+    each token normalised (LayerNorm without weights); see `Readout`. Ours.
+
+    gated: the layers are summed by gates, so that the head reads twice the width and not that of every layer.
+    """
+
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gated, bool):
+            raise MethodError(f"LinearAll(gated={self.gated!r}): expected true or false")
+
+
+@dataclass(frozen=True)
+class BypassQuery:
+    """Learned queries that attend to the tokens of all layers, stage by stage, beside a linear read-out of every layer;
+    see `QueryNet`. Ours.
+
+    width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
+    or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
+    whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
+    grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
+    on 7 × 7. stem: a convolutional stem reads the pixels too.
+    """
+
+    width: int = 64
+    stages: int = 4
+    queries: int = 8
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("BypassQuery", "queries", self.queries)
+        _check_path(self)
+
+
+@dataclass(frozen=True)
+class BypassAttention:
+    """Self-attention among the tokens of all layers, stage by stage, beside a linear read-out of every layer; see
+    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`."""
+
+    width: int = 64
+    stages: int = 4
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        _check_path(self)
+
+
+def _check_path(part: BypassQuery | BypassAttention) -> None:
+    kind = type(part).__name__
+    for name in ("width", "stages", "heads"):
+        check_size(kind, name, getattr(part, name))
+    if part.width % part.heads:
+        raise MethodError(f"{kind}(width={part.width}): expected a multiple of its {part.heads} heads")
+    if part.readout not in ("full", "gated", "none"):
+        raise MethodError(f"{kind}(readout={part.readout!r}): expected full, gated or none")
+    if part.components is not None:
+        check_size(kind, "components", part.components)
+    if not isinstance(part.stem, bool):
+        raise MethodError(f"{kind}(stem={part.stem!r}): expected true or false")
+    _check_grid(kind, part.grid)
+
+
+OwnOutput: TypeAlias = LinearAll | BypassQuery | BypassAttention
+"""Side paths whose own output the head reads: the frozen final norm and the backbone's pooling have no part in it."""
+
+
+@dataclass(frozen=True)
 class Mix:
     """Several methods in one adapter: other tuners in other blocks, LoRA beside prefixes, a side path beside tuners."""
 
-    parts: Sequence["Residual | Bypass | Ladder | SideTuning"]
+    parts: Sequence["Part"]
 
     def __post_init__(self) -> None:
-        wrong = [part for part in self.parts if not isinstance(part, Residual | Bypass | Ladder | SideTuning)]
+        wrong = [part for part in self.parts if not isinstance(part, Part)]
         if wrong:
-            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected Residual, Bypass, Ladder or SideTuning")
+            expected = "Residual, Bypass, Ladder, SideTuning, LinearAll, BypassQuery or BypassAttention"
+            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected {expected}")
         if sum(not isinstance(part, Residual) for part in self.parts) > 1:
             raise MethodError("Mix: several side paths: expected one at most, beside any number of Residual parts")
 
@@ -152,9 +231,12 @@ class Full:
     """Full fine-tuning: every parameter of the backbone is trained."""
 
 
-Part: TypeAlias = Residual | Bypass | Ladder | SideTuning
+Part: TypeAlias = Residual | Bypass | Ladder | SideTuning | LinearAll | BypassQuery | BypassAttention
 Method: TypeAlias = Part | Mix | Full
-KINDS: dict[str, Any] = {c.__name__.lower(): c for c in (Residual, Bypass, Ladder, SideTuning, Mix, Full)}
+KINDS: dict[str, Any] = {
+    c.__name__.lower(): c
+    for c in (Residual, Bypass, Ladder, SideTuning, LinearAll, BypassQuery, BypassAttention, Mix, Full)
+}
 
 _DUAL = {"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel")}
 
@@ -192,6 +274,10 @@ methods: dict[str, Method] = {
     "bypass-grid2": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=2),
     "bypass-grid4": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=4),
     "ladder-grid4": Ladder(4, grid=4),
+    "linear-all": LinearAll(),
+    "linear-all-gated": LinearAll(gated=True),
+    "bypass-query": BypassQuery(),
+    "bypass-attention": BypassAttention(),
 }
 """The named methods of the paper; add your own like to any dict."""
 
@@ -269,6 +355,10 @@ ABOUT: dict[str, str] = {
     "bypass-grid2": "bypass on CLS and a 2 × 2 grid of pooled patches, the head reads all (ours)",
     "bypass-grid4": "bypass on CLS and a 4 × 4 grid of pooled patches, the head reads all (ours)",
     "ladder-grid4": "LST of width d / 4 on CLS and a 4 × 4 grid of pooled patches (ours)",
+    "linear-all": "the head alone, on CLS and the mean of every layer (ours)",
+    "linear-all-gated": "the same, the layers summed by gates (ours)",
+    "bypass-query": "learned queries that attend to the tokens of all layers, beside linear-all (ours)",
+    "bypass-attention": "self-attention among the tokens of all layers, beside linear-all (ours)",
 }
 
 SIZES: dict[type, str] = {
@@ -327,6 +417,8 @@ def resize(method: Method, size: int) -> Method:
         return replace(method, horizontal=sized(method.horizontal), vertical=sized(method.vertical))
     if isinstance(method, SideTuning):
         return replace(method, net=sized(method.net))
+    if isinstance(method, BypassQuery | BypassAttention):
+        return replace(method, width=size)
     return Mix(tuple(resize(part, size) for part in method.parts)) if isinstance(method, Mix) else method  # type: ignore[misc]
 
 

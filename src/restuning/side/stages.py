@@ -1,0 +1,101 @@
+"""What side networks that mix tokens by attention share: their inputs, stage by stage, and the attention."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restuning.wiring.live import normalised
+
+
+class Stages(nn.Module):
+    """Tokens of all layers → the inputs g_1 … g_S of as many stages, (b, n, w) each.
+
+    The layers are cut into S runs, the first of them one layer longer where they do not divide; g_j is the sum of
+    h_l = LN(x_l) D_l over its run, with LN without weights and D_l (d_l × w) without a bias, truncated normal of
+    standard deviation (d_l (L + 1) / (S + 1))^−½.
+
+    components: k; then h_l = τ_l D_l with τ_l = LN(x_l) V_l, where V_l (d_l × k) is fixed, a buffer, and D_l (k × w).
+    Where tokens are given and not their components, V_l D_l is one matrix.
+    """
+
+    def __init__(self, widths: Sequence[int], width: int, stages: int, components: int | None = None) -> None:
+        super().__init__()
+        self.runs = [part.tolist() for part in torch.arange(len(widths), device="cpu").tensor_split(stages)]
+        self.down = nn.ParameterList()
+        self.components = components
+        for layer, d in enumerate(widths):
+            rows = d if components is None else min(components, d)
+            weight = nn.Parameter(torch.empty(rows, width))
+            std = (d * len(widths) / (stages + 1)) ** -0.5
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+            self.down.append(weight)
+            if components is not None:
+                self.register_buffer(f"basis_{layer}", torch.eye(d)[:, :rows].clone())
+
+    def basis(self, layer: int) -> Tensor:
+        return self.get_buffer(f"basis_{layer}")
+
+    def forward(self, layers: Sequence[Tensor], components: bool) -> list[Tensor]:
+        """
+        Args:
+            layers: x_0 … x_L (b, n, d_l), or their components (b, n, k).
+            components: which of these they are.
+        """
+        return [self._stage(run, [layers[i] for i in run], components) for run in self.runs]
+
+    def _stage(self, run: Sequence[int], layers: Sequence[Tensor], components: bool) -> Tensor:
+        weights = [self.down[i] for i in run]
+        if not components:
+            layers = [normalised(x) for x in layers]
+            if self.components is not None:
+                weights = [self.basis(i).to(w.dtype) @ w for i, w in zip(run, weights, strict=True)]
+        return torch.cat(list(layers), -1) @ torch.cat(weights)  # one product, not a sum of them
+
+
+class Attention(nn.Module):
+    """Multi-head attention after a norm, (b, m, w) to (b, n, w) → (b, m, w); weights as torch's own begin.
+
+    across: whether what is attended to is another sequence, with a norm of its own.
+    """
+
+    def __init__(self, width: int, heads: int, across: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.norm_kv = nn.LayerNorm(width) if across else None
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        bound = (6 / (width + 3 * width)) ** 0.5  # xavier, of one matrix of queries, keys and values
+        for linear in (self.q, self.kv):
+            nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, other: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
+        """seen: (b, 1, 1 or m, n), which of the tokens are attended to; None: all."""
+        x = self.norm(x)
+        kv = x if self.norm_kv is None or other is None else self.norm_kv(other)
+        q, (k, v) = self._split(self.q(x)), map(self._split, self.kv(kv).chunk(2, -1))
+        out = F.scaled_dot_product_attention(q, k, v, seen)
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class PixelStem(nn.Module):
+    """Three 3×3 convolutions of stride 2, widths w/4, w/2, w; images (b, 3, h, w) → (b, patches, w), averaged over the
+    cells of the backbone's own grid of patches."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        a, b = max(width // 4, 1), max(width // 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, a), (a, b), (b, width)))
+
+    def forward(self, pixels: Tensor, patches: int) -> Tensor:
+        x = pixels
+        for i, conv in enumerate(self.convs):
+            x = conv(F.gelu(x) if i else x)
+        rows = max(round((patches * pixels.shape[2] / pixels.shape[3]) ** 0.5), 1)  # of the oblong that they make
+        return F.adaptive_avg_pool2d(x, (rows, patches // rows)).flatten(2).transpose(1, 2)
