@@ -151,9 +151,21 @@ class Adaptation(nn.Module):
     def accepts(self, kept: View) -> bool:
         """Whether its output can be had from features of which the tokens `kept` are there."""
         if kept.tokens == "components":
-            fits = isinstance(self.side, QueryNet | AttentionNet) and self.side.stages.components == kept.components
-            return fits or isinstance(self.side, ReadoutNet)
+            whole = getattr(own_output(self.method), "grid", None) is None
+            return isinstance(self.side, ReadoutNet) or (whole and self.components == kept.components is not None)
         return self.view.of(kept) is not None
+
+    @property
+    def components(self) -> int | None:
+        """How many of each layer's components its path reads; None: its tokens, or it has no such path."""
+        return self.side.stages.components if isinstance(self.side, QueryNet | AttentionNet) else None
+
+    @torch.no_grad()
+    def fix(self, bases: Mapping[int, Tensor]) -> None:
+        """Give a path that reads components those that were fitted, (d_l, k) by layer."""
+        if isinstance(self.side, QueryNet | AttentionNet) and self.side.stages.components is not None:
+            for i, layer in enumerate(self.path):
+                self.side.stages.basis(i).copy_(bases[layer])
 
     def beside(self, features: Sequence[Tensor]) -> Tensor:
         """What the side path says of the features of `path`, into which no gradient goes."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.adapt import Tuned, adapt
-from restuning.adaptation import grid_of, parts_of
+from restuning.adaptation import grid_of, own_output, parts_of
 from restuning.backbones import load_backbone, reading_of
 from restuning.bank.store import MANIFEST
 from restuning.data import Items, Preprocess, load_source, load_task, prepared
@@ -26,7 +26,19 @@ from restuning.data.inspect import pixels_of
 from restuning.evaluate import loader, predict_logits, to_device
 from restuning.files import as_json, locked, write_whole
 from restuning.measure import peak_bytes, saved_bytes
-from restuning.methods import Bypass, Full, Residual, find_method, on_blocks, resize, to_dict
+from restuning.methods import (
+    Bypass,
+    BypassAttention,
+    BypassQuery,
+    Full,
+    LinearAll,
+    Residual,
+    find_method,
+    from_dict,
+    on_blocks,
+    resize,
+    to_dict,
+)
 from restuning.objective import objective
 from restuning.recipe import TrainConfig
 from restuning.results import RESULTS, Record, append, key_of, read, where
@@ -62,6 +74,7 @@ class Job:
     shots: int | None
     targets: Mapping[str, str]
     images: tuple[int, int]
+    label_smoothing: float = 0.0
 
     @property
     def name(self) -> str:
@@ -116,8 +129,15 @@ def reads_features(method: str | Mapping[str, Any]) -> bool:
         (isinstance(part, Bypass) and {type(part.horizontal), type(part.vertical)} <= _EACH_TOKEN)
         or (isinstance(part, Residual) and not part.tuners)
         or (getattr(part, "init", None) == "random" and grid_of(found) is not None)
+        or isinstance(part, LinearAll)
+        or (isinstance(part, BypassQuery | BypassAttention) and not part.stem and part.grid is None)
         for part in parts_of(found)
     )
+
+
+def reads_all(method: str | Mapping[str, Any]) -> bool:
+    """Whether it reads every layer in a way of its own, from a bank of components."""
+    return own_output(find_method(method)) is not None
 
 
 def method_of(method: str | Mapping[str, Any], size: int | None, blocks: tuple[int, ...] | None) -> Any:
@@ -173,6 +193,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
         seeds=job.seeds,
         pool=job.pool,
         shots=job.shots,
+        training=TrainConfig(label_smoothing=job.label_smoothing),
     )
     found, peak = _measured(partial(sweep, settings, folder / "sweep", resume=True))
     saved = {}
@@ -216,7 +237,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 augment=job.augment,
                 shots=job.shots,
                 lrs=job.lrs,
-                training=TrainConfig(epochs=max(job.epochs), seed=seed),
+                training=TrainConfig(epochs=max(job.epochs), seed=seed, label_smoothing=job.label_smoothing),
             )
             if (folder / RESULT).exists():
                 result, peak = json.loads((folder / RESULT).read_text()), None
@@ -252,7 +273,7 @@ def _bank(job: Job, out: Path, dtype: str, progress: bool) -> Path:
         "weights": job.weights,
         "image_size": job.image_size,
         "crop": job.crop,
-        "tokens": str(grids[-1]) if grids[-1] else None,
+        "tokens": "pca:64" if all(map(reads_all, job.methods.values())) else str(grids[-1]) if grids[-1] else None,
         "dtype": dtype,
     }
     folder = out / BANKS / _hash(settings)
@@ -328,6 +349,8 @@ def _measured(call: Callable[[], T]) -> tuple[T, int | None]:
 def _kept(job: Job, method: Any, saved: Path) -> int:
     """Bytes that autograd keeps of a batch of 32 for its backward pass: a count, the same on any machine."""
     model, batch = blank(job.backbone, job.image_size, 32)
+    if reads_all(method):  # with the components that it has
+        method = from_dict(card_of(saved).spec)
     tuned = adapt(model, method, len(card_of(saved).classes or ()), pool=job.pool, backbone_name=job.backbone).train()
     return saved_bytes(lambda: tuned(batch), tuned.parameters())
 

@@ -18,6 +18,8 @@ from restuning._version import __version__
 from restuning.adapt import Tuned, adapt
 from restuning.backbones import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
 from restuning.bank import LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep
+from restuning.bank.components import Components, fit_components, widths_of
+from restuning.bank.store import COMPONENTS, bytes_kept
 from restuning.data import (
     Items,
     Prepared,
@@ -36,7 +38,7 @@ from restuning.evaluate import Examples, evaluate
 from restuning.files import as_json, contents, locked, write_whole
 from restuning.initialise import initialise, needs_data
 from restuning.measure import count
-from restuning.methods import Bypass, Full, Method, find_method, on_blocks, resize
+from restuning.methods import Bypass, BypassQuery, Full, LinearAll, Method, find_method, on_blocks, resize
 from restuning.objective import Objective, balanced, objective, worth
 from restuning.processes import is_first, meet
 from restuning.progress import bar
@@ -253,7 +255,7 @@ def _training(run: Run, lr: float, examples: Examples) -> TrainConfig:
 
 def _objective(run: Run, task: Task) -> Objective:
     weights = balanced(task.kind, task.train.labels, len(task.classes)) if run.class_weights else None
-    return objective(task.kind, weights)
+    return objective(task.kind, weights, run.training.label_smoothing)
 
 
 class _Prepared(Protocol):
@@ -337,8 +339,10 @@ class _FromBank:
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         tuned = self.bank.tuned(describe_backbone(self.run.backbone))
-        _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing))
+        _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing), self.bank)
         self.bank.accepts(tuned)
+        if self.bank.components is not None:
+            tuned._find("default").fix(self.bank.components.bases)
         return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
@@ -350,10 +354,13 @@ class _FromBank:
         return self.kept[key]
 
 
-def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
+def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading, bank: Bank | None = None) -> None:
+    spec = run.spec(tuned.family)
+    if bank is not None and bank.components is not None:
+        spec = bank.fitted(find_method(spec, tuned.family))
     tuned.add_adapter(
         "default",
-        run.spec(tuned.family),
+        spec,
         len(whole.classes),
         pool=run.pool,
         classes=whole.classes,
@@ -448,28 +455,48 @@ def build_bank(
     tokens: str | None = None,
     sizes: Mapping[str, int | None],
     progress: bool = True,
+    say: Callable[[int, int], None] = lambda each, items: None,
+    resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
 
-    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), or g for CLS and a g × g grid; None:
-    what the backbone's pooling sees.
+    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), g for CLS and a g × g grid, `pooled`
+    (what linear-all reads), `int8` (all tokens, each quantised), or `pca:K` and `pca:K:FILE` (K components of every
+    token, fitted on the training items or taken from a file, and what is pooled); None: what the backbone's pooling
+    sees. say: told the bytes of an item and how many there are, before anything is written.
     """
     model = load_backbone(backbone, weights, image_size)
-    if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")
+    tokens, count, file = _components(tokens)
+    if tokens == "int8":
+        tokens, settings["dtype"] = "all", "int8"
+    if tokens not in (None, "first", "last", "all", "mean", "pooled", "pca") and not tokens.isdecimal():
+        raise RestuningError(
+            f"tokens {tokens!r}: expected first, mean, all, last, pooled, int8, pca:K, or the cells a side of a grid"
+        )
     reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
     how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     # a mean over all tokens of a text has their mask kept too
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
     pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
-    tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
+    reader: Method = {"pooled": LinearAll(), "pca": BypassQuery()}.get(tokens or "", Bypass(grid=grid))
+    tuned = adapt(model, reader, pool=pool, backbone_name=backbone)
     if tokens == "mean" and tuned._live() != MEAN:
         raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
     if torch.cuda.is_available():
         tuned.cuda()
     task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
+    components = None
+    train = prepared(task.train, how, cache=False)
+    if tokens == "pca":
+        there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
+        components = Components.load(there) if there else fit_components(tuned, train, count, settings.get("batch_size", 32))
+        components.check(widths_of(tuned, tuned._layers()), str(there))
+        if components.count != count:
+            raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
+    items = len(task.train) * settings.get("views", 1) + len(task.val or ()) + len(task.test)
+    say(bytes_kept(tuned, train, settings.get("dtype", "float32"), components), items)
     with bar(100, progress) as show:
 
         def seen(done: int, of: int) -> None:
@@ -477,7 +504,18 @@ def build_bank(
 
         source = {"backbone": backbone, "weights": weights, **reads}
         about = {"source": source, "test_size": sizes.get("test_size")}
-        return build(tuned, task, how, out, about=about, seen=seen, **settings)
+        return build(tuned, task, how, out, about=about, seen=seen, components=components, resume=resume, **settings)
+
+
+def _components(tokens: str | None) -> tuple[str | None, int, Path | None]:
+    """`pca:K` or `pca:K:FILE` as ("pca", K, FILE); others as they are."""
+    kind, _, rest = (tokens or "").partition(":")
+    if kind != "pca":
+        return tokens, 0, None
+    count, _, file = rest.partition(":")
+    if not count.isdecimal() or int(count) < 1:
+        raise RestuningError(f"tokens {tokens!r}: expected pca:K or pca:K:FILE, with K components")
+    return "pca", int(count), Path(file) if file else None
 
 
 def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None = None) -> Tuned:

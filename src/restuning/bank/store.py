@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,26 @@ from restuning._types import Features
 from restuning._version import __version__
 from restuning.adapt import Tuned
 from restuning.adaptation import parts_of
+from restuning.bank.components import Components
 from restuning.bank.kept import Kept, tapped
 from restuning.data import Items, Reading, Source, Task, prepared
 from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, line
-from restuning.evaluate import Examples, HasEpoch, padded
+from restuning.evaluate import Examples, HasEpoch, by_length, padded
 from restuning.files import as_json, locked, write_whole
-from restuning.methods import Ladder
+from restuning.methods import BypassAttention, BypassQuery, Ladder, Method, Mix
+from restuning.wiring.attach import summary_of
 from restuning.wiring.live import View
 
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
+COMPONENTS = "components.safetensors"
 SHARD_ROWS = 1024
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
+    "int8": torch.float32,  # as it is before each token is quantised by a scale of its own
 }
 
 
@@ -60,6 +64,7 @@ def build(
     seed: int = 0,
     batch_size: int = 32,
     about: Mapping[str, Any] | None = None,
+    components: Components | None = None,
     resume: bool = False,
     seen: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
@@ -67,6 +72,7 @@ def build(
 
     tuned: a backbone with one adapter active that reads features, whose layers and tokens are kept. Killed, it goes on
     with `resume` and ends in the same bytes. `seen(done, of)` counts items. Returns the manifest.
+    components: of every token, these are kept, and of every layer the summary besides.
     Where every token of texts is kept, the shorter ones of a shard are padded, and the attention mask is kept too.
     Raises RestuningError for labels by token, for an output folder that is in use or holds something else, or a disk
     that is full.
@@ -91,12 +97,13 @@ def build(
             "splits": {name: _hash_of_data(items) for name, items in splits.items()},
             **({"held": task.held} if task.held else {}),
         },
-        "layers": [int(layer) for layer in tuned._layers()],
-        "view": asdict(tuned._live()),
+        "layers": layers_kept(tuned, components),
+        "view": asdict(view_kept(tuned, components)),
         "pool": tuned.card().pool,
         "dtype": dtype,
         "views": views,
         "seed": seed,
+        **({"components_sha256": _hash_of_tensors(components.state())} if components else {}),
         **(about or {}),
     }
     shards: list[Shard] = []
@@ -106,6 +113,8 @@ def build(
             total = sum(len(items) * (views if name == "train" else 1) for name, items in splits.items())
             count = 0
             _write(out / TAIL, _tail_state(tuned))
+            if components is not None:
+                _write(out / COMPONENTS, components.state())
             for name, items in splits.items():
                 for view in range(views if name == "train" else 1):
                     examples = prepared(items, preprocess, views > 1 and name == "train", seed, cache=False)
@@ -116,7 +125,7 @@ def build(
                         file = f"{name}-{view}-{start // SHARD_ROWS:05d}.safetensors"
                         shard = done.get(file)
                         if shard is None or not _intact(out, shard):
-                            tensors = _tapped(tuned, examples, rows, DTYPES[dtype], batch_size)
+                            tensors = _tapped(tuned, examples, rows, dtype, batch_size, components)
                             data = _write(out / file, tensors)
                             shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
                         shards.append(shard)
@@ -164,6 +173,7 @@ class Bank:
         for file, size, digest in [
             *((shard.file, shard.bytes, shard.sha256) for shard in self.shards),
             (TAIL, None, found.get("tail_sha256")),
+            *([(COMPONENTS, None, found["components_sha256"])] if "components_sha256" in found else []),
         ]:
             self._check(file, size, digest if verify or size is None else None)
         self._open: dict[str, dict[str, Tensor]] = {}
@@ -181,8 +191,8 @@ class Bank:
     @property
     def bytes(self) -> int:
         """Of all rows, as they are read: what is kept in half precision is read in single."""
-        half = 2 if self.manifest["dtype"] in ("float16", "bfloat16") else 1
-        return half * sum(shard.bytes for shard in self.shards)
+        more = {"float16": 2, "bfloat16": 2, "int8": 4}.get(self.manifest["dtype"], 1)
+        return more * sum(shard.bytes for shard in self.shards)
 
     @property
     def views(self) -> int:
@@ -210,15 +220,36 @@ class Bank:
                     "weights; use init='random', or train without a bank"
                 )
         for name in tuned.active_adapters:
-            wanted = tuned._find(name).view
-            if wanted.of(self.view) is None:
+            adapter = tuned._find(name)
+            wanted = adapter.view
+            if adapter.accepts(self.view):
+                continue
+            if self.view.tokens == "components":
                 raise CheckpointError(
-                    f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
-                    f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
+                    f"{self.path} holds {self.view.components} components of each layer's tokens: the method reads "
+                    f"{adapter.components or 'the tokens'}"
                 )
+            raise CheckpointError(
+                f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
+                f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
+            )
         missing = sorted(set(tuned._layers(self.view)) - set(self.layers))
         if missing:
             raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
+
+    @property
+    def components(self) -> Components | None:
+        """Those that it holds of the tokens, if not the tokens."""
+        return Components.load(self.path / COMPONENTS) if self.view.tokens == "components" else None
+
+    def fitted(self, method: Method) -> Method:
+        """The method as it reads this bank: a path that leaves its components open has those that are kept here."""
+        count = self.view.components
+        if isinstance(method, Mix):
+            return Mix(tuple(self.fitted(part) for part in method.parts))  # type: ignore[misc]
+        if count is not None and isinstance(method, BypassQuery | BypassAttention) and method.components is None:
+            return replace(method, components=count)
+        return method
 
     def tuned(self, described: nn.Module) -> Tuned:
         """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to
@@ -287,7 +318,9 @@ class Rows:
             mine = (at == k).nonzero().flatten()
             tensors, rows = self.bank.shard(self.shards[k].file), where[mine] - self.starts[k]
             for kept, layer in zip(layers, self.bank.layers, strict=True):
-                kept.append(tensors[str(layer)][rows])
+                value = tensors[str(layer)][rows]
+                scale = tensors.get(f"{layer}.scale")
+                kept.append(value if scale is None else value.float() * scale[rows].float())
             labels.append(tensors["labels"][rows])
             order.append(mine)
         back = torch.cat(order).argsort()
@@ -361,7 +394,7 @@ def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]
     """The shards that an earlier, unfinished build left. Raises RestuningError where it was another, or finished."""
     if (out / MANIFEST).exists():
         raise RestuningError(f"{out} holds a finished bank: choose another folder")
-    held = sorted(p.name for p in out.iterdir() if p.name not in (".lock", TAIL) and not p.name.endswith(".tmp"))
+    held = sorted(p.name for p in out.iterdir() if p.name not in (".lock", TAIL, COMPONENTS) and not p.name.endswith(".tmp"))
     if held and not resume:
         raise RestuningError(f"{out} is not empty ({', '.join(held[:3])}): continue with --resume, or choose another")
     if not (out / PARTIAL).exists():
@@ -378,13 +411,57 @@ def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]
     return shards
 
 
-def _tapped(tuned: Tuned, examples: Examples, rows: range, dtype: torch.dtype, batch_size: int) -> dict[str, Tensor]:
-    features, labels = tapped(tuned, examples, rows, batch_size, dtype)
-    kept = {str(layer): x for layer, x in zip(tuned._layers(), features, strict=True)}
+def layers_kept(tuned: Tuned, components: Components | None) -> list[int]:
+    """What a bank has of each item, in its order."""
+    layers = [int(layer) for layer in tuned._layers()]
+    if components is None:
+        return layers
+    return sorted([*layers, *(summary_of(layer) for layer in components.bases)])
+
+
+def view_kept(tuned: Tuned, components: Components | None) -> View:
+    """Of which tokens."""
+    return tuned._live() if components is None else View("components", _prefix(tuned), components.count)
+
+
+def _prefix(tuned: Tuned) -> int:
+    return tuned._sites.port.grid or 0
+
+
+def bytes_kept(tuned: Tuned, examples: Examples, dtype: str, components: Components | None = None) -> int:
+    """Bytes that one example takes in a bank, of the longest if they differ in length."""
+    longest = by_length(examples, range(len(examples)))[-1:]
+    kept = _tapped(tuned, examples, longest, dtype, 1, components)
+    return sum(x.nbytes for name, x in kept.items() if name != "labels")
+
+
+def _tapped(
+    tuned: Tuned,
+    examples: Examples,
+    rows: Sequence[int],
+    dtype: str,
+    batch_size: int,
+    components: Components | None = None,
+) -> dict[str, Tensor]:
+    def change(features: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
+        return features if components is None else components.of(features, _prefix(tuned))
+
+    features, labels = tapped(tuned, examples, rows, batch_size, DTYPES[dtype], change)
+    kept = {str(layer): x for layer, x in zip(layers_kept(tuned, components), features, strict=True)}
     for layer, x in kept.items():
         if not x.isfinite().all():
             raise RestuningError(f"layer {layer} has values that {dtype} cannot hold: choose another dtype")
+    if dtype == "int8":
+        kept = {key: value for layer, x in kept.items() for key, value in _quantised(layer, x).items()}
     return {**kept, "labels": labels}
+
+
+def _quantised(name: str, x: Tensor) -> dict[str, Tensor]:
+    """Every token by a scale of its own, its largest entry being 127 of it."""
+    if not x.is_floating_point():
+        return {name: x}
+    scale = (x.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-7).half()
+    return {name: (x / scale.float()).round().clamp(-127, 127).to(torch.int8), f"{name}.scale": scale}
 
 
 def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
@@ -420,6 +497,14 @@ def _intact(out: Path, shard: Shard) -> bool:
 def _hash_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    return hashlib.sha256(save(dict(tensors))).hexdigest()
 
 
 def _hash_of_weights(backbone: nn.Module) -> str:

@@ -88,8 +88,20 @@ TUNERS = (
     ),
 )
 
+SIDE = (
+    Row("linear", "linear", {}),
+    Row("bypass", "bypass", {}),
+    Row("linear-all", "linear-all", {}),
+    Row("linear-all-gated", "linear-all-gated", {}),
+    Row("bypass-query", "bypass-query", {}),
+    Row("bypass-query, gated read-out", {"kind": "bypassquery", "readout": "gated"}, {}),
+    Row("bypass-attention", "bypass-attention", {}),
+)
+"""Side paths that mix tokens, and what they are measured against, by one protocol."""
+
 _SHOTS = (1, 2, 4, 8, 16)
 _GRID: dict[str, Any] = {"lrs": (0.01, 0.003), "epochs": (30,)}
+_CARE: dict[str, Any] = {"lrs": (0.01, 0.003, 0.001), "epochs": (20, 40), "label_smoothing": 0.1}
 
 EXPERIMENTS = (
     Experiment(
@@ -100,6 +112,27 @@ EXPERIMENTS = (
         TASKS,
         **_TI,
         **_GRID,
+    ),
+    Experiment(
+        "small-side",
+        "The small edition: side paths that mix tokens, six tasks, 224 pixels",
+        COLUMNS,
+        SIDE,
+        TASKS,
+        **_TI,
+        **_CARE,
+        note="rates and lengths chosen on validation, the last epoch, labels smoothed by 0.1, for every row",
+    ),
+    Experiment(
+        "small-side-96",
+        "The small edition: side paths that mix tokens, three tasks, 96 pixels",
+        (*(task.name for task in _THREE), "All"),
+        SIDE,
+        _THREE,
+        **_TI,
+        **_CARE,
+        image_size=96,
+        note="rates and lengths chosen on validation, the last epoch, labels smoothed by 0.1, for every row",
     ),
     Experiment(
         "small-fewshot",

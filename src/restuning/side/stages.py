@@ -17,7 +17,6 @@ class Stages(nn.Module):
     standard deviation (d_l (L + 1) / (S + 1))^−½.
 
     components: k; then h_l = τ_l D_l with τ_l = LN(x_l) V_l, where V_l (d_l × k) is fixed, a buffer, and D_l (k × w).
-    Where tokens are given and not their components, V_l D_l is one matrix.
     """
 
     def __init__(self, widths: Sequence[int], width: int, stages: int, components: int | None = None) -> None:
@@ -46,12 +45,12 @@ class Stages(nn.Module):
         return [self._stage(run, [layers[i] for i in run], components) for run in self.runs]
 
     def _stage(self, run: Sequence[int], layers: Sequence[Tensor], components: bool) -> Tensor:
-        weights = [self.down[i] for i in run]
         if not components:
             layers = [normalised(x) for x in layers]
-            if self.components is not None:
-                weights = [self.basis(i).to(w.dtype) @ w for i, w in zip(run, weights, strict=True)]
-        return torch.cat(list(layers), -1) @ torch.cat(weights)  # one product, not a sum of them
+            if self.components is not None:  # before the product with D: no more than these is kept for backward
+                layers = [t @ self.basis(i).to(t.dtype) for i, t in zip(run, layers, strict=True)]
+        # one product, not a sum of them
+        return torch.cat(list(layers), -1) @ torch.cat([self.down[i] for i in run])
 
 
 class Attention(nn.Module):
