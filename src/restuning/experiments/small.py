@@ -34,7 +34,61 @@ def _bypass(**options: Any) -> dict[str, Any]:
     return {"kind": "bypass", **_BOTH, **options}
 
 
-BE_PROBES = (
+BESIDE = (
+    Row("linear", "linear", {}),
+    Row("bypass-none", "bypass-none", {}),
+    Row("bypass-horizontal", "bypass-horizontal", {}),
+    Row("bypass-vertical", "bypass-vertical", {}),
+    Row("bypass", "bypass", {}),
+    Row("bypass-mean", "bypass-mean", {}),
+    Row("bypass-grid2", "bypass-grid2", {}),
+    Row("LST on a grid", {"kind": "ladder", "reduction": 16, "init": "random", "grid": 2}, {}),
+)
+"""They read features: one pass of the backbone over a task serves all of them."""
+
+OPTIONS = (
+    Row("bypass, λ from 0.9", _bypass(gate=0.9), {}),
+    Row("bypass, λ by channel", _bypass(gates="channel"), {}),
+    Row("bypass, normed", _bypass(normed=True), {}),
+    Row("bypass, normed, λ from 0.9, by channel", _bypass(normed=True, gate=0.9, gates="channel"), {}),
+    Row("bypass-grid2, normed, λ from 0.9, by channel", _bypass(normed=True, gate=0.9, gates="channel", grid=2), {}),
+)
+"""What was tried where the bypass does not win."""
+
+_HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass-none", "bypass", "bypass-grid2"))
+_THREE = tuple(task for task in TASKS if task.name in ("Caltech-101", "EuroSAT", "sprite location"))
+
+TUNERS = (
+    *BESIDE,
+    *OPTIONS,
+    Row("bypass-grid4", "bypass-grid4", {}),
+    *(
+        Row(f"{name}, head on the mean", method, {}, lrs=(0.005,), pool="mean")
+        for name, method in (
+            ("linear", "linear"),
+            ("bypass", "bypass"),
+            ("lst", "lst"),
+            ("bypass of convolutions", _bypass(horizontal={"tuner": "convpass"}, vertical={"tuner": "convpass"})),
+        )
+    ),
+    Row("lst", "lst", {}, lrs=(0.005,)),
+    Row("dtl", "dtl", {}, lrs=(0.005,), epochs=(16,)),
+    Row("side-tuning", "side-tuning", {}, lrs=(0.001,), epochs=(8,)),
+    *(
+        Row(name, method, {}, lrs=(lr,), epochs=(8,), seeds=(0,))
+        for name, method, lr in (
+            ("res-tuning", "res-tuning", 0.005),
+            ("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter"), 0.005),
+            ("lora", "lora", 0.005),
+            ("adapter", "adapter", 0.005),
+            ("ssf", "ssf", 0.005),
+            ("vpt-deep", "vpt-deep", 0.005),
+            ("full", "full", 0.0002),
+        )
+    ),
+)
+
+_PROBES = (
     Row("linear", "linear", {}),
     Row("bypass", "bypass", {}),
     Row("linear-all", "linear-all", {}),
@@ -44,7 +98,7 @@ BE_PROBES = (
 
 def _mixers(*epochs: int) -> tuple[Row, ...]:
     """Side paths that mix tokens by attention; their lengths."""
-    methods = {
+    methods: dict[str, Any] = {
         "bypass-query": "bypass-query",
         "bypass-query, gated read-out": {"kind": "bypassquery", "readout": "gated"},
         "bypass-attention": "bypass-attention",
