@@ -16,7 +16,7 @@ from restuning.evaluate import Examples, by_length, loader, to_device
 from restuning.wiring.attach import MASK, summary_of
 from restuning.wiring.live import normalised, summary
 
-FIT_ITEMS = 1024
+FIT_ITEMS = 256
 """Items that components are fitted on at most, evenly spaced."""
 
 
@@ -79,7 +79,7 @@ class Components:
 
 @torch.no_grad()
 def fit_components(tuned: Tuned, examples: Examples, count: int, batch_size: int = 32) -> Components:
-    """The components of the layers that the active adapter reads, from at most 1,024 of the examples.
+    """The components of the layers that the active adapter reads, from at most 256 of the examples.
 
     Args:
         tuned: with an adapter that reads every token of its layers.

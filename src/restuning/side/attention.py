@@ -49,7 +49,7 @@ class AttentionNet(nn.Module):
         self.prefix, self.readout, self.causal = prefix, readout, causal
         self.stages = Stages(widths, width, stages, components)
         self.stem = PixelStem(width) if stem else None
-        self.attentions = nn.ModuleList(Attention(width, heads, across=False) for _ in range(stages))
+        self.attentions = nn.ModuleList(Attention(width, heads) for _ in range(stages))
         self.norm = nn.LayerNorm(width)
         own = (2 if prefix else 1) * width
         self.out_features = own + (0 if readout is None else readout.out_features)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.side.readout import Readout
-from restuning.side.stages import Attention, PixelStem, Stages
+from restuning.side.stages import CrossAttention, PixelStem, Stages
 from restuning.wiring.live import normalised, summary
 
 
@@ -49,7 +49,7 @@ class QueryNet(nn.Module):
         self.queries = nn.Parameter(0.5 * torch.randn(queries, width))
         self.stages = Stages(widths, width, stages, components)
         self.stem = PixelStem(width) if stem else None
-        self.attentions = nn.ModuleList(Attention(width, heads, across=True) for _ in range(stages))
+        self.attentions = nn.ModuleList(CrossAttention(width, heads) for _ in range(stages))
         self.norm = nn.LayerNorm(width)
         self.out_features = queries * width + (0 if readout is None else readout.out_features)
 
@@ -70,7 +70,7 @@ class QueryNet(nn.Module):
         inputs = self.stages(layers, summaries is not None)
         if self.stem is not None and pixels is not None:
             inputs[0] = inputs[0] + F.pad(self.stem(pixels, inputs[0].shape[1] - self.prefix), (0, 0, self.prefix, 0))
-        seen = None if mask is None else mask[:, None, None].bool()
+        seen = None if mask is None else mask.bool()
         q = self.queries.expand(len(layers[0]), -1, -1)
         for attention, g in zip(self.attentions, inputs, strict=True):
             q = q + attention(q, g, seen)

@@ -54,16 +54,12 @@ class Stages(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention after a norm, (b, m, w) to (b, n, w) → (b, m, w); weights as torch's own begin.
+    """Multi-head attention (b, m, w) → (b, m, w), after a norm; its weights begin as torch's own."""
 
-    across: whether what is attended to is another sequence, with a norm of its own.
-    """
-
-    def __init__(self, width: int, heads: int, across: bool) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm = nn.LayerNorm(width)
-        self.norm_kv = nn.LayerNorm(width) if across else None
         self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
         bound = (6 / (width + 3 * width)) ** 0.5  # xavier, of one matrix of queries, keys and values
         for linear in (self.q, self.kv):
@@ -71,16 +67,36 @@ class Attention(nn.Module):
             nn.init.zeros_(linear.bias)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor, other: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
-        """seen: (b, 1, 1 or m, n), which of the tokens are attended to; None: all."""
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """seen: (b, 1, 1 or m, m), which of the tokens are attended to; None: all."""
         x = self.norm(x)
-        kv = x if self.norm_kv is None or other is None else self.norm_kv(other)
-        q, (k, v) = self._split(self.q(x)), map(self._split, self.kv(kv).chunk(2, -1))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), *self.kv(x).chunk(2, -1)))
         out = F.scaled_dot_product_attention(q, k, v, seen)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
-    def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+class CrossAttention(Attention):
+    """The same from few queries (b, m, w) to many tokens (b, n, w), which have a norm of their own.
+
+    qᵀ(W_k t + b_k) is (W_kᵀ q)ᵀ t up to a constant that softmax does not see, and Σ a (W_v t + b_v) is W_v (Σ a t) + b_v:
+    the tokens pass no map, and neither keys nor values are kept for backward.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.norm_kv = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, tokens: Tensor, seen: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """seen: (b, n), which of the tokens are attended to; None: all."""
+        tokens = self.norm_kv(tokens)
+        q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
+        keys, values = self.kv.weight.view(2, self.heads, -1, x.shape[-1])
+        q = torch.einsum("bmhe,hew->bhmw", q, keys).flatten(1, 2)
+        scores = (q * (x.shape[-1] // self.heads) ** -0.5) @ tokens.mT
+        scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
+        read = (scores.softmax(-1) @ tokens).unflatten(1, (self.heads, -1))
+        out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
+        return self.proj(out)  # type: ignore[no-any-return]
 
 
 class PixelStem(nn.Module):
