@@ -9,6 +9,6 @@ from restuning.side.ladder import prune as prune
 from restuning.side.query import QueryNet as QueryNet
 from restuning.side.readout import Readout as Readout
 from restuning.side.readout import ReadoutNet as ReadoutNet
-from restuning.side.sidenet import AlexNet as AlexNet
-from restuning.side.sidenet import SideNet as SideNet
-from restuning.side.sidenet import SmallCnn as SmallCnn
+from restuning.side.side_tuning import AlexNet as AlexNet
+from restuning.side.side_tuning import SideNet as SideNet
+from restuning.side.side_tuning import SmallCnn as SmallCnn

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from restuning.side.features import last, normalised, summary
 from restuning.side.readout import Readout
 from restuning.side.stages import Attention, PixelStem, Stages
-from restuning.wiring.live import last, normalised, summary
 
 
 class AttentionNet(nn.Module):

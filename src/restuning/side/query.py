@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from restuning.side.features import normalised, summary
 from restuning.side.readout import Readout
 from restuning.side.stages import CrossAttention, PixelStem, Stages
-from restuning.wiring.live import normalised, summary
 
 
 class QueryNet(nn.Module):

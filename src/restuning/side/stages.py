@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning.wiring.live import normalised
+from restuning.side.features import normalised
 
 
 class Stages(nn.Module):

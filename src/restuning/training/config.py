@@ -1,0 +1,105 @@
+"""How training is done, as data and pure functions: the settings, the learning rate, the order of the data."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from restuning.errors import RestuningError
+
+_MAY_BE_ZERO = ("weight_decay", "label_smoothing", "warmup_epochs", "seed", "workers")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The recipe: AdamW, linear warm-up (at most a fifth of the epochs), then a cosine to 0, or (`schedule`) constant.
+
+    `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
+    With `patience`, training stops after so many epochs without a better validation score, and the best state
+    stands. label_smoothing: the share of every label that all classes have. ema: of the
+    weights, a mean that decays so much a step, which stands at the end.
+    """
+
+    epochs: int = 50
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    batch_size: int = 32
+    warmup_epochs: float = 10
+    schedule: Literal["cosine", "constant"] = "cosine"
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulate: int = 1
+    clip: float | None = None
+    seed: int = 0
+    patience: int | None = None
+    group_by_length: bool = False
+    workers: int = 0
+    save_seconds: float = 60
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise RestuningError(f"precision is {self.precision!r}: expected no, bf16 or fp16")
+        if self.schedule not in ("cosine", "constant"):
+            raise RestuningError(f"schedule is {self.schedule!r}: expected cosine or constant")
+        if self.ema is not None and not self.ema < 1:
+            raise RestuningError(f"ema is {self.ema!r}: expected a number below 1")
+        if not self.label_smoothing < 1:
+            raise RestuningError(f"label_smoothing is {self.label_smoothing!r}: expected a number below 1")
+        for f in fields(self):
+            value, whole = getattr(self, f.name), f.type in (int, int | None)
+            if f.name in ("precision", "schedule", "group_by_length") or (value is None and f.default is None):
+                continue
+            kind = "a whole number" if whole else "a number"
+            bound = "of 0 or more" if f.name in _MAY_BE_ZERO else "above 0"
+            good = isinstance(value, int if whole else (int, float)) and math.isfinite(value)
+            if not good or value < 0 or (value == 0 and f.name not in _MAY_BE_ZERO):
+                raise RestuningError(f"{f.name} is {value!r}: expected {kind} {bound}")
+
+
+GROUP = 50
+"""Batches that are drawn together where texts of a length are grouped."""
+
+
+def learning_rate(step: int, steps: int, warmup: float, peak: float, schedule: str = "cosine") -> float:
+    """The lr of a step: linear to the peak over `warmup` steps, then half a cosine that would reach 0 at `steps`, or
+    the peak."""
+    if step < warmup:
+        return peak * min(1.0, (step + 1) / warmup)
+    if schedule == "constant":
+        return peak
+    return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained: matrices with weight decay; α, λ, scales, biases and norms without."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        raise RestuningError("nothing to train: no parameter of the model has requires_grad")
+    groups = [([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0)]
+    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+
+
+def seed_of(*place: int) -> int:
+    # a string is hashed in full (SHA-512), so neighbouring places share nothing
+    return random.Random(repr(place)).getrandbits(63)
+
+
+def data_order(
+    examples: int, batch_size: int, seed: int, epoch: int, lengths: Sequence[int] | None = None
+) -> list[list[int]]:
+    """The batches of an epoch, over all processes. lengths: of the examples, of which those in a batch are alike then:
+    every 50 batches are drawn as one and sorted."""
+    generator = torch.Generator().manual_seed(seed_of(seed, epoch))
+    order: list[int] = torch.randperm(examples, generator=generator).tolist()
+    if lengths is not None:
+        many = GROUP * batch_size
+        order = [i for at in range(0, examples, many) for i in sorted(order[at : at + many], key=lengths.__getitem__)]
+    batches = [order[i : i + batch_size] for i in range(0, examples, batch_size)]
+    if lengths is not None:
+        batches = [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    return batches
