@@ -84,8 +84,8 @@ def add_commands(add: Add) -> None:
     bank.add_argument("--crop", action="store_true", help="the backbone's centre crop, not the whole image")
     bank.add_argument(
         "--tokens",
-        help="first, last, mean, all, int8 (all, quantised), G for CLS and a G x G grid, pooled (what linear-all reads), "
-        "or pca:K[:FILE], K components of every token, fitted or from a file (default: what the pooling sees)",
+        help="first, last, mean, all, int8 (all, quantised), G for CLS and a G x G grid, pooled (what linear-all "
+        "reads), or pca:K[:FILE], K components of every token, fitted or from a file (default: what the pooling sees)",
     )
     bank.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], default="float32")
     bank.add_argument("--views", type=int, default=1, metavar="K", help="augmented views of each training image")

@@ -78,8 +78,8 @@ class Attention(nn.Module):
 class CrossAttention(Attention):
     """The same from few queries (b, m, w) to many tokens (b, n, w), which have a norm of their own.
 
-    qᵀ(W_k t + b_k) is (W_kᵀ q)ᵀ t up to a constant that softmax does not see, and Σ a (W_v t + b_v) is W_v (Σ a t) + b_v:
-    the tokens pass no map, and neither keys nor values are kept for backward.
+    qᵀ(W_k t + b_k) is (W_kᵀ q)ᵀ t up to a constant that softmax does not see, and Σ a (W_v t + b_v) is
+    W_v (Σ a t) + b_v: the tokens pass no map, and neither keys nor values are kept for backward.
     """
 
     def __init__(self, width: int, heads: int) -> None:

@@ -38,8 +38,8 @@ class Components:
             prefix: how many tokens come before the patches.
 
         Returns:
-            By layer, τ_l = LN(x_l) V_l (b, n, k), under `summary_of(l)` the summary of LN(x_l) (b, 1 or 2, d_l), and the
-            mask.
+            By layer, τ_l = LN(x_l) V_l (b, n, k); under `summary_of(l)`, the summary of LN(x_l) (b, 1 or 2, d_l); and
+            the mask.
         """
         mask = features.get(MASK)
         found = {} if mask is None else {MASK: mask}

@@ -128,7 +128,7 @@ EXPERIMENTS = (
         TASKS,
         **_TI,
         **_CARE,
-        note="labels smoothed by 0.1; rates and lengths chosen on validation, but for what mixes tokens: one rate, 20 epochs",
+        note="labels smoothed by 0.1; rate and length chosen on validation, what mixes tokens: one rate, 20 epochs",
     ),
     Experiment(
         "small-side-96",
@@ -139,7 +139,7 @@ EXPERIMENTS = (
         **_TI,
         **_CARE,
         image_size=96,
-        note="labels smoothed by 0.1; rates and lengths chosen on validation (of what mixes tokens: rates, of 20 epochs)",
+        note="labels smoothed by 0.1; rate and length chosen on validation, what mixes tokens: its rate, of 20 epochs",
     ),
     Experiment(
         "small-fewshot",
