@@ -1,4 +1,4 @@
-"""Side paths that read every layer: against their formulas, in numpy and in torch's own attention; masks, components."""
+"""Side paths that read every layer, against their formulas in numpy and torch's own attention; masks, components."""
 
 import json
 from pathlib import Path
@@ -234,7 +234,7 @@ def reads(bank: Bank, method: Any) -> FromFeatures:
 def test_a_bank_of_components_is_live(bank: Path, method: Any, tmp_path: Path) -> None:
     """Outputs and gradients of what reads the bank, and of the same adapter on the backbone, saved and loaded."""
     opened = Bank(bank)
-    away = reads(opened, method)
+    away = reads(opened, rt.METHODS[method])
     away.tuned.save_pretrained(tmp_path)
     live = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), tmp_path)
     assert rt.count(live) == rt.count(away.tuned)
@@ -318,8 +318,8 @@ def test_a_sweep_reads_components(bank: Path, tmp_path: Path, capsys: pytest.Cap
     found = json.loads(capsys.readouterr().out)["methods"]
     run = ["--bank", str(bank), "--method", "bypass-query", "--lr", "0.003", "--epochs", "2", "--seed", "1", "--quiet"]
     assert main(["train", *run, "--label-smoothing", "0.1", "--json", "--out", str(tmp_path / "run")]) == 0
-    alone = json.loads(capsys.readouterr().out)
-    assert alone["test_accuracy"] == pytest.approx(found["bypass-query"]["test_score"], abs=5.1)
+    alone, score = json.loads(capsys.readouterr().out), found["bypass-query"]["test_score"]
+    assert alone["test_accuracy"] == pytest.approx(score, abs=5.1)
     assert main(["evaluate", str(tmp_path / "sweep" / "bypass-query-seed1"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(
         found["bypass-query"]["test_score"], abs=5.1

@@ -157,8 +157,9 @@ class Adaptation(nn.Module):
     def accepts(self, kept: View) -> bool:
         """Whether its output can be had from features of which the tokens `kept` are there."""
         if kept.tokens == "components":
-            whole = getattr(own_output(self.method), "grid", None) is None
-            return isinstance(self.side, ReadoutNet) or (whole and self.components == kept.components is not None)
+            own = own_output(self.method)
+            every = isinstance(own, BypassQuery | BypassAttention) and own.grid is None
+            return isinstance(own, LinearAll) or (every and self.components == kept.components)
         return self.view.of(kept) is not None
 
     @property

@@ -88,7 +88,7 @@ def build_bank(
     if tokens == "pca":
         there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
         components = (
-            Components.load(there) if there else fit_components(tuned, train, count, settings.get("batch_size", 32))
+            Components.load(there) if there else fit_components(tuned, train, count, settings.get("batch_size") or 32)
         )
         components.check(widths_of(tuned, tuned._layers()), str(there))
         if components.count != count:
