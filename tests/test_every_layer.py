@@ -30,6 +30,7 @@ PATHS = {
     "query, gated": rt.BypassQuery(width=8, stages=3, queries=2, heads=4, readout="gated"),
     "query alone": rt.BypassQuery(width=8, stages=1, queries=1, heads=1, readout="none"),
     "query, components": rt.BypassQuery(width=8, stages=2, queries=3, heads=2, components=5),
+    "query, fixed": rt.BypassQuery(width=8, stages=2, queries=3, heads=2, fixed=True),
     "attention": ATTENTION,
     "attention, gated": rt.BypassAttention(width=8, stages=3, heads=4, readout="gated"),
     "attention alone": rt.BypassAttention(width=8, stages=1, heads=1, readout="none"),
@@ -53,9 +54,8 @@ def written_out(side: Any, features: tuple[Tensor, ...], prefix: int, mask: Tens
     """What the head reads, by the formulas of the docstrings."""
     t = [normed(x) for x in features]
     runs = np.array_split(np.arange(len(t)), len(side.attentions))
-    bases = [
-        torch.eye(x.shape[-1]) if side.stages.components is None else side.stages.basis(i) for i, x in enumerate(t)
-    ]
+    fixed = side.stages.components is not None
+    bases = [side.stages.basis(i) if fixed else torch.eye(x.shape[-1]) for i, x in enumerate(t)]
     inputs = [sum(t[i] @ bases[i].to(t[i]) @ side.stages.down[i] for i in run) for run in runs]
 
     def pooled(x: Tensor) -> list[Tensor]:
@@ -194,6 +194,29 @@ def test_components_keep_less_for_backward(path: Any) -> None:
         size[components] = saved_bytes(lambda t=tuned: t(**VIT.inputs(16)).sum(), tuned.parameters())
     tokens = 16 * 5 * 4  # images, tokens, bytes
     assert size[None] - size[4] == 3 * tokens * (32 - 4), "three layers"
+
+
+def test_tasks_with_fixed_projections_share_what_they_attend_to() -> None:
+    """The same projections in every task; a stack holds them, and works on the tokens, once."""
+    from restuning.model.stack import Stack
+
+    path = rt.BypassQuery(width=8, stages=2, queries=3, heads=2, fixed=True, components=6)
+    tuned = rt.Tuned(VIT.backbone(torch.float64))
+    for name in ("a", "b", "c"):
+        tuned.add_adapter(name, path, 4)
+    shake(tuned)
+    sides = [tuned.adapters[name].side for name in "abc"]
+    assert all(torch.equal(x, y) for s in sides for x, y in zip(s.buffers(), sides[0].buffers(), strict=True))
+    assert not any("stages" in name for name, _ in tuned.adapters.named_parameters())
+    tuned.set_adapter(["a", "b", "c"])
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    with torch.no_grad():
+        together = tuned.eval()(x)
+    stack = tuned._stacks[0].stack
+    assert isinstance(stack, Stack) and len(stack.common) == 6, "a basis and a projection of each layer"
+    for name, y in together.items():
+        tuned.set_adapter(name)
+        torch.testing.assert_close(tuned(x), y, rtol=1e-9, atol=1e-10)
 
 
 # ---- components

@@ -142,6 +142,8 @@ class BypassQuery:
     width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
     or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
     whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
+    fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries attend to
+    is common to them: another task costs its queries and its head.
     grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
     on 7 × 7. stem: a convolutional stem reads the pixels too.
     """
@@ -152,18 +154,21 @@ class BypassQuery:
     heads: int = 4
     readout: Literal["full", "gated", "none"] = "full"
     components: int | None = None
+    fixed: bool = False
     grid: int | None = None
     stem: bool = False
 
     def __post_init__(self) -> None:
         check_size("BypassQuery", "queries", self.queries)
+        if not isinstance(self.fixed, bool):
+            raise MethodError(f"BypassQuery(fixed={self.fixed!r}): expected true or false")
         _check_path(self)
 
 
 @dataclass(frozen=True)
 class BypassAttention:
     """Self-attention among the tokens of all layers, stage by stage, beside a linear read-out of every layer; see
-    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`."""
+    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`, but for `fixed`."""
 
     width: int = 64
     stages: int = 4

@@ -297,7 +297,7 @@ def _own_output(sites: Sites, part: OwnOutput, path: Sequence[int]) -> ReadoutNe
     settings = {"width": part.width, "stages": stages, "heads": part.heads}
     more = {"components": part.components, "stem": part.stem}
     if isinstance(part, BypassQuery):
-        return QueryNet(widths, prefix, readout, queries=part.queries, **settings, **more)
+        return QueryNet(widths, prefix, readout, queries=part.queries, fixed=part.fixed, **settings, **more)
     return AttentionNet(widths, prefix, readout, **settings, **more, causal=sites.pool == "last")
 
 

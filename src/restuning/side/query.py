@@ -30,6 +30,7 @@ class QueryNet(nn.Module):
         heads: int = 4,
         queries: int = 8,
         components: int | None = None,
+        fixed: bool = False,
         stem: bool = False,
     ) -> None:
         """
@@ -41,13 +42,13 @@ class QueryNet(nn.Module):
             stages: S, at most as many as there are layers.
             heads: of the attention.
             queries: how many.
-            components: of `Stages`.
+            components, fixed: of `Stages`.
             stem: whether the first stage is given a convolutional stem's reading of the pixels.
         """
         super().__init__()
         self.prefix, self.readout = prefix, readout
         self.queries = nn.Parameter(0.5 * torch.randn(queries, width))
-        self.stages = Stages(widths, width, stages, components)
+        self.stages = Stages(widths, width, stages, components, fixed)
         self.stem = PixelStem(width) if stem else None
         self.attentions = nn.ModuleList(CrossAttention(width, heads) for _ in range(stages))
         self.norm = nn.LayerNorm(width)
@@ -73,7 +74,7 @@ class QueryNet(nn.Module):
         seen = None if mask is None else mask.bool()
         q = self.queries.expand(len(layers[0]), -1, -1)
         for attention, g in zip(self.attentions, inputs, strict=True):
-            q = q + attention(q, g, seen)
+            q = q + attention(q, normalised(g), seen)
         out: Tensor = self.norm(q).flatten(1)
         if self.readout is None:
             return out

@@ -1,12 +1,17 @@
 """What side networks that mix tokens by attention share: their inputs, stage by stage, and the attention."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.side.features import normalised
+
+
+FIXED_SEED = 20_231_030
+"""Of projections that are fixed: the same for all tasks."""
 
 
 class Stages(nn.Module):
@@ -16,20 +21,24 @@ class Stages(nn.Module):
     h_l = LN(x_l) D_l over its run, with LN without weights and D_l (d_l × w) without a bias, truncated normal of
     standard deviation (d_l (L + 1) / (S + 1))^−½.
 
+    fixed: D_l are buffers, the same in every network of these sizes: g_1 … g_S are then common to all tasks.
     components: k; then h_l = τ_l D_l with τ_l = LN(x_l) V_l, where V_l (d_l × k) is fixed, a buffer, and D_l (k × w).
     """
 
-    def __init__(self, widths: Sequence[int], width: int, stages: int, components: int | None = None) -> None:
+    def __init__(
+        self, widths: Sequence[int], width: int, stages: int, components: int | None = None, fixed: bool = False
+    ) -> None:
         super().__init__()
+        same = torch.Generator().manual_seed(FIXED_SEED) if fixed else None
         self.runs = [part.tolist() for part in torch.arange(len(widths), device="cpu").tensor_split(stages)]
-        self.down = nn.ParameterList()
+        self.down: Any = _Buffers() if fixed else nn.ParameterList()
         self.components = components
         for layer, d in enumerate(widths):
             rows = d if components is None else min(components, d)
-            weight = nn.Parameter(torch.empty(rows, width))
             std = (d * len(widths) / (stages + 1)) ** -0.5
-            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
-            self.down.append(weight)
+            weight = torch.empty(rows, width, device="cpu" if fixed else None)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=same)
+            self.down.append(weight.to(torch.get_default_device()) if fixed else nn.Parameter(weight))
             if components is not None:
                 self.register_buffer(f"basis_{layer}", torch.eye(d)[:, :rows].clone())
 
@@ -51,6 +60,16 @@ class Stages(nn.Module):
                 layers = [t @ self.basis(i).to(t.dtype) for i, t in zip(run, layers, strict=True)]
         # one product, not a sum of them
         return torch.cat(list(layers), -1) @ torch.cat([self.down[i] for i in run])
+
+
+class _Buffers(nn.Module):
+    """A list of tensors that are not trained."""
+
+    def append(self, x: Tensor) -> None:
+        self.register_buffer(str(len(self._buffers)), x)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.get_buffer(str(i))
 
 
 class Attention(nn.Module):
@@ -78,8 +97,9 @@ class Attention(nn.Module):
 class CrossAttention(Attention):
     """The same from few queries (b, m, w) to many tokens (b, n, w), which have a norm of their own.
 
-    qᵀ(W_k t + b_k) is (W_kᵀ q)ᵀ t up to a constant that softmax does not see, and Σ a (W_v t + b_v) is
-    W_v (Σ a t) + b_v: the tokens pass no map, and neither keys nor values are kept for backward.
+    With t = γ t' + β of tokens t' normalised without weights, qᵀ(W_k t + b_k) is (γ W_kᵀ q)ᵀ t' up to a constant that
+    softmax does not see, and Σ a (W_v t + b_v) is W_v (γ Σ a t' + β) + b_v. So the tokens pass no map: neither keys nor
+    values are kept for backward, and where several networks attend to the same tokens these are worked on once.
     """
 
     def __init__(self, width: int, heads: int) -> None:
@@ -87,14 +107,14 @@ class CrossAttention(Attention):
         self.norm_kv = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, tokens: Tensor, seen: Tensor | None = None) -> Tensor:  # type: ignore[override]
-        """seen: (b, n), which of the tokens are attended to; None: all."""
-        tokens = self.norm_kv(tokens)
+        """tokens: normalised, without weights. seen: (b, n), which of them are attended to; None: all."""
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
         keys, values = self.kv.weight.view(2, self.heads, -1, x.shape[-1])
         q = torch.einsum("bmhe,hew->bhmw", q, keys).flatten(1, 2)
-        scores = (q * (x.shape[-1] // self.heads) ** -0.5) @ tokens.mT
+        scores = (q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5) @ tokens.mT
         scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
-        read = (scores.softmax(-1) @ tokens).unflatten(1, (self.heads, -1))
+        read = (scores.softmax(-1) @ tokens) * self.norm_kv.weight + self.norm_kv.bias
+        read = read.unflatten(1, (self.heads, -1))
         out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
         return self.proj(out)  # type: ignore[no-any-return]
 
