@@ -100,7 +100,7 @@ def test_paths_are_their_formulas(name: str, path: Any) -> None:
     features = plain_features(tiny, tuned.backbone, inputs)
     mask = inputs.get("attention_mask", torch.ones(features[0].shape[:2])).bool()
     adapter = tuned.adapters["default"]
-    prefix = tuned._sites.port.grid or 0
+    prefix = tuned._sites.info.grid or 0
     expected = adapter.head(written_out(adapter.side, features, prefix, mask, name == "gemma3"))
     torch.testing.assert_close(tuned(**inputs), expected, rtol=1e-9, atol=1e-9)
     parameters = list(adapter.parameters())
@@ -116,7 +116,7 @@ def test_linear_all_is_linear_in_the_normalised_features(name: str, gated: bool)
     inputs = tiny.inputs(dtype=torch.float64)
     features = plain_features(tiny, tuned.backbone, inputs)
     mask = inputs.get("attention_mask", torch.ones(features[0].shape[:2])).double().numpy()
-    first = tuned._sites.port.grid or 0
+    first = tuned._sites.info.grid or 0
     layers = []
     for x in (f.numpy() for f in features):
         t = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)

@@ -64,7 +64,7 @@ def _smoothed(smoothing: float, logits: Tensor, labels: Tensor) -> Tensor:
     return -((1 - smoothing) * own + smoothing * alike).mean()
 
 
-def worth(score: float | None) -> float:
+def sort_key(score: float | None) -> float:
     """A score to choose by: none, and one that is no number (the correlation of a constant), is the worst."""
     return -math.inf if score is None or math.isnan(score) else score
 

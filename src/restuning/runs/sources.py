@@ -8,7 +8,7 @@ from torch import nn
 
 from restuning.backbones.load import describe_backbone, load_backbone, reading_of
 from restuning.data import Items, Prepared, Reading, Task, prepared, reading
-from restuning.features.bank import LIMIT, Bank, FromBank, FromFeatures, bytes_each, keep
+from restuning.features.bank import LIMIT, Bank, FromBank, FromFeatures, bytes_per_item, cache_features
 from restuning.methods.named import find_method
 from restuning.methods.spec import Full
 from restuning.model.tuned import Tuned
@@ -21,7 +21,7 @@ class _Prepared(Protocol):
     """Models of a run, and items as they read them."""
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
-        """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
+        """A newly initialised tuned model, the same at each call; what begins from data begins from `train`."""
         ...
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples: ...
@@ -66,7 +66,7 @@ class _FromItems:
             return self._examples(items)
         key = tuple(items.names)
         if key not in self.kept:
-            self.kept[key] = keep(tuned, self._examples(items), self.run.training.batch_size)
+            self.kept[key] = cache_features(tuned, self._examples(items), self.run.training.batch_size)
         return self.kept[key]
 
     def _examples(self, items: Items) -> Examples:
@@ -84,7 +84,7 @@ class _FromItems:
         if self.fits is None:
             whole = self.whole
             items = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
-            self.fits = bytes_each(tuned, self._examples(whole.train)) * items <= LIMIT
+            self.fits = bytes_per_item(tuned, self._examples(whole.train)) * items <= LIMIT
         return self.fits
 
 
@@ -130,7 +130,7 @@ def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading, bank: Bank | Non
 
 
 def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
-    """A maker of the run's newly born models, each on what is left of a backbone without its weights."""
+    """A maker of the run's newly initialised models, each on what is left of a backbone without its weights."""
     prepared = _FromBank(run, whole, bank)
 
     def born() -> FromFeatures:

@@ -11,7 +11,7 @@ from restuning.tuners.grid import cells
 
 
 @dataclass(frozen=True)
-class View:
+class TokenSelection:
     """What is kept of the tokens (b, n, d) of a layer.
 
     `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); `mean`: the
@@ -45,7 +45,7 @@ class View:
         grid = cells(x, self.prefix, int(self.tokens))
         return torch.cat([first, grid], 1) if self.prefix else grid
 
-    def of(self, kept: "View") -> "View | None":
+    def of(self, kept: "TokenSelection") -> "TokenSelection | None":
         """What makes this view of tokens that are a view already; None if they hold too little."""
         if kept == self:
             return ALL
@@ -92,4 +92,4 @@ def summary(x: Tokens, prefix: int, mask: Tensor | None = None) -> Tensor:
     return torch.stack([x[:, 0], mean], 1) if prefix else mean[:, None]
 
 
-ALL, FIRST, LAST, MEAN = View(), View("first"), View("last", 0), View("mean", 0)
+ALL, FIRST, LAST, MEAN = TokenSelection(), TokenSelection("first"), TokenSelection("last", 0), TokenSelection("mean", 0)

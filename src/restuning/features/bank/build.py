@@ -31,10 +31,10 @@ from restuning.features.bank.format import (
 from restuning.features.memory import tapped
 from restuning.hooks.taps import summary_of
 from restuning.model.tuned import Tuned
-from restuning.side.features import View
+from restuning.side.features import TokenSelection
 from restuning.training.components import Components
 from restuning.training.evaluate import Examples, HasEpoch, by_length
-from restuning.utils.files import as_json, locked, write_whole
+from restuning.utils.files import as_json, locked, atomic_write
 
 
 def build(
@@ -71,7 +71,7 @@ def build(
     plan = {
         "format": FORMAT,
         "version": __version__,
-        "backbone": dict(tuned.card().backbone),
+        "backbone": dict(tuned.adapter_config().backbone),
         "weights_sha256": _hash_of_weights(tuned.backbone),
         "preprocessing": preprocess.to_dict(),
         "data": {
@@ -83,7 +83,7 @@ def build(
         },
         "layers": layers_kept(tuned, components),
         "view": asdict(view_kept(tuned, components)),
-        "pool": tuned.card().pool,
+        "pool": tuned.adapter_config().pool,
         "dtype": dtype,
         "views": views,
         "seed": seed,
@@ -113,12 +113,12 @@ def build(
                             data = _write(out / file, tensors)
                             shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
                         shards.append(shard)
-                        write_whole(out / PARTIAL, as_json({**plan, "shards": [asdict(s) for s in shards]}))
+                        atomic_write(out / PARTIAL, as_json({**plan, "shards": [asdict(s) for s in shards]}))
                         count += len(rows)
                         seen(count, total)
             tail = hashlib.sha256((out / TAIL).read_bytes()).hexdigest()
             manifest = {**plan, "tail_sha256": tail, "shards": [asdict(shard) for shard in shards]}
-            write_whole(out / PARTIAL, as_json(manifest))
+            atomic_write(out / PARTIAL, as_json(manifest))
             (out / PARTIAL).replace(out / MANIFEST)  # one move: a bank is either finished or not
             return manifest
     except OSError as error:
@@ -158,13 +158,13 @@ def layers_kept(tuned: Tuned, components: Components | None) -> list[int]:
     return sorted([*layers, *(summary_of(layer) for layer in components.bases)])
 
 
-def view_kept(tuned: Tuned, components: Components | None) -> View:
+def view_kept(tuned: Tuned, components: Components | None) -> TokenSelection:
     """Of which tokens."""
-    return tuned._live() if components is None else View("components", _prefix(tuned), components.count)
+    return tuned._live() if components is None else TokenSelection("components", _prefix(tuned), components.count)
 
 
 def _prefix(tuned: Tuned) -> int:
-    return tuned._sites.port.grid or 0
+    return tuned._sites.info.grid or 0
 
 
 def bytes_kept(tuned: Tuned, examples: Examples, dtype: str, components: Components | None = None) -> int:
