@@ -37,8 +37,8 @@ from restuning.methods.spec import (
     parts_of,
     resize,
 )
-from restuning.model.files import read_config
 from restuning.model.files import read as read_adapter
+from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
 from restuning.paper.results import RESULTS, Record, append, key_of, read, where
 from restuning.runs.banks import build_bank
@@ -49,7 +49,7 @@ from restuning.runs.sweep import Sweep, sweep
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import loader, predict_logits, to_device
 from restuning.tuners import Adapter, Prefix, Prompt
-from restuning.utils.files import as_json, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, locked
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
 BANKS, JOBS = "banks", "jobs"

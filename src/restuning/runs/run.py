@@ -16,7 +16,12 @@ from restuning.data import (
 )
 from restuning.data.objective import Objective, balanced, objective, sort_key
 from restuning.errors import Diverged, RestuningError
-from restuning.features.bank import Bank, FromBank, FromFeatures, CachedFeatures
+from restuning.features.bank import (
+    Bank,
+    CachedFeatures,
+    FromBank,
+    FromFeatures,
+)
 from restuning.methods.named import find_method
 from restuning.methods.spec import Full
 from restuning.model.count import count
@@ -27,7 +32,7 @@ from restuning.runs.sources import _FromBank, _FromItems, _Prepared
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import Examples, evaluate
 from restuning.training.loop import fit
-from restuning.utils.distributed import is_main_process, barrier
+from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
 
 

@@ -28,7 +28,7 @@ from restuning.runs.sources import on_bank
 from restuning.side.features import TokenSelection
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import padded
-from restuning.utils.files import as_json, contents, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, contents, locked
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from restuning.side.features import normalised
 
-
 FIXED_SEED = 20_231_030
 """Of projections that are fixed: the same for all tasks."""
 

@@ -34,7 +34,7 @@ from restuning.model.tuned import Tuned
 from restuning.side.features import TokenSelection
 from restuning.training.components import Components
 from restuning.training.evaluate import Examples, HasEpoch, by_length
-from restuning.utils.files import as_json, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, locked
 
 
 def build(
