@@ -492,6 +492,8 @@ def test_a_side_path_over_stages_wants_square_maps() -> None:
     assert rt.adapt(backbone, "linear", 3)(wide).shape == (1, 3)
     with pytest.raises(MethodError, match="square maps"):
         rt.adapt(backbone, "bypass", 3)(wide)
+    for method in ("linear-all", "bypass-query", "bypass-attention"):  # of a grid of cells, which are as oblong
+        assert rt.adapt(backbone, small(method), 3)(wide).shape == (1, 3)
 
 
 @pytest.mark.parametrize("name", [*TINY])

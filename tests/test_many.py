@@ -21,7 +21,7 @@ PAIRS = [
     if name not in ALIKE and method not in ("full", *REFUSED.get(name, {}))
 ]
 
-BESIDE = ("linear", "side-tuning", "lst", *(name for name in rt.METHODS if name.startswith(("bypass", "ladder"))))
+BESIDE = ("side-tuning", "lst", *(name for name in rt.METHODS if name.startswith(("linear", "bypass", "ladder"))))
 
 
 def shaken(tuned: rt.Tuned) -> rt.Tuned:

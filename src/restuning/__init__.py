@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from restuning.errors import RestuningError as RestuningError
     from restuning.methods import METHODS as METHODS
     from restuning.methods import Bypass as Bypass
+    from restuning.methods import BypassAttention as BypassAttention
+    from restuning.methods import BypassQuery as BypassQuery
     from restuning.methods import Full as Full
     from restuning.methods import Ladder as Ladder
+    from restuning.methods import LinearAll as LinearAll
     from restuning.methods import Mix as Mix
     from restuning.methods import Residual as Residual
     from restuning.methods import SideTuning as SideTuning
@@ -60,7 +63,20 @@ _PUBLIC = {
     "backbones.sites": ("find_sites",),
     "data": ("load_task",),
     "errors": ("RestuningError",),
-    "methods": ("METHODS", "Bypass", "Full", "Ladder", "Mix", "Residual", "SideTuning", "on_blocks", "resize"),
+    "methods": (
+        "METHODS",
+        "Bypass",
+        "BypassAttention",
+        "BypassQuery",
+        "Full",
+        "Ladder",
+        "LinearAll",
+        "Mix",
+        "Residual",
+        "SideTuning",
+        "on_blocks",
+        "resize",
+    ),
     "model.count": ("count",),
     "model.peft": ("load_peft", "save_peft"),
     "model.tuned": ("Tuned", "adapt"),

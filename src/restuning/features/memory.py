@@ -1,6 +1,6 @@
 """Features kept: what a frozen backbone said of each example, read again in every epoch instead of computed again."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,20 +62,21 @@ def tapped(
     rows: Sequence[int],
     batch_size: int = 32,
     dtype: torch.dtype | None = None,
+    change: Callable[[Mapping[int, Tensor]], Mapping[int, Tensor]] = dict,
 ) -> tuple[Features, Tensor]:
     """One pass of the backbone over these rows: what the active adapters read, and the labels, on the CPU.
 
     Only for adapters that read features and change none. Texts are read in the order of their lengths, and shorter
-    ones padded where every token is kept. dtype: what is kept in; None: as it is said.
+    ones padded where every token is kept. dtype: what is kept in; None: as it is said. change: of what is kept, by
+    layer; in the order of the layers.
     """
     assert tuned.reads_features
     device = next(tuned.parameters()).device
-    order = by_length(examples, rows)
+    order, layers = by_length(examples, rows), tuned._layers()
     batches, labels = [], []
     for inputs, label in loader(examples, batch_size, sampler=order):
-        batches.append(
-            [x.to("cpu", dtype if x.is_floating_point() else None) for x in tuned.features(to_device(inputs, device))]
-        )
+        features = change(dict(zip(layers, tuned.features(to_device(inputs, device)), strict=True)))
+        batches.append([x.to("cpu", dtype if x.is_floating_point() else None) for x in features.values()])
         labels.append(label)
     again = back(order, rows)
     return tuple(padded(layer)[again] for layer in zip(*batches, strict=True)), torch.cat(labels)[again]

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.backbones.sites import Sites
@@ -19,6 +20,11 @@ INPUT = -1
 
 MASK = -2
 """Not a layer: the attention mask (b, n) that the backbone is given, which tells tokens from padding."""
+
+
+def summary_of(layer: int) -> int:
+    """Not a layer: where a bank of components has the summary of this one."""
+    return -3 - layer
 
 
 class Taps:
@@ -42,8 +48,8 @@ class Taps:
             self.kept[layer] = x
             return
         self.oblong = self.oblong or (x.ndim == 4 and x.shape[2] != x.shape[3])
-        if self.oblong and isinstance(self.view.tokens, int) and self.view.tokens > 1:
-            raise MethodError(f"a map of {x.shape[2]} x {x.shape[3]}: a grid of its cells needs it square")
+        if x.ndim == 4 and isinstance(self.view.tokens, int):  # its cells are as oblong as it is
+            x = F.adaptive_avg_pool2d(x, self.view.tokens)
         x = as_tokens(x)
         seen = self.view(x, self.given)
         if x.requires_grad or seen is x or not self.one_shape:  # a slice would hold the memory of all

@@ -8,8 +8,11 @@ from restuning.methods.named import METHODS as METHODS
 from restuning.methods.named import NOTES as NOTES
 from restuning.methods.named import find_method as find_method
 from restuning.methods.spec import Bypass as Bypass
+from restuning.methods.spec import BypassAttention as BypassAttention
+from restuning.methods.spec import BypassQuery as BypassQuery
 from restuning.methods.spec import Full as Full
 from restuning.methods.spec import Ladder as Ladder
+from restuning.methods.spec import LinearAll as LinearAll
 from restuning.methods.spec import Method as Method
 from restuning.methods.spec import Mix as Mix
 from restuning.methods.spec import Part as Part

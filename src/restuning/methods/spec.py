@@ -10,6 +10,7 @@ from restuning.errors import MethodError
 from restuning.side import AlexNet, SmallCnn
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
 from restuning.tuners.base import TunerConfig
+from restuning.tuners.scale import check_size
 
 
 def _check_config(where: str, config: Any) -> None:
@@ -119,15 +120,98 @@ class SideTuning:
 
 
 @dataclass(frozen=True)
+class LinearAll:
+    """A linear head on every layer: the first token and the mean of the patches (of texts: the mean of the tokens),
+    each token normalised (LayerNorm without weights); see `Readout`. Ours.
+
+    gated: the layers are summed by gates, so that the head reads twice the width and not that of every layer.
+    """
+
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gated, bool):
+            raise MethodError(f"LinearAll(gated={self.gated!r}): expected true or false")
+
+
+@dataclass(frozen=True)
+class BypassQuery:
+    """Learned queries that attend to the tokens of all layers, stage by stage, beside a linear read-out of every layer;
+    see `QueryNet`. Ours.
+
+    width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
+    or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
+    whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
+    fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries attend to
+    is common to them: another task costs its queries and its head.
+    grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
+    on 7 × 7. stem: a convolutional stem reads the pixels too.
+    """
+
+    width: int = 64
+    stages: int = 4
+    queries: int = 8
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    fixed: bool = False
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("BypassQuery", "queries", self.queries)
+        if not isinstance(self.fixed, bool):
+            raise MethodError(f"BypassQuery(fixed={self.fixed!r}): expected true or false")
+        _check_path(self)
+
+
+@dataclass(frozen=True)
+class BypassAttention:
+    """Self-attention among the tokens of all layers, stage by stage, beside a linear read-out of every layer; see
+    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`, but for `fixed`."""
+
+    width: int = 64
+    stages: int = 4
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        _check_path(self)
+
+
+def _check_path(part: BypassQuery | BypassAttention) -> None:
+    kind = type(part).__name__
+    for name in ("width", "stages", "heads"):
+        check_size(kind, name, getattr(part, name))
+    if part.width % part.heads:
+        raise MethodError(f"{kind}(width={part.width}): expected a multiple of its {part.heads} heads")
+    if part.readout not in ("full", "gated", "none"):
+        raise MethodError(f"{kind}(readout={part.readout!r}): expected full, gated or none")
+    if part.components is not None:
+        check_size(kind, "components", part.components)
+    if not isinstance(part.stem, bool):
+        raise MethodError(f"{kind}(stem={part.stem!r}): expected true or false")
+    _check_grid(kind, part.grid)
+
+
+OwnOutput: TypeAlias = LinearAll | BypassQuery | BypassAttention
+"""Side paths whose own output the head reads: the frozen final norm and the backbone's pooling have no part in it."""
+
+
+@dataclass(frozen=True)
 class Mix:
     """Several methods in one adapter: other tuners in other blocks, LoRA beside prefixes, a side path beside tuners."""
 
-    parts: Sequence["Residual | Bypass | Ladder | SideTuning"]
+    parts: Sequence["Part"]
 
     def __post_init__(self) -> None:
-        wrong = [part for part in self.parts if not isinstance(part, Residual | Bypass | Ladder | SideTuning)]
+        wrong = [part for part in self.parts if not isinstance(part, Part)]
         if wrong:
-            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected Residual, Bypass, Ladder or SideTuning")
+            expected = "Residual, Bypass, Ladder, SideTuning, LinearAll, BypassQuery or BypassAttention"
+            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected {expected}")
         if sum(not isinstance(part, Residual) for part in self.parts) > 1:
             raise MethodError("Mix: several side paths: expected one at most, beside any number of Residual parts")
 
@@ -137,9 +221,12 @@ class Full:
     """Full fine-tuning: every parameter of the backbone is trained."""
 
 
-Part: TypeAlias = Residual | Bypass | Ladder | SideTuning
+Part: TypeAlias = Residual | Bypass | Ladder | SideTuning | LinearAll | BypassQuery | BypassAttention
 Method: TypeAlias = Part | Mix | Full
-KINDS: dict[str, Any] = {c.__name__.lower(): c for c in (Residual, Bypass, Ladder, SideTuning, Mix, Full)}
+KINDS: dict[str, Any] = {
+    c.__name__.lower(): c
+    for c in (Residual, Bypass, Ladder, SideTuning, LinearAll, BypassQuery, BypassAttention, Mix, Full)
+}
 
 SIZES: dict[type, str] = {
     Adapter: "width",
@@ -170,6 +257,8 @@ def resize(method: Method, size: int) -> Method:
         return replace(method, horizontal=sized(method.horizontal), vertical=sized(method.vertical))
     if isinstance(method, SideTuning):
         return replace(method, net=sized(method.net))
+    if isinstance(method, BypassQuery | BypassAttention):
+        return replace(method, width=size)
     return Mix(tuple(resize(part, size) for part in method.parts)) if isinstance(method, Mix) else method  # type: ignore[misc]
 
 
@@ -183,6 +272,11 @@ def on_blocks(method: Method, blocks: Sequence[int]) -> Method:
 def grid_of(method: Method) -> int | None:
     """The grid on which a side path runs, if it does."""
     return next((p.grid for p in parts_of(method) if isinstance(p, Bypass | Ladder) and p.grid), None)
+
+
+def own_output(method: Method) -> OwnOutput | None:
+    """The part whose own output the head reads, if there is one."""
+    return next((p for p in parts_of(method) if isinstance(p, OwnOutput)), None)
 
 
 def parts_of(method: Method) -> Sequence[Part]:

@@ -13,10 +13,34 @@ from restuning.backbones.sites import Site, Sites, check_blocks
 from restuning.errors import MethodError
 from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.tail import Tail, head_width, live
-from restuning.hooks.taps import INPUT, MASK
-from restuning.methods.spec import Bypass, Full, Ladder, Method, Residual, grid_of, parts_of
+from restuning.hooks.taps import INPUT, MASK, summary_of
+from restuning.methods.spec import (
+    Bypass,
+    BypassAttention,
+    BypassQuery,
+    Full,
+    Ladder,
+    LinearAll,
+    Method,
+    OwnOutput,
+    Residual,
+    grid_of,
+    own_output,
+    parts_of,
+)
 from restuning.model.files import AdapterConfig
-from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
+from restuning.side import (
+    AttentionNet,
+    BypassNet,
+    LadderNet,
+    QueryNet,
+    Readout,
+    ReadoutNet,
+    SideNet,
+    keeps_mean,
+    mixes_tokens,
+    prune,
+)
 from restuning.side.features import ALL, FIRST, LAST, MEAN, TokenSelection
 from restuning.tuners.base import TunerConfig, as_tuner, is_prompt
 
@@ -45,6 +69,7 @@ class AdapterModule(nn.Module):
         self.side: nn.Module | None = None
         self.view = _view(sites, method, pool)
         width = head_width(sites.info.out_features, pool, 1 if pool != "flat" else self.view.count())
+        own = own_output(method)
         for part in parts_of(method):
             if isinstance(part, Residual):
                 for op, tuner_config in part.tuners.items():
@@ -55,6 +80,10 @@ class AdapterModule(nn.Module):
                 self.side = _bypass(sites, part, self.path)
             elif sites.join is not None:
                 raise MethodError(f"{type(part).__name__} needs a head; {sites.anatomy.name} has none: a Bypass can be")
+            elif isinstance(part, OwnOutput) and sites.join is None:
+                self.path = sites.stages if not sites.uniform else self.path
+                self.side = side = _own_output(sites, part, self.path)
+                width = side.out_features
             elif isinstance(part, Ladder):
                 self.side = _ladder(backbone, sites, part)
             else:
@@ -63,10 +92,14 @@ class AdapterModule(nn.Module):
                 self.side = SideNet(_made(part.net, replace(sites.info, out_features=width), "side-tuning"))
         alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
         averaged &= sites.uniform or not isinstance(self.side, BypassNet)
-        if grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
+        if (
+            own is None
+            and grid_of(method) is None
+            and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True)
+        ):
             self.view = ALL
         padded = sites.info.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        by_mask = "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
+        by_mask = own is not None or "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
         self.reads_mask = padded and self.view == ALL and by_mask
         self.masked = padded and (self.reads_mask or self.view.by_mask)
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
@@ -114,11 +147,39 @@ class AdapterModule(nn.Module):
         if isinstance(self.side, SideNet):
             return (INPUT, self.depth)
         layers = self.path if self.side is not None else (self.depth,)
+        if isinstance(self.side, QueryNet | AttentionNet) and self.side.stem is not None:
+            layers = (INPUT, *layers)
         return (MASK, *layers) if self.reads_mask else layers
 
     def layers_of(self, kept: TokenSelection) -> Sequence[int]:
-        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding."""
+        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding; of a bank's
+        components, the summaries are beside them."""
+        if kept.tokens == "components":
+            summaries = tuple(map(summary_of, self.path))
+            if isinstance(self.side, ReadoutNet):
+                return summaries
+            return (*self.layers, *summaries)
         return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
+
+    def accepts(self, kept: TokenSelection) -> bool:
+        """Whether its output can be had from features of which the tokens `kept` are there."""
+        if kept.tokens == "components":
+            own = own_output(self.method)
+            every = isinstance(own, BypassQuery | BypassAttention) and own.grid is None
+            return isinstance(own, LinearAll) or (every and self.components == kept.components)
+        return self.view.of(kept) is not None
+
+    @property
+    def components(self) -> int | None:
+        """How many of each layer's components its path reads; None: its tokens, or it has no such path."""
+        return self.side.stages.components if isinstance(self.side, QueryNet | AttentionNet) else None
+
+    @torch.no_grad()
+    def fix(self, bases: Mapping[int, Tensor]) -> None:
+        """Give a path that reads components those that were fitted, (d_l, k) by layer."""
+        if isinstance(self.side, QueryNet | AttentionNet) and self.side.stages.components is not None:
+            for i, layer in enumerate(self.path):
+                self.side.stages.basis(i).copy_(bases[layer])
 
     def beside(self, features: Sequence[Tensor]) -> Tensor:
         """What the side path says of the features of `path`, into which no gradient goes."""
@@ -131,6 +192,13 @@ class AdapterModule(nn.Module):
             return self.side(tail(features[-1]), features[0])  # type: ignore[no-any-return]
         mask = features[0] if self.reads_mask else None
         features = features[self.reads_mask :]
+        if isinstance(self.side, ReadoutNet):
+            return self.side(features)  # type: ignore[no-any-return]
+        if isinstance(self.side, QueryNet | AttentionNet):
+            pixels = features[0] if self.side.stem is not None else None
+            features = features[pixels is not None :]
+            count = len(self.path)
+            return self.side(features[:count], features[count:] or None, mask, pixels)  # type: ignore[no-any-return]
         if self.side is None:
             return tail(features[-1], mask)
         return tail(self.side(features, mask) if isinstance(self.side, LadderNet) else self.side(features), mask)
@@ -146,6 +214,8 @@ class Reader(nn.Module):
 
     def own(self, features: Mapping[int, Tensor], kept: TokenSelection) -> Features:
         """What it reads of features of which the tokens `kept` are there; raises MethodError if they are too few."""
+        if kept.tokens == "components" and self.adapter.accepts(kept):
+            return tuple(features[layer] for layer in self.adapter.layers_of(kept))
         view = self.adapter.view.of(kept)
         if view is None:
             raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
@@ -169,6 +239,13 @@ class Reader(nn.Module):
 def _view(sites: Sites, method: Method, pool: str) -> TokenSelection:
     """What its output can see of a layer, if nothing mixes tokens."""
     grid, prefix = grid_of(method), sites.info.grid
+    own = own_output(method)
+    if isinstance(own, LinearAll):
+        return TokenSelection("pooled", prefix or 0)
+    if isinstance(own, BypassQuery | BypassAttention):
+        grid = own.grid or (None if sites.uniform else STAGE_GRID)
+        if grid is None:
+            return ALL
     if grid is None:
         return live(sites, pool)
     if grid == 1 and not prefix:
@@ -204,6 +281,31 @@ def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
     widths = [info.out_features for info in infos]
     tuners = side(part.horizontal), side(part.vertical)
     return BypassNet(widths, *tuners, sites.join is not None, part.gate, part.gates == "channel", part.normed)
+
+
+STAGE_GRID = 7
+"""Cells a side to which maps are averaged for a path over stages, whatever their own sizes."""
+
+
+def _own_output(sites: Sites, part: OwnOutput, path: Sequence[int]) -> ReadoutNet | QueryNet | AttentionNet:
+    widths = [sites.features[layer].writes for layer in path]
+    prefix = sites.info.grid or 0
+    summaries = 2 if prefix else 1
+    gated = part.gated if isinstance(part, LinearAll) else part.readout == "gated"
+    if gated and len({*widths}) > 1:
+        raise MethodError(f"gates sum layers of one width: {sites.anatomy.name} has {', '.join(map(str, widths))}")
+    if isinstance(part, LinearAll):
+        return ReadoutNet(widths, summaries, gated)
+    if part.stem and sites.info.grid is None:
+        raise MethodError("a stem reads images, and this backbone does not")
+    readout = None if part.readout == "none" else Readout(widths, summaries, gated)
+    prefix = min(prefix, 1) if part.grid else prefix  # of pooled patches, the first token alone is kept
+    stages = min(part.stages, len(widths))
+    settings = {"width": part.width, "stages": stages, "heads": part.heads}
+    more = {"components": part.components, "stem": part.stem}
+    if isinstance(part, BypassQuery):
+        return QueryNet(widths, prefix, readout, queries=part.queries, fixed=part.fixed, **settings, **more)
+    return AttentionNet(widths, prefix, readout, **settings, **more, causal=sites.pool == "last")
 
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:

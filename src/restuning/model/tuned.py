@@ -25,7 +25,7 @@ from restuning.hooks.tail import live, tail_of
 from restuning.hooks.taps import Taps, tap
 from restuning.methods.files import from_dict, to_dict
 from restuning.methods.named import find_method
-from restuning.methods.spec import Full, Ladder, Method, grid_of, parts_of
+from restuning.methods.spec import Full, Ladder, Method, grid_of, own_output, parts_of
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.denoiser import PerAdapter, Plug, each_of, joined, output_of, serves
 from restuning.model.files import (
@@ -126,6 +126,9 @@ class Tuned(nn.Module):
             require_unsharded(self._shards, "full fine-tuning")
         if any(isinstance(part, Ladder) and part.init != "random" for part in parts_of(spec)):
             require_unsharded(self._shards, "a ladder that is pruned from them")
+        if own_output(spec) is not None and (kind == "per-token" or pool not in (None, self._sites.pool)):
+            what = "labels per token" if kind == "per-token" else f"pool={pool!r}"
+            raise MethodError(f"{what}: this method reads every layer in a way of its own, one vector for each example")
         if kind == "per-token":
             if grid_of(spec) is not None or pool not in (None, "none"):
                 raise MethodError("labels per token need every token: no grid, and no pooling but none")

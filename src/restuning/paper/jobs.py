@@ -22,9 +22,21 @@ from restuning.data import Items, Preprocess, load_source, load_task, prepared
 from restuning.data.inspect import pixels_of
 from restuning.data.objective import objective
 from restuning.features.bank.format import MANIFEST
-from restuning.methods.files import to_dict
+from restuning.methods.files import from_dict, to_dict
 from restuning.methods.named import find_method
-from restuning.methods.spec import Bypass, Full, Residual, grid_of, on_blocks, parts_of, resize
+from restuning.methods.spec import (
+    Bypass,
+    BypassAttention,
+    BypassQuery,
+    Full,
+    LinearAll,
+    Residual,
+    grid_of,
+    on_blocks,
+    own_output,
+    parts_of,
+    resize,
+)
 from restuning.model.files import read as read_adapter
 from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
@@ -66,6 +78,7 @@ class Job:
     shots: int | None
     targets: Mapping[str, str]
     images: tuple[int, int]
+    label_smoothing: float = 0.0
 
     @property
     def name(self) -> str:
@@ -120,8 +133,15 @@ def reads_features(method: str | Mapping[str, Any]) -> bool:
         (isinstance(part, Bypass) and {type(part.horizontal), type(part.vertical)} <= _EACH_TOKEN)
         or (isinstance(part, Residual) and not part.tuners)
         or (getattr(part, "init", None) == "random" and grid_of(found) is not None)
+        or isinstance(part, LinearAll)
+        or (isinstance(part, BypassQuery | BypassAttention) and not part.stem and part.grid is None)
         for part in parts_of(found)
     )
+
+
+def reads_all(method: str | Mapping[str, Any]) -> bool:
+    """Whether it reads every layer in a way of its own, from a bank of components."""
+    return own_output(find_method(method)) is not None
 
 
 def method_of(method: str | Mapping[str, Any], size: int | None, blocks: tuple[int, ...] | None) -> Any:
@@ -177,6 +197,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
         seeds=job.seeds,
         pool=job.pool,
         shots=job.shots,
+        training=TrainConfig(label_smoothing=job.label_smoothing),
     )
     found, peak = _measured(partial(sweep, settings, folder / "sweep", resume=True))
     saved = {}
@@ -220,7 +241,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 augment=job.augment,
                 shots=job.shots,
                 lrs=job.lrs,
-                training=TrainConfig(epochs=max(job.epochs), seed=seed),
+                training=TrainConfig(epochs=max(job.epochs), seed=seed, label_smoothing=job.label_smoothing),
             )
             if (folder / RESULT).exists():
                 result, peak = json.loads((folder / RESULT).read_text()), None
@@ -256,7 +277,7 @@ def _bank(job: Job, out: Path, dtype: str, progress: bool) -> Path:
         "weights": job.weights,
         "image_size": job.image_size,
         "crop": job.crop,
-        "tokens": str(grids[-1]) if grids[-1] else None,
+        "tokens": "pca:64" if all(map(reads_all, job.methods.values())) else str(grids[-1]) if grids[-1] else None,
         "dtype": dtype,
     }
     folder = out / BANKS / _hash(settings)
@@ -332,6 +353,8 @@ def _measured(call: Callable[[], T]) -> tuple[T, int | None]:
 def _kept(job: Job, method: Any, saved: Path) -> int:
     """Bytes that autograd keeps of a batch of 32 for its backward pass: a count, the same on any machine."""
     model, batch = blank(job.backbone, job.image_size, 32)
+    if reads_all(method):  # with the components that it has
+        method = from_dict(read_config(saved).spec)
     tuned = adapt(
         model, method, len(read_config(saved).classes or ()), pool=job.pool, backbone_name=job.backbone
     ).train()

@@ -117,10 +117,10 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     models = {seed: on_bank(settings.run(method, seed), whole[seed], bank) for seed in settings.seeds}
     first = models[settings.seeds[0]]().tuned
     layers, view, kept = first._layers(bank.view), first._live(), bank.view
-    asked = objective(whole[settings.seeds[0]].kind)
+    asked = objective(whole[settings.seeds[0]].kind, smoothing=settings.training.label_smoothing)
     features, labels, offsets = _everything(bank, layers)
     narrow = view.of(bank.view)
-    if narrow is not None and not view.by_mask and min(layers) >= 0:  # a finer bank's other tokens are not read
+    if narrow is not None and min(layers) >= 0:  # a finer bank's other tokens are not read
         features, kept = tuple(narrow(x) for x in features), view
 
     def rows(items: Items) -> Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from restuning._types import Tokens
 from restuning.tuners.grid import cells
@@ -15,7 +16,9 @@ class TokenSelection:
 
     `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); `mean`: the
     mean of those that are none, (b, 1, d); a number g: the first one where there are tokens before the patches
-    (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d).
+    (`prefix` of them), and the mean of each cell of a g × g grid of the patches, (b, 1 + g², d); `pooled`: the
+    `summary` of the normalised tokens, (b, 1 or 2, d); `components`: of every token so many
+    fixed components, (b, n, k), and the summary besides; a bank's alone, see `restuning.training.components`.
 
     The mean is exact where what follows is linear, token by token, up to a mean over all tokens (no norm comes before
     that): for linear probing, for tuners inside the backbone, which act before the last layer, and for a bypass without
@@ -24,6 +27,7 @@ class TokenSelection:
 
     tokens: str | int = "all"
     prefix: int = 1
+    components: int | None = None
 
     def __call__(self, x: Tokens, mask: Tensor | None = None) -> Tensor:
         """mask (b, n): which tokens are no padding; None: all. Of one longer by a cache, `last` reads the end."""
@@ -33,6 +37,8 @@ class TokenSelection:
             return last(x, mask)
         if self.tokens == "mean":
             return mean_of(x, mask)[:, None]
+        if self.tokens == "pooled":
+            return summary(normalised(x), self.prefix, mask)
         first = x[:, :1]
         if self.tokens == "first":
             return first
@@ -45,12 +51,12 @@ class TokenSelection:
             return ALL
         if kept.tokens == "all":
             return self
-        return self if self.tokens == "first" and kept.tokens != "mean" and kept.prefix else None
+        return self if self.tokens == "first" and isinstance(kept.tokens, int) and kept.prefix else None
 
     @property
     def by_mask(self) -> bool:
         """Whether padding must be told from tokens."""
-        return self.tokens in ("last", "mean")
+        return self.tokens in ("last", "mean", "pooled")
 
     def count(self) -> int:
         """How many tokens a grid leaves."""
@@ -72,6 +78,18 @@ def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
     weight = mask[..., None].to(x.dtype)
     wide = torch.promote_types(x.dtype, torch.float32)  # a sum has no room in float16
     return ((x * weight).sum(1, dtype=wide) / weight.sum(1, dtype=wide)).to(x.dtype)
+
+
+def normalised(x: Tensor) -> Tensor:
+    """LayerNorm over the last axis, without weights."""
+    return F.layer_norm(x, x.shape[-1:])
+
+
+def summary(x: Tokens, prefix: int, mask: Tensor | None = None) -> Tensor:
+    """The first token where `prefix` tokens come before the patches, and the mean of those after them that are no
+    padding by mask (b, n): (b, 2 or 1, d)."""
+    mean = mean_of(x[:, prefix:], None if mask is None else mask[:, prefix:])
+    return torch.stack([x[:, 0], mean], 1) if prefix else mean[:, None]
 
 
 ALL, FIRST, LAST, MEAN = TokenSelection(), TokenSelection("first"), TokenSelection("last", 0), TokenSelection("mean", 0)

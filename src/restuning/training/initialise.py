@@ -1,4 +1,5 @@
-"""What begins from data: a ladder pruned by Fisher information, a side network distilled from its backbone."""
+"""What begins from data: a ladder pruned by Fisher information, a side network distilled from its backbone, a path that
+reads components."""
 
 import torch
 from torch import Tensor, nn
@@ -6,10 +7,11 @@ from torch.nn import functional as F
 
 from restuning.data.objective import objective
 from restuning.hooks.taps import tap
-from restuning.methods.spec import Ladder, SideTuning, parts_of
+from restuning.methods.spec import BypassAttention, BypassQuery, Ladder, SideTuning, parts_of
 from restuning.model.adapter import AdapterModule, prune_ladder
 from restuning.model.tuned import Tuned, arguments
 from restuning.side import LadderNet, SideNet
+from restuning.training.components import fit_components
 from restuning.training.evaluate import Examples, loader, to_device
 
 FISHER_EXAMPLES = 128
@@ -18,7 +20,9 @@ FISHER_EXAMPLES = 128
 def needs_data(tuned: Tuned) -> bool:
     """Whether the active adapter's method begins from data."""
     return any(
-        (isinstance(part, Ladder) and part.init == "fisher") or (isinstance(part, SideTuning) and part.distil > 0)
+        (isinstance(part, Ladder) and part.init == "fisher")
+        or (isinstance(part, SideTuning) and part.distil > 0)
+        or (isinstance(part, BypassQuery | BypassAttention) and part.components is not None)
         for part in parts_of(tuned._find(tuned._active()[0]).method)
     )
 
@@ -36,6 +40,8 @@ def initialise(tuned: Tuned, examples: Examples, seed: int = 0) -> None:
         elif isinstance(part, SideTuning) and isinstance(adapter.side, SideNet):
             for epoch in range(part.distil):
                 _distil(tuned, adapter, adapter.side, examples, seed + epoch)
+        elif isinstance(part, BypassQuery | BypassAttention) and part.components is not None:
+            adapter.fix(fit_components(tuned, examples, part.components).bases)
 
 
 def fisher(tuned: Tuned, adapter: AdapterModule, examples: Examples, seed: int = 0) -> dict[nn.Parameter, Tensor]:

@@ -16,12 +16,14 @@ from restuning.utils.files import atomic_write
 
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
+COMPONENTS = "components.safetensors"
 SHARD_ROWS = 1024
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
+    "int8": torch.float32,  # as it is before each token is quantised by a scale of its own
 }
 
 
@@ -40,12 +42,17 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> bytes:
+    data = _bytes(tensors)
+    atomic_write(path, data)
+    return data
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
     data: bytes = save(dict(tensors))
-    atomic_write(path, data)
     return data
 
 
@@ -58,6 +65,10 @@ def _intact(out: Path, shard: Shard) -> bool:
 def _hash_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(_bytes(tensors)).hexdigest()
 
 
 def _hash_of_weights(backbone: nn.Module) -> str:

@@ -7,6 +7,7 @@ features in the backbone; `manifest.json`, written last, says what all of it is 
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from torch import Tensor, nn
 from restuning._types import Features
 from restuning.data import Items, Source
 from restuning.errors import CheckpointError, DataError, line
-from restuning.features.bank.format import FORMAT, MANIFEST, PARTIAL, TAIL, Shard, _hash_of_file, _wide
+from restuning.features.bank.format import COMPONENTS, FORMAT, MANIFEST, PARTIAL, TAIL, Shard, _hash_of_file, _wide
 from restuning.features.memory import CachedFeatures
-from restuning.methods.spec import Ladder, parts_of
+from restuning.methods.spec import BypassAttention, BypassQuery, Ladder, Method, Mix, parts_of
 from restuning.model.tuned import Tuned
 from restuning.side.features import TokenSelection
+from restuning.training.components import Components
 from restuning.training.evaluate import padded
 
 
@@ -53,6 +55,7 @@ class Bank:
         for file, size, digest in [
             *((shard.file, shard.bytes, shard.sha256) for shard in self.shards),
             (TAIL, None, found.get("tail_sha256")),
+            *([(COMPONENTS, None, found["components_sha256"])] if "components_sha256" in found else []),
         ]:
             self._check(file, size, digest if verify or size is None else None)
         self._open: dict[str, dict[str, Tensor]] = {}
@@ -70,8 +73,8 @@ class Bank:
     @property
     def bytes(self) -> int:
         """Of all rows, as they are read: what is kept in half precision is read in single."""
-        half = 2 if self.manifest["dtype"] in ("float16", "bfloat16") else 1
-        return half * sum(shard.bytes for shard in self.shards)
+        more = {"float16": 2, "bfloat16": 2, "int8": 4}.get(self.manifest["dtype"], 1)
+        return more * sum(shard.bytes for shard in self.shards)
 
     @property
     def views(self) -> int:
@@ -99,15 +102,36 @@ class Bank:
                     "weights; use init='random', or train without a bank"
                 )
         for name in tuned.active_adapters:
-            wanted = tuned._find(name).view
-            if wanted.of(self.view) is None:
+            adapter = tuned._find(name)
+            wanted = adapter.view
+            if adapter.accepts(self.view):
+                continue
+            if self.view.tokens == "components":
                 raise CheckpointError(
-                    f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
-                    f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
+                    f"{self.path} holds {self.view.components} components of each layer's tokens: the method reads "
+                    f"{adapter.components or 'the tokens'}"
                 )
+            raise CheckpointError(
+                f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
+                f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
+            )
         missing = sorted(set(tuned._layers(self.view)) - set(self.layers))
         if missing:
             raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
+
+    @property
+    def components(self) -> Components | None:
+        """Those that it holds of the tokens, if not the tokens."""
+        return Components.load(self.path / COMPONENTS) if self.view.tokens == "components" else None
+
+    def fitted(self, method: Method) -> Method:
+        """The method as it reads this bank: a path that leaves its components open has those that are kept here."""
+        count = self.view.components
+        if isinstance(method, Mix):
+            return Mix(tuple(self.fitted(part) for part in method.parts))  # type: ignore[misc]
+        if count is not None and isinstance(method, BypassQuery | BypassAttention) and method.components is None:
+            return replace(method, components=count)
+        return method
 
     def tuned(self, described: nn.Module) -> Tuned:
         """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to
@@ -176,7 +200,9 @@ class Rows:
             mine = (at == k).nonzero().flatten()
             tensors, rows = self.bank.shard(self.shards[k].file), where[mine] - self.starts[k]
             for kept, layer in zip(layers, self.bank.layers, strict=True):
-                kept.append(tensors[str(layer)][rows])
+                value = tensors[str(layer)][rows]
+                scale = tensors.get(f"{layer}.scale")
+                kept.append(value if scale is None else value.float() * scale[rows].float())
             labels.append(tensors["labels"][rows])
             order.append(mine)
         back = torch.cat(order).argsort()

@@ -1,0 +1,135 @@
+"""What side networks that mix tokens by attention share: their inputs, stage by stage, and the attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restuning.side.features import normalised
+
+FIXED_SEED = 20_231_030
+"""Of projections that are fixed: the same for all tasks."""
+
+
+class Stages(nn.Module):
+    """Tokens of all layers → the inputs g_1 … g_S of as many stages, (b, n, w) each.
+
+    The layers are cut into S runs, the first of them one layer longer where they do not divide; g_j is the sum of
+    h_l = LN(x_l) D_l over its run, with LN without weights and D_l (d_l × w) without a bias, truncated normal of
+    standard deviation (d_l (L + 1) / (S + 1))^−½.
+
+    fixed: D_l are buffers, the same in every network of these sizes: g_1 … g_S are then common to all tasks.
+    components: k; then h_l = τ_l D_l with τ_l = LN(x_l) V_l, where V_l (d_l × k) is fixed, a buffer, and D_l (k × w).
+    """
+
+    def __init__(
+        self, widths: Sequence[int], width: int, stages: int, components: int | None = None, fixed: bool = False
+    ) -> None:
+        super().__init__()
+        same = torch.Generator().manual_seed(FIXED_SEED) if fixed else None
+        self.runs = [part.tolist() for part in torch.arange(len(widths), device="cpu").tensor_split(stages)]
+        self.down: Any = _Buffers() if fixed else nn.ParameterList()
+        self.components = components
+        for layer, d in enumerate(widths):
+            rows = d if components is None else min(components, d)
+            std = (d * len(widths) / (stages + 1)) ** -0.5
+            weight = torch.empty(rows, width, device="cpu" if fixed else None)
+            nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=same)
+            self.down.append(weight.to(torch.get_default_device()) if fixed else nn.Parameter(weight))
+            if components is not None:
+                self.register_buffer(f"basis_{layer}", torch.eye(d)[:, :rows].clone())
+
+    def basis(self, layer: int) -> Tensor:
+        return self.get_buffer(f"basis_{layer}")
+
+    def forward(self, layers: Sequence[Tensor], components: bool) -> list[Tensor]:
+        """
+        Args:
+            layers: x_0 … x_L (b, n, d_l), or their components (b, n, k).
+            components: which of these they are.
+        """
+        return [self._stage(run, [layers[i] for i in run], components) for run in self.runs]
+
+    def _stage(self, run: Sequence[int], layers: Sequence[Tensor], components: bool) -> Tensor:
+        if not components:
+            layers = [normalised(x) for x in layers]
+            if self.components is not None:  # before the product with D: no more than these is kept for backward
+                layers = [t @ self.basis(i).to(t.dtype) for i, t in zip(run, layers, strict=True)]
+        # one product, not a sum of them
+        return torch.cat(list(layers), -1) @ torch.cat([self.down[i] for i in run])
+
+
+class _Buffers(nn.Module):
+    """A list of tensors that are not trained."""
+
+    def append(self, x: Tensor) -> None:
+        self.register_buffer(str(len(self._buffers)), x)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.get_buffer(str(i))
+
+
+class Attention(nn.Module):
+    """Multi-head attention (b, m, w) → (b, m, w), after a norm; its weights begin as torch's own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.q, self.kv, self.proj = nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
+        bound = (6 / (width + 3 * width)) ** 0.5  # xavier, of one matrix of queries, keys and values
+        for linear in (self.q, self.kv):
+            nn.init.uniform_(linear.weight, -bound, bound)
+            nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor, seen: Tensor | None = None) -> Tensor:
+        """seen: (b, 1, 1 or m, m), which of the tokens are attended to; None: all."""
+        x = self.norm(x)
+        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), *self.kv(x).chunk(2, -1)))
+        out = F.scaled_dot_product_attention(q, k, v, seen)
+        return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class CrossAttention(Attention):
+    """The same from few queries (b, m, w) to many tokens (b, n, w), which have a norm of their own.
+
+    With t = γ t' + β of tokens t' normalised without weights, qᵀ(W_k t + b_k) is (γ W_kᵀ q)ᵀ t' up to a constant that
+    softmax does not see, and Σ a (W_v t + b_v) is W_v (γ Σ a t' + β) + b_v. So the tokens pass no map: neither keys nor
+    values are kept for backward, and where several networks attend to the same tokens these are worked on once.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads)
+        self.norm_kv = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, tokens: Tensor, seen: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        """tokens: normalised, without weights. seen: (b, n), which of them are attended to; None: all."""
+        q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
+        keys, values = self.kv.weight.view(2, self.heads, -1, x.shape[-1])
+        q = torch.einsum("bmhe,hew->bhmw", q, keys).flatten(1, 2)
+        scores = (q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5) @ tokens.mT
+        scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
+        read = (scores.softmax(-1) @ tokens) * self.norm_kv.weight + self.norm_kv.bias
+        read = read.unflatten(1, (self.heads, -1))
+        out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
+        return self.proj(out)  # type: ignore[no-any-return]
+
+
+class PixelStem(nn.Module):
+    """Three 3×3 convolutions of stride 2, widths w/4, w/2, w; images (b, 3, h, w) → (b, patches, w), averaged over the
+    cells of the backbone's own grid of patches."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        a, b = max(width // 4, 1), max(width // 2, 1)
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, 2, 1) for i, o in ((3, a), (a, b), (b, width)))
+
+    def forward(self, pixels: Tensor, patches: int) -> Tensor:
+        x = pixels
+        for i, conv in enumerate(self.convs):
+            x = conv(F.gelu(x) if i else x)
+        rows = max(round((patches * pixels.shape[2] / pixels.shape[3]) ** 0.5), 1)  # of the oblong that they make
+        return F.adaptive_avg_pool2d(x, (rows, patches // rows)).flatten(2).transpose(1, 2)
