@@ -11,7 +11,6 @@ from restuning.cli.main import _parser
 from restuning.errors import RestuningError
 
 ROOT = Path(__file__).parent.parent
-RESULTS = {path for path in (ROOT / "docs" / "results").rglob("*.md")}
 DOCUMENTS = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")})
 HISTORY = {"CHANGELOG.md"}  # of what is no more
 each_document = pytest.mark.parametrize(
@@ -64,6 +63,6 @@ def test_commands_parse(path: Path) -> None:
                 if len(argv) > 1 and argv[0] == "restuning":
                     try:
                         _parser().parse_args(argv[1:])
-                    except RestuningError as error:
-                        if not re.search("are required|expected (one|at least one) argument", str(error)):  # a part of a command may be shown
+                    except RestuningError as error:  # a part of a command may be shown
+                        if not re.search("are required|expected (one|at least one) argument", str(error)):
                             raise AssertionError(f"{part}: {error}") from error
