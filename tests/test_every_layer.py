@@ -163,7 +163,7 @@ def test_over_stages_of_any_shape(name: str, path: Any) -> None:
     tuned = shake(adapt(tiny, path, dtype=torch.float64))
     sites = tuned._sites
     features = tuned.features(**tiny.inputs(dtype=torch.float64))
-    assert [x.shape[2] for x in features] == [sites.features[stage].writes for stage in sites.stages]
+    assert [x.shape[2] for x in features] == [sites.features[stage].out_features for stage in sites.stages]
     assert {x.shape[1] for x in features} == {1 if isinstance(path, rt.LinearAll) else 49}
     if "swin" not in name:
         wide = tuned(torch.randn(2, 3, 32, 64, dtype=torch.float64))
@@ -251,10 +251,8 @@ def reads(bank: Bank, method: Any) -> FromFeatures:
     return FromFeatures(tuned, bank.view, bank.layers)
 
 
-@pytest.mark.parametrize(
-    "method", [rt.BypassQuery(), rt.BypassAttention(), rt.LinearAll(), rt.LinearAll(True)], ids=str
-)
-def test_a_bank_of_components_is_live(bank: Path, method: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["bypass-query", "bypass-attention", "linear-all", "linear-all-gated"])
+def test_a_bank_of_components_is_live(bank: Path, method: str, tmp_path: Path) -> None:
     """Outputs and gradients of what reads the bank, and of the same adapter on the backbone, saved and loaded."""
     opened = Bank(bank)
     away = reads(opened, rt.METHODS[method])

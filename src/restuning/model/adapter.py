@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -288,7 +289,7 @@ STAGE_GRID = 7
 
 
 def _own_output(sites: Sites, part: OwnOutput, path: Sequence[int]) -> ReadoutNet | QueryNet | AttentionNet:
-    widths = [sites.features[layer].writes for layer in path]
+    widths = [sites.features[layer].out_features for layer in path]
     prefix = sites.info.grid or 0
     summaries = 2 if prefix else 1
     gated = part.gated if isinstance(part, LinearAll) else part.readout == "gated"
@@ -301,11 +302,16 @@ def _own_output(sites: Sites, part: OwnOutput, path: Sequence[int]) -> ReadoutNe
     readout = None if part.readout == "none" else Readout(widths, summaries, gated)
     prefix = min(prefix, 1) if part.grid else prefix  # of pooled patches, the first token alone is kept
     stages = min(part.stages, len(widths))
-    settings = {"width": part.width, "stages": stages, "heads": part.heads}
-    more = {"components": part.components, "stem": part.stem}
+    common: dict[str, Any] = {
+        "width": part.width,
+        "stages": stages,
+        "heads": part.heads,
+        "components": part.components,
+        "stem": part.stem,
+    }
     if isinstance(part, BypassQuery):
-        return QueryNet(widths, prefix, readout, queries=part.queries, fixed=part.fixed, **settings, **more)
-    return AttentionNet(widths, prefix, readout, **settings, **more, causal=sites.pool == "last")
+        return QueryNet(widths, prefix, readout, queries=part.queries, fixed=part.fixed, **common)
+    return AttentionNet(widths, prefix, readout, causal=sites.pool == "last", **common)
 
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:

@@ -104,11 +104,11 @@ def fit_components(tuned: Tuned, examples: Examples, count: int, batch_size: int
 def top(gram: Tensor, count: int) -> Tensor:
     """The eigenvectors (d, k) of the largest eigenvalues of a symmetric matrix (d, d), each with its largest entry
     positive."""
-    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return (vectors * largest.sign()).float().contiguous()
 
 
 def widths_of(tuned: Tuned, layers: Sequence[int]) -> dict[int, int]:
     """By layer, those of the backbone."""
-    return {layer: tuned._sites.features[layer].writes for layer in layers if layer >= 0}
+    return {layer: tuned._sites.features[layer].out_features for layer in layers if layer >= 0}
