@@ -255,13 +255,11 @@ def reads(bank: Bank, method: Any) -> FromFeatures:
     return FromFeatures(tuned)
 
 
-@pytest.mark.parametrize(
-    "method", [rt.BypassQuery(), rt.BypassAttention(), rt.LinearAll(), rt.LinearAll(True)], ids=str
-)
-def test_a_bank_of_components_is_live(bank: Path, method: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["bypass-query", "bypass-attention", "linear-all", "linear-all-gated"])
+def test_a_bank_of_components_is_live(bank: Path, method: str, tmp_path: Path) -> None:
     """Outputs and gradients of what reads the bank, and of the same adapter on the backbone, saved and loaded."""
     opened = Bank(bank)
-    away = reads(opened, method)
+    away = reads(opened, rt.METHODS[method])
     away.tuned.save_pretrained(tmp_path)
     live = rt.Tuned.from_pretrained(rt.load_backbone("restuning-micro"), tmp_path)
     assert rt.count(live) == rt.count(away.tuned)

@@ -77,7 +77,8 @@ def build_bank(
     # a mean over all tokens of a text has their mask kept too
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
     pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
-    reader: Method = {"pooled": LinearAll(), "pca": BypassQuery()}.get(tokens or "", Bypass(grid=grid))
+    readers: dict[str, Method] = {"pooled": LinearAll(), "pca": BypassQuery()}
+    reader = readers.get(tokens or "", Bypass(grid=grid))
     tuned = adapt(model, reader, pool=pool, backbone_name=backbone)
     if tokens == "mean" and tuned.request.tokens != MEAN:
         raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
