@@ -30,7 +30,7 @@ def test_an_experiment_is_whole(name: str) -> None:
         spec = task.spec.format(root="DATA", seed=0)
         assert "{" not in spec
         assert task.name in found.columns and set(task.targets or ()) <= set(found.columns)
-    for command in filter(None, (found.said, *(row.command for row in found.rows))):
+    for command in filter(None, (found.shown_command, *(row.command for row in found.rows))):
         if not command.startswith("python -m pytest "):
             assert command.startswith("restuning ")
             parse(command.split()[1:])

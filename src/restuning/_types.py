@@ -18,17 +18,17 @@ else:
 
 
 Tokens: TypeAlias = Float[Tensor, "b n d"]
-"""What an operation reads or says: batch, tokens, width."""
+"""An operation's input or output: batch, tokens, width."""
 
 Input: TypeAlias = Float[Tensor, "b n r"]
-"""What an operation reads, where it may say another width."""
+"""An operation's input, where its output may have another width."""
 
 Output: TypeAlias = Float[Tensor, "b n w"]
-"""What it says."""
+"""An operation's output."""
 
 InputMaps: TypeAlias = Float[Tensor, "b r h w"]
 OutputMaps: TypeAlias = Float[Tensor, "b s i j"]
-"""What a convolution reads, and what it says."""
+"""A convolution's input and output."""
 
 Pooled: TypeAlias = Float[Tensor, "b d"]
 Logits: TypeAlias = Float[Tensor, "b c"]

@@ -30,7 +30,7 @@ def out_of(path: str) -> Point:
 
 @dataclass(frozen=True)
 class Op:
-    """An operation is a pair: where it reads, and where what it says can be added to.
+    """An operation is a pair: the point of its input, and the point where its output can be added to.
 
     stream: where the residual stream goes in, before the block's norm; None: where the operation reads.
     """
@@ -117,9 +117,9 @@ class Anatomy:
     where these do not tell. family: which of `restuning.methods.FAMILIES` the names of methods mean.
 
     Of a backbone that denoises, join: the module whose input a side path adds to; there is no pooling and no head, and
-    what it says is its own output. stems: the modules along which its side path reads (patterns, in their order), if
-    not the blocks; widths: the channels that such a module reads and says. loose: operations of no block, by name, read
-    off the module that holds `blocks`.
+    the output is its own. stems: the modules along which its side path reads (patterns, in their order), if
+    not the blocks; widths: the channels of such a module's input and output. loose: operations of no block, by name,
+    read off the module that holds `blocks`.
     """
 
     name: str

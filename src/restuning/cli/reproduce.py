@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     found = [e for name in own.experiments for e in find(name)]
     for experiment in found:
         if not experiment.tasks:
-            raise RestuningError(f"{experiment.name} is made by another command: {experiment.said}")
+            raise RestuningError(f"{experiment.name} is made by another command: {experiment.shown_command}")
     if "data_root" not in given(Settings, args):
         raise RestuningError("--data-root is missing: expected the folder of the data sets")
     settings = filled(Settings, args)
@@ -95,7 +95,7 @@ def _own(own: Reproduce, data_root: str) -> None:
 
 def _list(as_json: bool) -> None:
     columns = ["name", "what", "command"]
-    rows = [[e.name, e.about, e.said] for e in EXPERIMENTS.values()]
+    rows = [[e.name, e.about, e.shown_command] for e in EXPERIMENTS.values()]
     rows += [
         [name, about, f"restuning reproduce {name} --data-root DATA --out runs/{name}"]
         for name, (*_, about) in OWN.items()

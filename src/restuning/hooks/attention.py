@@ -18,8 +18,8 @@ aten = torch.ops.aten
 @dataclass(frozen=True)
 class Call:
     """One call of Attn(Q, K, V) (Res-Tuning, Eq. 1): q (b, h, n, e), k and v (b, h, m, e); `mask` is added to the
-    scores, or boolean (True: attended to), and broadcasts to (b, h, n, m). `said` and `lse` where eager arithmetic has
-    them already: the output (b, h, n, e) and log Z = log Σ exp(scores) (b, h, n)."""
+    scores, or boolean (True: attended to), and broadcasts to (b, h, n, m). `output` and `lse` where eager arithmetic
+    has them already: the output (b, h, n, e) and log Z = log Σ exp(scores) (b, h, n)."""
 
     q: Tensor
     k: Tensor
@@ -27,7 +27,7 @@ class Call:
     mask: Tensor | None
     causal: bool
     scale: float
-    said: Tensor | None = None
+    output: Tensor | None = None
     lse: Tensor | None = None
 
 
@@ -45,15 +45,15 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
         )
-    if fast and call.said is None and _kernel(call):
+    if fast and call.output is None and _kernel(call):
         # in the queries' precision: autocast is over when the backward pass comes
         k, v = (torch.cat([_batched(t, call.q) for t in side], -2).to(call.q) for side in zip(*pieces, strict=True))
         mask = call.mask if call.mask is None or call.mask.is_floating_point() else _additive(call.mask, call.q)
         return _Merge.apply(call.q, call.k, call.v, mask, call.causal, call.scale, k, v)  # type: ignore[no-any-return, no-untyped-call]
-    if call.said is None or call.lse is None:
+    if call.output is None or call.lse is None:
         y, lse = plain(call.q, call.k, call.v, _full_mask(call), call.scale)
     else:
-        y, lse = call.said, call.lse
+        y, lse = call.output, call.lse
     for k, v in ([_batched(t, call.q) if t.ndim == 4 else t for t in piece] for piece in pieces):
         h, lse_more = plain(call.q, k, v, None, call.scale)
         weight = torch.sigmoid(lse_more - lse)  # λ = Z_pre / (Z + Z_pre)
@@ -200,8 +200,8 @@ class _Seen(TorchFunctionMode):
         first = args[0] if args else None
         if self.weights is not None and first is self.weights and name == "matmul":
             assert self.q is not None and self.k is not None
-            said = func(*args, **kwargs)
-            return self._one(Call(self.q, self.k, args[1], self.mask, False, self.scale, said, self.lse))
+            output = func(*args, **kwargs)
+            return self._one(Call(self.q, self.k, args[1], self.mask, False, self.scale, output, self.lse))
         out = func(*args, **kwargs)
         if not (isinstance(out, Tensor) and isinstance(first, Tensor) and first.ndim in (4, 5)):
             return out
@@ -297,8 +297,8 @@ def opened(
         masks[0] = masks[0].view(-1, heads, *masks[0].shape[1:])
     there = [m for m in masks if m is not None]
     mask = sum(there[1:], there[0]) if there else None
-    said = F.scaled_dot_product_attention(q, k, v, mask, dropout if training else 0.0)
-    return F.linear(said.transpose(1, 2).flatten(2), out_weight, out_bias).transpose(0, 1), None
+    output = F.scaled_dot_product_attention(q, k, v, mask, dropout if training else 0.0)
+    return F.linear(output.transpose(1, 2).flatten(2), out_weight, out_bias).transpose(0, 1), None
 
 
 def _added(mask: Tensor | None, q: Tensor) -> Tensor | None:
@@ -331,7 +331,7 @@ Mode = TypeVar("Mode", _Seen, _Mapped)
 def on_call(
     module: nn.Module, change: Callable[[Call], Tensor], always: Callable[[], bool] = lambda: True
 ) -> AbstractContextManager[None]:
-    """While it lasts, `change` says what the attention call inside every forward of `module` gives."""
+    """While it lasts, `change` gives the output of the attention call inside every forward of `module`."""
     return _inside(
         module, lambda: _Seen(change), "no attention call that is known: fused, or matmul and softmax", always
     )
@@ -343,8 +343,8 @@ def on_weight(
     change: Callable[[Tensor, Tensor], Tensor],
     always: Callable[[], bool] = lambda: True,
 ) -> AbstractContextManager[None]:
-    """While it lasts, `change(x, y)` says what F.linear gives, inside every forward of `module`, where it is given
-    what `weight` says."""
+    """While it lasts, `change(x, y)` gives the output of F.linear, inside every forward of `module`, where it is
+    called with `weight()`."""
     return _inside(
         module, lambda: _Mapped(weight(), change), "no call of F.linear with the weight that is tuned", always
     )

@@ -23,9 +23,9 @@ def switch_checkpoints(backbone: Any, on: bool, settings: Mapping[str, Any] | No
         if switch is not None:
             try:
                 switch(**({f"{name}_kwargs": dict(settings or {})} if on else {}))
-            except ValueError as error:  # as transformers says that a model has none
+            except ValueError as error:  # transformers' error for a model that has none
                 raise MethodError(line(error)) from error
-            if hasattr(backbone, "_require_grads_hook"):  # what frozen embeddings say needs no gradient
+            if hasattr(backbone, "_require_grads_hook"):  # the outputs of frozen embeddings need no gradient
                 backbone.disable_input_require_grads()
             return
     diffusers = getattr(backbone, f"{'enable' if on else 'disable'}_gradient_checkpointing", None)
@@ -60,7 +60,7 @@ class Replay:
         if not reached:
             raise MethodError(
                 "no gradient comes out of the recomputed blocks: gradient checkpointing needs use_reentrant=False "
-                "(tuned.gradient_checkpointing_enable() says so)"
+                "(tuned.gradient_checkpointing_enable() sets it)"
             )
         mine = object()
 

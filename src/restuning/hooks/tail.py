@@ -52,8 +52,8 @@ def _through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Tokens (b, n, d) or pooled (b, d), which a module of maps has as (b, d, n, 1)."""
     for module in modules:
         if layout_of(module) == "first":
-            said = as_tokens(module(as_tokens(x).transpose(1, 2).unsqueeze(-1)))
-            x = said if x.ndim == 3 else said.flatten(1)
+            pooled = as_tokens(module(as_tokens(x).transpose(1, 2).unsqueeze(-1)))
+            x = pooled if x.ndim == 3 else pooled.flatten(1)
         else:
             x = module(x)
     return x

@@ -1,4 +1,4 @@
-"""Table 7 as data: a method says which tuner goes to which operation, or runs beside the backbone."""
+"""Table 7 as data: which tuner goes to which operation, or which network runs beside the backbone."""
 
 from restuning.methods.files import from_dict as from_dict
 from restuning.methods.files import to_dict as to_dict

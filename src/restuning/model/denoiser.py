@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class PerAdapter:
     """Each adapter alone. rows: the batch holds as many parts as there are adapters, a part each; else each reads all
-    of it. plain: before them, what the untuned backbone says."""
+    of it. plain: before them, the untuned backbone's output."""
 
     rows: bool = False
     plain: bool = False
@@ -36,8 +36,8 @@ class PerAdapter:
 def joined(
     backbone: nn.Module, sites: Sites, adapters: Sequence[AdapterModule], apart: PerAdapter | None = None
 ) -> Iterator[None]:
-    """While it lasts, what the adapters' side paths say of the features is added to what the backbone's last modules
-    read; up to there the backbone runs without autograd if nothing inside it is tuned.
+    """While it lasts, the outputs of the adapters' side paths are added to the input of the backbone's last
+    modules; up to there the backbone runs without autograd if nothing inside it is tuned.
 
     apart: in place of their sum, each adapter's alone, (n · b, …), adapter by adapter.
     """
@@ -59,12 +59,12 @@ def joined(
             own = taps.features.map(part) if rows else taps.features
             more.append(adapter.beside(own).to(x.dtype))
         if rows:
-            said = x + torch.cat(more)
+            output = x + torch.cat(more)
         elif apart:
-            said = torch.cat([*([x] if apart.plain else []), *(x + m for m in more)])
+            output = torch.cat([*([x] if apart.plain else []), *(x + m for m in more)])
         else:
-            said = x + sum(more[1:], more[0])
-        return replace_argument(args, kwargs, name, said)
+            output = x + sum(more[1:], more[0])
+        return replace_argument(args, kwargs, name, output)
 
     with (
         torch.set_grad_enabled(grad and not frozen),
@@ -118,9 +118,9 @@ def each_of(tuned: "Tuned", apart: PerAdapter, args: Any, kwargs: Any) -> dict[s
         why = f"{wrong[0]!r} acts inside it" if inside else f"{sites.anatomy.name} tells its last modules more"
         raise MethodError(f"one call of the backbone cannot serve each adapter alone: {why}")
     with backbone_lock(backbone), joined(backbone, sites, list(adapters.values()), apart):
-        said = output_of(backbone(*args, **kwargs))
+        output = output_of(backbone(*args, **kwargs))
     names = [*([""] if apart.plain else []), *adapters]
-    return dict(zip(names, said.chunk(len(names)), strict=True))
+    return dict(zip(names, output.chunk(len(names)), strict=True))
 
 
 def _part(count: int, i: int, x: Tensor) -> Tensor:
@@ -132,9 +132,9 @@ def serves(sites: Sites, adapter: AdapterModule) -> bool:
     return adapter.side is not None and adapter.reads_features and bool(sites.anatomy.stems)
 
 
-def output_of(said: Any) -> Tensor:
+def output_of(output: Any) -> Tensor:
     """The tensor of an output as diffusers gives it."""
-    return said if isinstance(said, Tensor) else said[0]
+    return output if isinstance(output, Tensor) else output[0]
 
 
 class Plug:
@@ -163,9 +163,9 @@ class Plug:
         self._running.append((stack, stack.enter_context(self.tuned.acting())))
 
     def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        stack, spoke = self._running.pop()
+        stack, after_call = self._running.pop()
         if out is not None:
-            spoke(out)
+            after_call(out)
         stack.close()
 
     def remove(self) -> None:

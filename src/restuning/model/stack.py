@@ -17,7 +17,7 @@ class Stack:
     """Modules of one shape, of which only the heads may differ in their number of classes.
 
     `stack(*args)` gives what each of the N modules gives, (N, …): arguments are shared by all; with `batched=True`
-    tensors (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest says −inf beyond its
+    tensors (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest gives −inf beyond its
     own classes. Differentiable to the modules' parameters, unless made without autograd.
     """
 
@@ -67,7 +67,7 @@ class Stack:
     @property
     def stale(self) -> bool:
         """Whether a module has been changed since: another module or tensor in its place, or another value in place
-        (but for one that autograd is not told of, `p.data.add_(1)`)."""
+        (but for one that autograd does not see, `p.data.add_(1)`)."""
         if any(table.get(key) is not held for table, key, held in self._slots):
             return True
         return self._seen != list(map(_identity, self._held))

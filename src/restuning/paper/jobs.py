@@ -74,8 +74,8 @@ class Job:
     def name(self) -> str:
         """Of its folder."""
         seeds = "-".join(map(str, self.seeds))
-        said = f"{self.experiment} {self.column} {' '.join(self.methods) if len(self.methods) < 3 else 'features'}"
-        return f"{slug(said)[:60]}-seed{seeds}-{_hash(asdict(self))}"
+        outputs = f"{self.experiment} {self.column} {' '.join(self.methods) if len(self.methods) < 3 else 'features'}"
+        return f"{slug(outputs)[:60]}-seed{seeds}-{_hash(asdict(self))}"
 
     @property
     def keys(self) -> set[tuple[Any, ...]]:
@@ -286,9 +286,9 @@ def _elsewhere(job: Job, saved: Mapping[tuple[str, int], Path]) -> Iterable[Reco
         how = transform_of(first, read_config(first).preprocessing)
         for column, spec in job.targets.items():
             test = load_task(spec).test
-            said, labels = _logits(tuned, prepared(test, how), group)
+            outputs, labels = _logits(tuned, prepared(test, how), group)
             for name in group:
-                logits = _restricted(said[name], test) if spec.startswith("domains:") else said[name]
+                logits = _restricted(outputs[name], test) if spec.startswith("domains:") else outputs[name]
                 score = next(objective().metrics(logits, labels))[1]
                 row, seed = names[name]
                 yield {"row": row, "column": column, "seed": seed, "score": score, "tested": spec}

@@ -29,7 +29,7 @@ WAIT = 1.0  # seconds, where all that is left is being done by others
 
 @dataclass(frozen=True)
 class Settings:
-    """What is not the experiment's own: data_root, in place of `{root}`; the rest in place of what it says. dtype: of
+    """What is not the experiment's own: data_root, in place of `{root}`; the rest in place of its own. dtype: of
     the features kept."""
 
     data_root: Annotated[str, Option("where its data are; see `restuning data list`", metavar="DIR")]
@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Only:
-    """Which parts of an experiment: all where nothing is said."""
+    """Which parts of an experiment: all by default."""
 
     rows: Annotated[tuple[str, ...], Option("these rows alone", flag="row")] = ()
     columns: Annotated[tuple[str, ...], Option("these columns alone", flag="column")] = ()
@@ -90,7 +90,7 @@ def _banks(experiment: Experiment, row: Row, settings: Settings) -> bool:
 def _uniform(backbone: str) -> bool:
     try:
         return find_sites(describe_backbone(backbone)).uniform
-    except RestuningError:  # it cannot be had: its jobs will say so
+    except RestuningError:  # it cannot be had: its jobs report that
         return True
 
 
@@ -227,7 +227,7 @@ def reproduce(
     jobs: Sequence[Job],
     out: Path,
     settings: Settings,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    report: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     engine: Engine = here,
 ) -> list[str]:
     """Do what is not done. Returns what failed, a line each."""
@@ -235,10 +235,10 @@ def reproduce(
     missing = absent(jobs)
     failed = [f"{data}: {why}" for data, why in missing.items()]
     for line in failed:
-        say(f"absent: {line}")
+        report(f"absent: {line}")
     there = {key_of(r) for r in read(out / RESULTS)}
     jobs = [job for job in jobs if job.data not in missing and not job.keys <= there]
-    meter = Meter(jobs, say)
+    meter = Meter(jobs, report)
     for done in engine(jobs, out, settings.dtype):
         if done.failed:
             failed.append(f"{done.job.name}: {done.failed}")
@@ -249,25 +249,25 @@ def reproduce(
 class Meter:
     """How far a table is: a line for each job, with the time left, as far as the jobs done tell it."""
 
-    def __init__(self, jobs: Sequence[Job], say: Callable[[str], None]) -> None:
-        self.count, self.left, self.say = len(jobs), sum(job.passes for job in jobs), say
+    def __init__(self, jobs: Sequence[Job], report: Callable[[str], None]) -> None:
+        self.count, self.left, self.report = len(jobs), sum(job.passes for job in jobs), report
         self.seen, self.passes, self.start = 0, 0.0, time.perf_counter()
 
     def done(self, done: Done) -> None:
         job = done.job
         self.seen, self.left = self.seen + 1, self.left - job.passes
         if done.failed:
-            self.say(f"[{self.seen}/{self.count}] failed: {job.experiment}, {job.column}: {done.failed}")
+            self.report(f"[{self.seen}/{self.count}] failed: {job.experiment}, {job.column}: {done.failed}")
             return
         self.passes += job.passes
         means: dict[str, list[float]] = {}
         for record in done.records:
             if record["column"] == job.column and record["score"] is not None:
                 means.setdefault(record["row"], []).append(record["score"])
-        said = ", ".join(f"{row} {sum(v) / len(v):.2f}" for row, v in means.items()) or "diverged"
+        scores = ", ".join(f"{row} {sum(v) / len(v):.2f}" for row, v in means.items()) or "diverged"
         left = self.left * (time.perf_counter() - self.start) / self.passes
-        self.say(
-            f"[{self.seen}/{self.count}] {job.experiment}, {job.column}: {said} "
+        self.report(
+            f"[{self.seen}/{self.count}] {job.experiment}, {job.column}: {scores} "
             f"({_hours(done.seconds)}; about {_hours(left)} left)"
         )
 

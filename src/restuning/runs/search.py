@@ -274,7 +274,7 @@ def search(
 ) -> dict[str, Any]:
     """Train a supernet on the run's data, search it on validation items; method.json and search.json in `out`.
 
-    The found method is trained again from its birth by `restuning train --method OUT/method.json`. Returns what
+    The found method is trained from its initialisation by `restuning train --method OUT/method.json`. Returns what
     search.json holds. Raises MethodError for a limit below the smallest subnet.
     """
     limit = settings.limit

@@ -1,4 +1,4 @@
-"""The contract of a side network: its settings build it, say what it reads, and how they are resized."""
+"""The contract of a side network: its settings know what it reads, how it is built and how they are resized."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -78,7 +78,7 @@ class SideNetwork(nn.Module):
     keeps_mean: bool = False
     """Whether the mean of its outputs for some tokens is its output for their mean."""
     reads_padding: bool = True
-    """Whether it must be told which of all tokens are padding."""
+    """Whether it needs the mask that tells tokens from padding."""
 
     def blend(self, pooled: Tensor, side: Tensor) -> Tensor:
         raise NotImplementedError

@@ -111,8 +111,8 @@ class BypassNet(SideNetwork):
     carry no gradient, become the tokens (b, n, d) that take the place of the final norm's input.
 
     Where x_l is of another grid or width than x_{l−1}, the path is averaged over the cells of the new grid, and mapped
-    to the new width without a bias, before T_v. widths: of x_0 … x_L. These maps are zero at initialisation: the last
-    stage alone speaks.
+    to the new width without a bias, before T_v. widths: of x_0 … x_L. These maps are zero at initialisation, where the
+    output is that of the last stage alone.
 
     joins: the path ends in a map from its width to the same, without a bias and zero at initialisation; its result is
     added to x_L. Features may then be maps (b, d, h, w) that become finer on the way (the nearest cell), as in a

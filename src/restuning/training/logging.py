@@ -59,7 +59,7 @@ class Place:
 
 @contextmanager
 def bar(steps: int, wanted: bool) -> Iterator[Callable[[int, str], None]]:
-    """A bar on the terminal (stderr), moved by (steps done, text); silent where there is no terminal."""
+    """A bar on the terminal (stderr), moved by (steps done, text); nothing where there is no terminal."""
     if not wanted or not sys.stderr.isatty():
         yield lambda done, text: None
         return

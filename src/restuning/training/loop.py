@@ -161,7 +161,8 @@ class _Run:
 
     @torch.no_grad()
     def _average(self) -> None:
-        """The mean of the weights, after so many steps that a young one does not remember its birth."""
+        """The mean of the weights, with a decay that grows over the first steps, so that the initial weights do not
+        weigh on it."""
         step = self.place.epoch * self.steps + self.place.step
         decay = min(self.config.ema or 0.0, (1 + step) / (10 + step))
         for name, p in self.model.named_parameters():
@@ -249,7 +250,7 @@ def accelerated(precision: str, given: "Accelerator | None" = None) -> Iterator[
         kind = accelerator.distributed_type.value
         if accelerator.mixed_precision != precision:
             raise RestuningError(f"precision is {precision}, and the accelerator's is {accelerator.mixed_precision}")
-        if precision == "fp16" and accelerator.scaler is None:  # Accelerate would train in float32 and say nothing
+        if precision == "fp16" and accelerator.scaler is None:  # Accelerate would train in float32 without a warning
             raise RestuningError(f"precision fp16 needs a GPU, and this runs on {accelerator.device.type}: try bf16")
         if accelerator.gradient_accumulation_steps != 1:
             raise RestuningError("the accelerator accumulates gradients: set TrainConfig.accumulate instead")

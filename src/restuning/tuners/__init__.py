@@ -1,4 +1,4 @@
-"""What is added: one tuner a file. A tuner never hears of a backbone."""
+"""What is added: one tuner a file. Independent of backbones."""
 
 from restuning.tuners.adapter import Adapter as Adapter
 from restuning.tuners.bias import Bias as Bias

@@ -28,7 +28,7 @@ class Adapter:
         LoRA's W_down; He et al. 2022), `xavier` (the paper's: both weights xavier-uniform, biases N(0, 1e-6)),
         `houlsby` (weights N(0, 1e-3) cut at two deviations; Houlsby et al. 2019), `bert` (weights N(0, 0.02); Pfeiffer
         et al. 2021) or `zeros` (both weights zero, so that b_up alone ever learns: the adapter of Jia et al. 2022).
-    source: z, what the operation read (`normed`), the residual stream before its norm (`stream`), or what it said
+    source: z, the operation's input (`normed`), the residual stream before its norm (`stream`), or its output
         (`out`: the sequential adapter).
     factor: s, a constant. dropout: after φ, in training.
     Raises MethodError for a width below 1 or an unknown choice.

@@ -13,7 +13,7 @@ from restuning.tuners.scale import check_init
 
 @dataclass(frozen=True)
 class Ssf:
-    """SSF (Lian et al. 2022): γ ⊙ y + β of what an operation says, so (γ − 1) ⊙ y + β beside it; 2 · out_features
+    """SSF (Lian et al. 2022): γ ⊙ y + β of an operation's output y, so (γ − 1) ⊙ y + β beside it; 2 · out_features
     parameters.
 
     init: `normal`, γ ~ N(1, 0.02) and β ~ N(0, 0.02) as published, or `identity`, γ = 1 and β = 0, which leaves the

@@ -2,7 +2,7 @@
 
 A folder of safetensors shards, memory-mapped when read: `train-0-00000.safetensors` holds rows 0 … of the first view of
 the training items, one tensor a layer, (rows, tokens, width), and `labels`. `tail.safetensors` holds what follows the
-features in the backbone; `manifest.json`, written last, says what all of it is made of.
+features in the backbone; `manifest.json`, written last, records what all of it is made of.
 """
 
 import json

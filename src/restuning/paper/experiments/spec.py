@@ -70,7 +70,7 @@ class Experiment:
     note: str = ""
 
     @property
-    def said(self) -> str:
+    def shown_command(self) -> str:
         """The command that makes its numbers."""
         return self.command or f"restuning reproduce {self.name} --data-root DATA --out runs/{self.name}"
 

@@ -1,4 +1,4 @@
-"""Table 1: the original and the unbound form of prefix, prompt and adapter tuning say the same."""
+"""Table 1: the original and the unbound form of prefix, prompt and adapter tuning give the same."""
 
 from restuning.paper.experiments.spec import Experiment, Row
 

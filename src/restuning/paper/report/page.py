@@ -41,7 +41,7 @@ def write(results: Path, out: Path) -> list[str]:
             [COSTS.get(c, c) for c in table.experiment.columns],
             _lines(table),
             _notes(table),
-            table.experiment.said,
+            table.experiment.shown_command,
         )
         for table in found
     ]

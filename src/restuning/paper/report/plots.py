@@ -1,4 +1,4 @@
-"""Pictures of a table, told apart by marks and dashes, so that they read in black and white."""
+"""Pictures of a table, marks apart by marks and dashes, so that they read in black and white."""
 
 import io
 import json
@@ -119,8 +119,8 @@ def _forest(plt: Any, found: Table) -> Any:
 
 def _legend(figure: Any) -> None:
     """One for all panels, each row once."""
-    told = {text: mark for axis in figure.axes for mark, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(told.values()), list(told), loc="outside right upper", fontsize=8)
+    marks = {text: mark for axis in figure.axes for mark, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(marks.values()), list(marks), loc="outside right upper", fontsize=8)
 
 
 def _svg(plt: Any, figure: Any) -> bytes:
