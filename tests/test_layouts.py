@@ -10,8 +10,8 @@ from PIL import Image
 from restuning.cli.main import main
 from restuning.data import load_source, load_task
 from restuning.data.inspect import inspect
-from restuning.data.known import KNOWN, VTAB, Known
 from restuning.errors import DataError
+from restuning.utils.known import KNOWN, VTAB, Known
 
 PARTS = {"train800": 8, "val200": 2, "train800val200": 10, "test": 6}
 TINY = Known("vtab/tiny", "tiny", "vtab", 3, 10, 6, lossless=True)

@@ -11,8 +11,8 @@ from restuning.cli.arguments import Parser, filled
 from restuning.cli.output import table
 from restuning.data import check, load_source, load_task
 from restuning.data.inspect import inspect
-from restuning.data.known import KNOWN, find
 from restuning.errors import RestuningError
+from restuning.utils.known import KNOWN, find
 from restuning.utils.options import DATA, Json, Option, Shots, TestSize, TrainSize, ValSize
 
 EXAMPLE = "restuning data tar:photos.tar; restuning data list; restuning data check vtab/dtd ~/vtab-1k/dtd"

@@ -1,7 +1,7 @@
 """Figure 5: few-shot learning on five fine-grained sets; the paper prints curves, no numbers."""
 
-from restuning.data.known import FEWSHOT
 from restuning.paper.experiments.spec import Data, Experiment, Row
+from restuning.utils.known import FEWSHOT
 
 SHOTS = (1, 2, 4, 8, 16)
 _METHODS = ("adapter", "lora", "vpt-deep", "noah", "res-tuning", "side-tuning", "lst", "bypass")

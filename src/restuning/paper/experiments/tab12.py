@@ -1,7 +1,7 @@
 """Table 12: FGVC, five fine-grained sets in VPT's splits."""
 
-from restuning.data.known import FGVC
 from restuning.paper.experiments.spec import FULL_RATES, Data, Experiment, Row, printed
+from restuning.utils.known import FGVC
 
 COLUMNS = (
     "CUB-200-2011",

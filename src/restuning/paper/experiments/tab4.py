@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from restuning.data.known import VTAB
 from restuning.paper.experiments.spec import FULL_RATES, Data, Experiment, printed
+from restuning.utils.known import VTAB
 
 COLUMNS = (
     *("CIFAR-100", "Caltech101", "DTD", "Flowers102", "Pets", "SVHN", "SUN397"),
