@@ -668,6 +668,11 @@ class Tuned(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
+    def reader(self, name: str) -> Reader:
+        """An adapter as a function of the features. Raises MethodError for a name that is not there."""
+        self._find(name)
+        return self._readers[name]
+
     def card(self, name: str | None = None) -> Card:
         """What is saved beside an adapter: method, backbone, classes, pooling, preprocessing."""
         return self._find(name if name is not None else self._active()[0]).card

@@ -13,7 +13,7 @@ from restuning.methods import Bypass, Full, Ladder, Method, Mix, Part, Residual
 from restuning.saved import Card
 from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
 from restuning.wiring.anatomy import PARTS, Affine, several
-from restuning.wiring.attach import INPUT, MASK, attach, gathered
+from restuning.wiring.attach import INPUT, MASK, attach, gathered, one_thread
 from restuning.wiring.live import ALL, FIRST, LAST, MEAN, View
 from restuning.wiring.sites import Site, Sites, check_blocks
 from restuning.wiring.tail import Tail, head_width, live
@@ -147,7 +147,8 @@ class Reader(nn.Module):
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""
         backbone, sites = self._frozen
-        with attach(backbone, sites, gathered((site, "", tuner) for site, tuner in self.adapter.in_tail)):
+        in_tail = gathered((site, "", tuner) for site, tuner in self.adapter.in_tail)
+        with one_thread(backbone), attach(backbone, sites, in_tail):
             return self.read(features, head)
 
     def read(self, features: Features, head: bool = True) -> Tensor:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from restuning.adapt import Tuned
-from restuning.data import Items, Preprocess, Texts, load_images, prepared
+from restuning.data import Preprocess, Texts, load_images, prepared
 from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.evaluate import loader, padded
 from restuning.files import write_whole
-from restuning.objective import IGNORED
+from restuning.model.answers import answers
+from restuning.model.predictor import Outputs, Predictor
 from restuning.run import card_reading, load_tuned
-from restuning.saved import Card
 
 
 def predict(
@@ -25,45 +25,44 @@ def predict(
     top: int = 1,
     weights: str | None = None,
     embeddings: Path | None = None,
+    device: str | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
     with their classes under per-token.
 
     given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
     parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
-    shape run as one; others take a pass each. embeddings: a .safetensors file for what the heads read, (items, d) for
-    each adapter.
+    shape run as one; others take a pass for each of their kinds. embeddings: a .safetensors file for what the heads
+    read, (items, d) for each adapter. device: as `device_of` has it.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
+    place = device_of(device)
     tuned, names = _load(adapters, weights)
     cards = {name: tuned.card(name) for name in names}
-    shared: list[str] = []
-    alone: list[str] = []
-    for name in names:
-        tuned.set_adapter(name)
-        (shared if tuned.reads_features else alone).append(name)
-    groups = [*([shared] if shared else []), *([name] for name in alone)]
     how = card_reading(adapters[0], cards["default"].preprocessing)
-    words = cards["default"].kind == "per-token"
-    items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, words)
+    by_word = cards["default"].kind == "per-token"
+    items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, by_word)
     examples = prepared(items, how, cache=False)
-    said: dict[str, list[Tensor]] = {name: [] for name in names}
+    predictor = Predictor.of(tuned.to(place))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     read: dict[str, list[Tensor]] = {name: [] for name in names}
-    begins: list[Tensor] = []
-    tuned.eval()
-    with torch.inference_mode():
-        for inputs, labels in loader(examples, 32):
-            begins.append(labels)
-            for group in groups:
-                tuned.set_adapter(group)
-                features = tuned.features(inputs)
-                for found, head in ((said, True), (read, False)):
-                    if head or embeddings is not None:
-                        out = tuned.from_features(features, head=head)
-                        for name in group:
-                            found[name].append(out[name] if len(group) > 1 else out)
+    done = 0
+    for inputs, labels in loader(examples, 32):
+        if embeddings is None:
+            outputs = predictor.answer(inputs, dict.fromkeys(names, range(len(labels)))).outputs
+        else:
+            embedded = predictor.embed(inputs, list(names))
+            outputs = [
+                Outputs([(name, range(len(labels)))], predictor.classify(name, x)) for name, x in embedded.items()
+            ]
+            for name, x in embedded.items():
+                read[name].append(x.cpu())
+        words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
+        for part in outputs:
+            found |= {(name, done + i): row for name, i, row in answers(part, cards.__getitem__, top, words)}
+        done += len(labels)
     if embeddings is not None:
         from safetensors.torch import save
 
@@ -72,15 +71,23 @@ def predict(
             write_whole(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
         except OSError as error:
             raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
-    rows = {
-        name: _said(padded(said[name]), cards[name], top, items, padded(begins, IGNORED) if words else None)
-        for name in names
-    }
     return [
-        {"input": path, "adapter": str(folder), **rows[name][i]}
+        {"input": path, "adapter": str(folder), **found[name, i]}
         for i, path in enumerate(items.names)
         for name, folder in names.items()
     ]
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """cpu, cuda, cuda:N or mps; None: a GPU where there is one. Raises RestuningError for one that cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RestuningError(f"device {name!r} cannot be used here: {line(error)}") from error
+    return device
 
 
 def _texts(given: str, words: bool) -> Texts:
@@ -100,26 +107,6 @@ def _texts(given: str, words: bool) -> Texts:
     if len(sizes := {len(text) for text in texts}) > 1 or max(sizes) > 2:
         raise DataError(f"{given}: expected a text in every line, or a pair parted by one tab in every line")
     return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
-
-
-def _said(logits: Tensor, card: Card, top: int, items: Items, begins: Tensor | None) -> list[dict[str, Any]]:
-    """Rows of one adapter. begins: the word that a token begins, or IGNORED; a word that the
-    tokenizer drops has no class."""
-    classes = card.classes or [str(c) for c in range(logits.shape[-1])]
-    if card.kind == "regression":
-        return [{"values": dict(zip(classes, row, strict=True))} for row in logits.tolist()]
-    if begins is not None:
-        rows: list[dict[str, Any]] = []
-        for i, (own, which) in enumerate(zip(logits.argmax(-1).tolist(), begins.tolist(), strict=True)):
-            said = {word: classes[c] for c, word in zip(own, which, strict=True) if word != IGNORED}
-            rows.append({"words": [{"word": w, "class": said.get(k)} for k, w in enumerate(items.item(i)[0])]})
-        return rows
-    p = logits.sigmoid() if card.kind == "multi-label" else logits.softmax(-1)
-    best = p.topk(min(top, len(classes)))
-    return [
-        {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in zip(indices, values, strict=True)]}
-        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
 
 
 def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[str, Path]]:

@@ -19,11 +19,12 @@ class Stack:
     classes. Differentiable to the modules' parameters, unless made without autograd.
     """
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        """Raises MethodError if the shapes differ. A frozen `backbone` in the modules is that of all."""
+    def __init__(self, models: Sequence[nn.Module], classes: int = 0) -> None:
+        """Raises MethodError if the shapes differ. A frozen `backbone` in the modules is that of all. classes: to how
+        many heads are padded at least."""
         self.model, self.models = models[0], list(models)
         named = [_own(m) for m in models]
-        self.tensors = {name: torch.stack(self._of_one_shape(name, named)) for name in named[0]}
+        self.tensors = {name: torch.stack(self._of_one_shape(name, named, classes)) for name in named[0]}
         if any(len(other) != len(self.tensors) for other in named):
             raise MethodError("adapters of different methods: each method needs a stack of its own")
         self._slots = [slot for m in models for slot in _slots(m)]
@@ -31,13 +32,14 @@ class Stack:
         self._seen = list(map(_identity, self._held))
 
     @staticmethod
-    def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]], classes: int) -> list[Tensor]:
         first = named[0][name]
         for i, other in enumerate(named):
             p = other.get(name)
             if p is None or p.shape[1:] != first.shape[1:] or (p.shape != first.shape and not _in_head(name)):
                 raise MethodError(f"adapter {i} has another shape than the first ({name}): it needs a stack of its own")
         rows = max(len(other[name]) for other in named) if first.ndim else 0
+        rows = max(rows, classes) if _in_head(name) else rows
         return [_padded(other[name], rows, name) for other in named]
 
     def __len__(self) -> int:

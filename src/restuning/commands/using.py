@@ -7,6 +7,8 @@ from pathlib import Path
 from restuning.commands.flags import DATA, SIZES, Add, table
 from restuning.errors import RestuningError
 
+DEVICE = "cpu, cuda, cuda:N or mps (default: a GPU where there is one)"
+
 
 def add_commands(add: Add) -> None:
     evaluate = add(
@@ -20,6 +22,7 @@ def add_commands(add: Add) -> None:
     evaluate.add_argument("--test-size", type=int, metavar="N", help=SIZES["test"])
     evaluate.add_argument("--weights", help="the backbone's weights, if not those of its run.json")
     evaluate.add_argument("--batch-size", type=int, default=32)
+    evaluate.add_argument("--device", help=DEVICE)
     evaluate.add_argument("--per-class", action="store_true", help="the metrics of every class too")
     evaluate.add_argument("--confusion", type=Path, metavar="FILE", help="a picture of what was taken for what")
 
@@ -40,17 +43,21 @@ def add_commands(add: Add) -> None:
         "--embeddings", type=Path, metavar="FILE", help="write what every head reads, (items, d), as safetensors"
     )
     predict.add_argument("--weights", help="the backbone's weights, if not those of a run.json")
+    predict.add_argument("--device", help=DEVICE)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from restuning.data import check, load_task, prepared
     from restuning.data.task import some
     from restuning.evaluate import predict_logits
+    from restuning.model.predictor import Predictor
     from restuning.objective import confusion, objective
+    from restuning.predict import device_of
     from restuning.run import RUN, card_reading, load_tuned, read_run
 
     if args.batch_size < 1:
         raise RestuningError(f"--batch-size {args.batch_size}: expected at least 1")
+    device = device_of(args.device)
     tuned = load_tuned(args.adapter, args.weights)
     card = tuned.card()
     run = read_run(args.adapter / RUN) if (args.adapter / RUN).exists() else None
@@ -70,8 +77,9 @@ def _evaluate(args: argparse.Namespace) -> None:
             f"{card.kind} of {len(card.classes or ())} ({', '.join((card.classes or ())[:3])}, …): expected the same"
         )
     check(test)
+    model = Predictor.of(tuned.to(device)).as_module("default")
     logits, labels = predict_logits(
-        tuned, prepared(test, card_reading(args.adapter, card.preprocessing)), args.batch_size
+        model, prepared(test, card_reading(args.adapter, card.preprocessing)), args.batch_size
     )
     metrics = {name: round(value, 4) for name, value in asked.metrics(logits, labels)}
     each = {}
@@ -94,7 +102,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from restuning.predict import predict
 
-    rows = predict(args.adapters, args.input, args.top, args.weights, args.embeddings)
+    rows = predict(args.adapters, args.input, args.top, args.weights, args.embeddings, args.device)
     if args.json:
         print(json.dumps(rows))
         return
