@@ -63,11 +63,12 @@ class _Group:
     stack: Stack | None = None
 
     @classmethod
-    def of(cls, key: str, readers: Mapping[str, Reader]) -> "_Group":
+    def of(cls, key: str, readers: Mapping[str, Reader], backbone: nn.Module) -> "_Group":
         first = next(iter(readers.values()))
         if isinstance(first.adapter.side, SideNet) or not any(True for _ in first.parameters()):
             return cls(key, readers)
-        with torch.no_grad():
+        # a stack that runs puts its tensors into the first of its readers, which older snapshots share
+        with torch.no_grad(), one_thread(backbone):
             return cls(key, readers, Stack(list(readers.values()), _wide(first.adapter)))
 
 
@@ -152,7 +153,7 @@ class Predictor:
             if name not in group.readers:
                 groups.append(group)
             elif left := {key: reader for key, reader in group.readers.items() if key != name}:
-                groups.append(_Group.of(group.key, left))
+                groups.append(_Group.of(group.key, left, self.backbone))
         return replace(
             self,
             readers=MappingProxyType({key: reader for key, reader in self.readers.items() if key != name}),
@@ -171,9 +172,11 @@ class Predictor:
                 if group.key == key and (room := CHUNK - len(group.readers)) > 0:
                     more, names = names[:room], names[room:]
                     if more:
-                        groups[i] = _Group.of(key, {**group.readers, **{name: readers[name] for name in more}})
+                        groups[i] = _Group.of(
+                            key, {**group.readers, **{name: readers[name] for name in more}}, self.backbone
+                        )
             for i in range(0, len(names), CHUNK):
-                groups.append(_Group.of(key, {name: readers[name] for name in names[i : i + CHUNK]}))
+                groups.append(_Group.of(key, {name: readers[name] for name in names[i : i + CHUNK]}, self.backbone))
         return replace(
             self,
             readers=MappingProxyType({**self.readers, **readers}),
