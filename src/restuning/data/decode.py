@@ -13,9 +13,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", 
 MEGAPIXELS = 100
 
 
-def decode(
-    file: IO[bytes], name: str, formats: Sequence[str] | None = None, megapixels: float = MEGAPIXELS
-) -> "Image":
+def decode(file: IO[bytes], name: str, formats: Sequence[str] | None = None, megapixels: float = MEGAPIXELS) -> "Image":
     """Upright, RGB, transparency on white. Raises DataError if it is unreadable, truncated or too large.
 
     The size is read from the header: an image of more than `megapixels` is refused before it is decoded. formats: the

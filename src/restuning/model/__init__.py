@@ -1,1 +1,1 @@
-"""A backbone and its named adapters."""
+"""A frozen backbone with named adapters: compute, mix, stack, merge, save."""

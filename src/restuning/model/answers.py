@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restuning.data.objective import IGNORED
 from restuning.errors import RestuningError
+from restuning.model.files import Card
 from restuning.model.predictor import Outputs
-from restuning.objective import IGNORED
-from restuning.saved import Card
 
 Words = Mapping[int, tuple[Sequence[str], Sequence[int]]]
 """Row → its words, and for every token the word that it begins, or IGNORED."""

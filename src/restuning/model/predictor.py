@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.adapt import Tuned
-from restuning.adaptation import Adaptation, Reader
+from restuning.backbones.sites import Sites
 from restuning.errors import CheckpointError, MethodError
-from restuning.many import CHUNK, kind_of
-from restuning.methods import Method
-from restuning.saved import Card, changes_the_base, fetch
+from restuning.hooks.law import Attachment, gathered
+from restuning.hooks.points import one_thread
+from restuning.hooks.taps import tap
+from restuning.methods.spec import Method
+from restuning.model.adapter import Adaptation, Reader
+from restuning.model.files import Card, changes_the_base, fetch
+from restuning.model.mixed import CHUNK, kind_of
+from restuning.model.stack import PerRow, Stack
+from restuning.model.tuned import Tuned
 from restuning.side import SideNet
-from restuning.stack import PerRow, Stack
-from restuning.wiring.attach import Attachment, gathered, one_thread, tap
-from restuning.wiring.live import ALL
-from restuning.wiring.sites import Sites
+from restuning.side.features import ALL
 
 MAX_ROWS = 256
 """Rows of a pass with tuners inside the backbone at most: more of them take another pass."""
