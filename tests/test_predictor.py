@@ -15,7 +15,6 @@ from torch import Tensor
 
 import restuning as rt
 from restuning.errors import CheckpointError, MethodError
-from restuning.model.predictor import Predictor
 
 FAMILIES = ("timm-vit", "bert", "timm-convnext", "hf-dinov2-registers")
 KINDS = ("bypass", "linear", "lora", "ssf")
@@ -35,7 +34,7 @@ def many(name: str, methods: Any, classes: tuple[int, ...] = (5, 7)) -> rt.Tuned
 
 
 def every(name: str) -> list[str]:
-    return [method for method in rt.methods if method not in ("full", *REFUSED.get(name, {}))]
+    return [method for method in rt.METHODS if method not in ("full", *REFUSED.get(name, {}))]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -43,7 +42,7 @@ def test_a_predictor_gives_what_each_adapter_gives_alone(name: str) -> None:
     """Every method, all tasks of all items, and a task of its own for every item; one pass serves all that read
     features, and one more each kind that acts inside the backbone."""
     tuned, inputs = many(name, every(name)), TINY[name].inputs(4)
-    predictor, names = Predictor.of(tuned), list(tuned.adapters)
+    predictor, names = rt.Predictor.of(tuned), list(tuned.adapters)
     together, embedded = predictor.predict(inputs), predictor.embed(inputs)
     rows = [names[(7 * i + 3) % len(names)] for i in range(4)]
     mixed = predictor.predict_rows(inputs, rows)
@@ -64,7 +63,7 @@ def test_a_predictor_gives_what_each_adapter_gives_alone(name: str) -> None:
 
 def test_a_snapshot_never_changes() -> None:
     tuned, inputs = many("timm-vit", KINDS), TINY["timm-vit"].inputs(3)
-    predictor = Predictor.of(tuned)
+    predictor = rt.Predictor.of(tuned)
     before = predictor.predict(inputs)
     tuned.set_adapter("lora-1")
     tuned.delete_adapter("bypass-0")
@@ -86,7 +85,7 @@ def test_others_that_come_and_go_change_no_bit(tmp_path: Path) -> None:
         tuned.add_adapter(f"late-{method}", small(method), 30)
         tuned.save_pretrained(tmp_path / method, f"late-{method}")
         tuned.delete_adapter(f"late-{method}")
-    first = predictor = Predictor.of(tuned)
+    first = predictor = rt.Predictor.of(tuned)
     before = {task: predictor.predict(inputs, [task])[task] for task in predictor.tasks}
     for i in range(6):
         predictor = predictor.with_adapter(f"more{i}", tmp_path / ("bypass", "lora", "linear")[i % 3])
@@ -116,10 +115,10 @@ def test_any_number_of_threads(tmp_path: Path) -> None:
     names = list(tuned.adapters)
     for method in KINDS:
         tuned.save_pretrained(tmp_path / method, f"{method}-0")
-    held = [Predictor.of(tuned)]
+    held = [rt.Predictor.of(tuned)]
     batches = [tiny.inputs(1 + i)["x"] for i in range(4)]
 
-    def answers(predictor: Predictor, i: int) -> list[Tensor]:
+    def answers(predictor: rt.Predictor, i: int) -> list[Tensor]:
         x = batches[i % 4]
         if i % 3 == 0:
             return [predictor.predict(x, [names[i % 8]])[names[i % 8]]]
@@ -150,7 +149,7 @@ def test_any_number_of_threads(tmp_path: Path) -> None:
 
 def test_what_is_refused(tmp_path: Path) -> None:
     tuned, x = many("timm-vit", ("linear", "lora")), TINY["timm-vit"].inputs(2)["x"]
-    predictor = Predictor.of(tuned)
+    predictor = rt.Predictor.of(tuned)
     before = predictor.predict(x)
     with pytest.raises(MethodError, match="no adapter named 'nobody': there is linear-0"):
         predictor.predict(x, ["nobody"])
@@ -171,7 +170,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     after = predictor.predict(x)
     assert all(torch.equal(after[task], y) for task, y in before.items())
     with torch.no_grad():
-        assert torch.equal(Predictor.of(full).predict(x)["default"], full.eval()(x)), "alone, it may be"
+        assert torch.equal(rt.Predictor.of(full).predict(x)["default"], full.eval()(x)), "alone, it may be"
     full.train()
     with pytest.raises(MethodError, match="training mode"):
-        Predictor.of(full).predict(x)
+        rt.Predictor.of(full).predict(x)
