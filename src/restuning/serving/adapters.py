@@ -80,7 +80,9 @@ class Adapters:
         Raises Refused for a name, a path or an id that cannot be, and for an adapter that does not fit.
         """
         if not NAME.fullmatch(name):
-            raise Refused(422, f"an adapter cannot be named {name[:80]!r}: use letters, digits, '_' and '-', at most 64")
+            raise Refused(
+                422, f"an adapter cannot be named {name[:80]!r}: use letters, digits, '_' and '-', at most 64"
+            )
         if (path is None) == (hub is None):
             raise Refused(422, "expected a path inside the folder of adapters, or a hub id with its revision")
         try:

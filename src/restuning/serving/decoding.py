@@ -36,7 +36,9 @@ class Decoders:
         server = "forkserver" in get_all_start_methods()
         self._context: Any = get_context("forkserver" if server else "spawn")
         if server:  # a process that takes the place of a killed one is there at once
-            self._context.set_forkserver_preload(["restuning.data.transforms", "torchvision.transforms.v2", "PIL.Image"])
+            self._context.set_forkserver_preload(
+                ["restuning.data.transforms", "torchvision.transforms.v2", "PIL.Image"]
+            )
         self._idle: queue.Queue[tuple[Any, Connection]] = queue.Queue()
         for _ in range(count):
             self._idle.put(self._start())

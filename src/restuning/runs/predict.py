@@ -1,0 +1,127 @@
+"""Several saved adapters on one image or text, or on many of them."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restuning.data import Preprocess, Texts, load_images, prepared
+from restuning.errors import CheckpointError, DataError, RestuningError, line
+from restuning.model.answers import answers
+from restuning.model.predictor import Outputs, Predictor
+from restuning.model.tuned import Tuned
+from restuning.runs.load import card_reading, load_tuned
+from restuning.training.evaluate import loader, padded
+from restuning.utils.files import write_whole
+
+
+def predict(
+    adapters: Sequence[Path],
+    given: str,
+    top: int = 1,
+    weights: str | None = None,
+    embeddings: Path | None = None,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
+    with their classes under per-token.
+
+    given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
+    parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
+    shape run as one; others take a pass for each of their kinds. embeddings: a .safetensors file for what the heads
+    read, (items, d) for each adapter. device: as `device_of` has it.
+    Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
+    """
+    if top < 1:
+        raise RestuningError(f"top {top}: expected at least 1")
+    place = device_of(device)
+    tuned, names = _load(adapters, weights)
+    cards = {name: tuned.card(name) for name in names}
+    how = card_reading(adapters[0], cards["default"].preprocessing)
+    by_word = cards["default"].kind == "per-token"
+    items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, by_word)
+    examples = prepared(items, how, cache=False)
+    predictor = Predictor.of(tuned.to(place))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    read: dict[str, list[Tensor]] = {name: [] for name in names}
+    done = 0
+    for inputs, labels in loader(examples, 32):
+        if embeddings is None:
+            outputs = predictor.answer(inputs, dict.fromkeys(names, range(len(labels)))).outputs
+        else:
+            embedded = predictor.embed(inputs, list(names))
+            outputs = [
+                Outputs([(name, range(len(labels)))], predictor.classify(name, x)) for name, x in embedded.items()
+            ]
+            for name, x in embedded.items():
+                read[name].append(x.cpu())
+        words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
+        for part in outputs:
+            found |= {(name, done + i): row for name, i, row in answers(part, cards.__getitem__, top, words)}
+        done += len(labels)
+    if embeddings is not None:
+        from safetensors.torch import save
+
+        tensors = {str(folder): padded(read[name]) for name, folder in names.items()}
+        try:
+            write_whole(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
+        except OSError as error:
+            raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
+    return [
+        {"input": path, "adapter": str(folder), **found[name, i]}
+        for i, path in enumerate(items.names)
+        for name, folder in names.items()
+    ]
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """cpu, cuda, cuda:N or mps; None: a GPU where there is one. Raises RestuningError for one that cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RestuningError(f"device {name!r} cannot be used here: {line(error)}") from error
+    return device
+
+
+def _texts(given: str, words: bool) -> Texts:
+    """One text, or those of a .txt file; split into words where labels are by token."""
+    if given.endswith(".txt"):
+        try:
+            lines = [one for one in Path(given).read_text(encoding="utf-8").splitlines() if one.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{given} cannot be read as UTF-8 text: {line(error)}") from error
+    elif os.path.exists(given):
+        raise DataError(f"{given} is no .txt file, and this adapter reads texts")
+    else:
+        lines = [given] if given.strip() else []
+    if not lines:
+        raise DataError(f"{given!r}: there is no text")
+    texts: list[tuple[Any, ...]] = [(one.split(),) if words else tuple(one.split("\t")) for one in lines]
+    if len(sizes := {len(text) for text in texts}) > 1 or max(sizes) > 2:
+        raise DataError(f"{given}: expected a text in every line, or a pair parted by one tab in every line")
+    return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
+
+
+def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[str, Path]]:
+    """All adapters on the backbone of the first one, and their names there."""
+    tuned = load_tuned(adapters[0], weights)
+    tuned.eval()
+    names = {"default": adapters[0]}
+    wanted = tuned.card().preprocessing
+    for i, folder in enumerate(adapters[1:], 2):
+        tuned.load_adapter(folder, f"adapter_{i}")
+        names[f"adapter_{i}"] = folder
+        if tuned.card().preprocessing != wanted:
+            raise CheckpointError(
+                f"{folder} reads its items otherwise than {adapters[0]}: predict with them one by one"
+            )
+        if "per-token" in (kinds := {tuned.card(name).kind for name in names}) and len(kinds) > 1:
+            raise CheckpointError(f"{folder}: labels by token and others: predict with them one by one")
+    return tuned, names
