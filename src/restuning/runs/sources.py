@@ -1,6 +1,5 @@
 """Where a run's examples and models come from: items and a backbone, or a bank."""
 
-
 import contextlib
 import json
 import platform
@@ -17,15 +16,27 @@ from torch import nn
 
 from restuning._version import __version__
 from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
+from restuning.features.bank import LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep
+from restuning.data import (
+    Items,
+    Prepared,
+    Preprocess,
+    Reading,
+    Task,
+    Tokenise,
+    check,
+    load_task,
+    prepared,
+    reading,
+    split,
+)
 from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.training.evaluate import Examples, evaluate
 from restuning.utils.files import as_json, contents, locked, write_whole
 from restuning.training.initialise import initialise, needs_data
 from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
 from restuning.methods.named import find_method
 from restuning.data.objective import Objective, balanced, objective, worth
 from restuning.utils.distributed import is_first, meet

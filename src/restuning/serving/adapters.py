@@ -54,6 +54,7 @@ class Adapters:
         else:
             raise RestuningError("nothing to serve: give an adapter, or --backbone NAME")
         tuned = Tuned(backbone.to(device), backbone_name=self.backbone)
+        self.size = preprocessing_of(backbone).size if tuned.family != "text" else None
         alone = len(named) == 1 and changes_the_base(next(iter(named.values())))
         if alone:
             ((name, folder),) = named.items()
@@ -64,7 +65,6 @@ class Adapters:
             self.current = Snapshot(Predictor.of(tuned), {})
             for name, folder in named.items():
                 self._add(name, folder)
-        self.size = preprocessing_of(backbone).size if tuned.family != "text" else None
 
     @property
     def reads_texts(self) -> bool:

@@ -195,8 +195,8 @@ class Batcher:
                     job, found, i = owners[row]
                     found[i][task] = one if "top" not in one or job.top == top else {"top": one["top"][: job.top]}
         if not head or any(job.logits for job in jobs):
-            for task, rows, values in predictor.unpacked(answer, head):
-                for row, one in zip(rows, _plain(values), strict=True):
+            for task, own, values in predictor.unpacked(answer, head):
+                for row, one in zip(own, _plain(values), strict=True):
                     job, found, i = owners[row]
                     if not head:
                         found[i][task] = one
@@ -223,7 +223,7 @@ def _plain(values: Tensor) -> list[Any]:
     values = values.float()
     if not torch.isfinite(values).all():
         raise RestuningError("an output is no number")
-    return values.tolist()  # type: ignore[no-any-return]
+    return values.tolist()
 
 
 def _resolve(future: "asyncio.Future[Answered]", found: "Answered | Exception") -> None:
