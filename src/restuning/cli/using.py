@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 from restuning.cli.flags import DATA, SIZES, Add, table
 from restuning.errors import RestuningError
@@ -32,7 +34,9 @@ def add_commands(add: Add) -> None:
         "Classify an image, a folder of images, a text or a file of texts with saved adapters of one backbone.",
         "restuning predict runs/photos runs/sprites picture.jpg --top 3",
     )
-    predict.add_argument("adapters", type=Path, nargs="+", metavar="ADAPTER", help="folders of saved adapters")
+    predict.add_argument(
+        "adapters", nargs="*", metavar="ADAPTER", help="folders of saved adapters; with --server, names of its tasks"
+    )
     predict.add_argument(
         "input",
         metavar="INPUT",
@@ -44,6 +48,7 @@ def add_commands(add: Add) -> None:
     )
     predict.add_argument("--weights", help="the backbone's weights, if not those of a run.json")
     predict.add_argument("--device", help=DEVICE)
+    predict.add_argument("--server", metavar="URL", help="ask a `restuning serve` there (its key: RESTUNING_API_KEY)")
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -103,7 +108,13 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _predict(args: argparse.Namespace) -> None:
     from restuning.runs.predict import predict
 
-    rows = predict(args.adapters, args.input, args.top, args.weights, args.embeddings, args.device)
+    if args.server is not None:
+        rows = _ask(args)
+    elif not args.adapters:
+        raise RestuningError("no adapter: expected folders of saved adapters, then an input")
+    else:
+        folders = [Path(folder) for folder in args.adapters]
+        rows = predict(folders, args.input, args.top, args.weights, args.embeddings, args.device)
     if args.json:
         print(json.dumps(rows))
         return
@@ -115,3 +126,27 @@ def _predict(args: argparse.Namespace) -> None:
         else:
             said = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
         print(f"{row['input']}  {row['adapter']}  {said}")
+
+
+def _ask(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same rows, from a server."""
+    from restuning.data import load_images
+    from restuning.runs.predict import texts_of
+    from restuning.serving import Client
+
+    if args.weights or args.embeddings or args.device:
+        raise RestuningError("--weights, --embeddings and --device are the server's matter: leave them out")
+    with Client(args.server, os.environ.get("RESTUNING_API_KEY")) as client:
+        if client.reads_texts():
+            names = list(texts_of(args.input, False).names)
+            pairs = [name.split("\t") for name in names]
+            items: dict[str, Any] = {"texts": [pair if len(pair) > 1 else pair[0] for pair in pairs]}
+        else:
+            names = list(load_images(Path(args.input)).names)
+            items = {"images": names}
+        (what, each), rows = next(iter(items.items())), []
+        for i in range(0, len(names), 32):
+            found = client.predict(**{what: each[i : i + 32]}, tasks=args.adapters or None, top=args.top)
+            for name, tasks in zip(names[i : i + 32], found, strict=True):
+                rows += [{"input": name, "adapter": task, **answer} for task, answer in tasks.items()]
+    return rows

@@ -43,7 +43,7 @@ def predict(
     cards = {name: tuned.card(name) for name in names}
     how = card_reading(adapters[0], cards["default"].preprocessing)
     by_word = cards["default"].kind == "per-token"
-    items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, by_word)
+    items = load_images(Path(given)) if isinstance(how, Preprocess) else texts_of(given, by_word)
     examples = prepared(items, how, cache=False)
     predictor = Predictor.of(tuned.to(place))
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -90,7 +90,7 @@ def device_of(name: str | None = None) -> torch.device:
     return device
 
 
-def _texts(given: str, words: bool) -> Texts:
+def texts_of(given: str, words: bool) -> Texts:
     """One text, or those of a .txt file; split into words where labels are by token."""
     if given.endswith(".txt"):
         try:

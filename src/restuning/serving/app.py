@@ -237,6 +237,7 @@ def make_app(server: Server) -> Any:
     async def models() -> Any:
         """The backbone and its adapters, whose parent it is."""
         base = {"id": adapters.backbone, "object": "model", "owned_by": "restuning", "parent": None}
+        base["reads"] = "texts" if adapters.reads_texts else "images"
         return {"object": "list", "data": [base, *(adapters.about(name) for name in adapters.current.readings)]}
 
     @app.post("/v1/predict", tags=["answers"], openapi_extra=_takes(PredictRequest, True))

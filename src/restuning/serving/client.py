@@ -112,6 +112,10 @@ class Client(_Calls):
         found: list[dict[str, Any]] = self._send("GET", "/v1/models")["data"]
         return found
 
+    def reads_texts(self) -> bool:
+        """Whether the server's backbone reads texts, and not images."""
+        return bool(self.models()[0]["reads"] == "texts")
+
     def ready(self) -> bool:
         """Whether it takes requests."""
         try:
