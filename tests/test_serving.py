@@ -79,7 +79,7 @@ def test_served_answers_are_those_of_predict(root: Path, everything: tuple[str, 
                 assert list(got) == names
                 assert all(same_answer(got[name], expected[name][i]) for name in names)
         embedded = client.embed(images[:1], tasks=["bypass"])[0]["bypass"]
-        assert len(embedded) == 192
+        assert len(embedded) == 128
 
 
 def test_rows_of_different_tasks_share_a_forward(everything: tuple[str, Server]) -> None:
@@ -190,9 +190,9 @@ def test_texts(texts: tuple[str, Path], tmp_path: Path) -> None:
                 assert same_answer(got[name], row), name
         assert len(found[3]["tags"]["words"]) == len(lines[3].split())
         embedded = client.embed(texts=lines[:2], tasks=["mood"])
-        with pytest.raises(ServerError, match="images were sent, and hf:.* reads texts"):
+        with pytest.raises(ServerError, match=r"images were sent, and hf:.* reads texts"):
             client.predict([picture(0)])
-        with pytest.raises(ServerError, match="text 1: 4[0-9] tokens"):
+        with pytest.raises(ServerError, match=r"text 1: 4\d tokens"):
             client.predict(texts=[" ".join(WORDS)])
         with pytest.raises(ServerError, match="not both in one request"):
             client.predict(texts=["word1", ["word1", "word2"]], tasks=["mood"])
@@ -215,7 +215,7 @@ def test_the_clients(everything: tuple[str, Server], root: Path, tmp_path: Path,
     async def ask() -> list[Any]:
         async with AsyncClient(url) as client:
             assert (await client.models())[0]["id"] == MICRO
-            assert len((await client.embed(images[:1], tasks=["linear"]))[0]["linear"]) == 192
+            assert len((await client.embed(images[:1], tasks=["linear"]))[0]["linear"]) == 128
             return await asyncio.gather(*(client.predict([image], tasks=["linear"]) for image in images))
 
     with Client(url) as client:
@@ -397,8 +397,8 @@ def test_a_full_queue_and_clients_that_leave(root: Path) -> None:
                 time.sleep(0.01)
             body = json.dumps({"images": [base64.b64encode(picture(0)).decode()] * 2}).encode()
             with socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) as leaving:
-                head = f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-                leaving.sendall(head.encode() + b"\r\n\r\n" + body)
+                head = f"Host: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+                leaving.sendall(b"POST /v1/predict HTTP/1.1\r\n" + head.encode() + body)
                 while server.batcher._items < 2:
                     time.sleep(0.01)
             while server.batcher._items >= 2:  # its place is free
@@ -581,6 +581,9 @@ def test_malformed_requests_are_refused(few: tuple[str, Server]) -> None:
         before = client.predict([picture(3)], logits=True)
         http, counts = httpx.Client(base_url=url, timeout=30), dict[int, int]()
         for path, request in malformed(300, server.settings.max_body):
+            if "json" in request:  # httpx would refuse half of a surrogate pair itself
+                body, kind = json.dumps(request["json"]).encode(), {"content-type": "application/json"}
+                request = {"content": body, "headers": kind}
             answer = http.post(path, **request)
             counts[answer.status_code] = counts.get(answer.status_code, 0) + 1
             if answer.status_code == 200:  # a flipped bit may leave an image
@@ -621,7 +624,7 @@ def test_a_decoder_that_takes_too_long_is_replaced() -> None:
             except DataError:
                 continue
         slow = picture(0, (5000, 5000), "BMP")
-        with pytest.raises(DataError, match="more than 0.15 s to decode"):
+        with pytest.raises(DataError, match="to decode"):
             decoders.seconds = 0.001
             decoders.pixels(slow, how)
         decoders.seconds = 20
