@@ -8,7 +8,7 @@ from typing import Any
 from restuning.cli.flags import Add, backbone_flags, table
 from restuning.errors import RestuningError
 
-_BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank")
+_BENCHES = ("memory", "step", "multitask", "mixed", "grid", "bank", "serve", "threads")
 
 
 def add_commands(add: Add) -> None:
@@ -52,14 +52,18 @@ def add_commands(add: Add) -> None:
     )
     bench.add_argument("what", metavar="WHAT", choices=_BENCHES, help=f"one of {', '.join(_BENCHES)}")
     bench.add_argument("--out", type=Path, help="folder for WHAT.jsonl, WHAT.md and WHAT.png (default: none)")
-    bench.add_argument("--backbone", help="a timm model (default vit_base_patch16_224), or restuning-micro")
+    bench.add_argument(
+        "--backbone", help="a timm model (default vit_base_patch16_224; serve and threads: restuning-micro)"
+    )
     bench.add_argument("--weights", help="file of pretrained weights (default 'random')")
     bench.add_argument("--image-size", type=int, help="pixels a side (default: the backbone's own)")
     bench.add_argument("--batch", type=int, help="(default 8; mixed 64; grid and bank 32)")
     bench.add_argument("--method", nargs="+", dest="methods", help="memory and step: methods and peers (default: all)")
     bench.add_argument("--rounds", type=int, help="ratios are taken round by round (default 5)")
     bench.add_argument("--classes", type=int, help="of each head (default 100; multitask 10)")
-    bench.add_argument("--tasks", type=int, help="multitask: most tasks (default 1000); mixed: adapters (default 19)")
+    bench.add_argument(
+        "--tasks", type=int, help="multitask: most tasks (default 1000); serve: too (100); mixed: adapters (19)"
+    )
     bench.add_argument("--points", type=int, help="of a grid (default 8)")
     bench.add_argument("--device", help="cpu (default) or cuda")
 
@@ -155,7 +159,12 @@ def _bench(args: argparse.Namespace) -> None:
         pyplot()  # a long run should not fail at its end
         if args.out.exists() and not args.out.is_dir():
             raise RestuningError(f"cannot write to {args.out}: it is no folder")
-    records = bench(args.what, **given)
+    if args.what in ("serve", "threads"):
+        from restuning.serving.bench import bench_serving
+
+        records = bench_serving(args.what, **given)
+    else:
+        records = bench(args.what, **given)
     if args.out is not None:
         write(records, args.out)
     if args.json:
