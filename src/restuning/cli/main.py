@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from restuning.cli import comparing, describing, pictures, serve, training, using
+from restuning.cli import comparing, describing, export, pictures, serve, training, using
 from restuning.errors import RestuningError
 
 
@@ -49,6 +49,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON, for machines")
         return command
 
-    for module in (training, pictures, comparing, using, serve, describing):
+    for module in (training, pictures, comparing, using, serve, export, describing):
         module.add_commands(add)
     return parser

@@ -117,7 +117,10 @@ class _Merge(torch.autograd.Function):
 
 
 def _kernel(call: Call) -> bool:
-    """Whether a kernel is there that gives and takes a log-sum-exp."""
+    """Whether a kernel is there that gives and takes a log-sum-exp, and may be used: no graph to be read elsewhere is
+    being made."""
+    if torch.compiler.is_exporting():
+        return False
     same = call.q.shape[:2] == call.k.shape[:2] and call.q.shape[-1] == call.v.shape[-1]
     if call.q.device.type == "cpu":
         return same

@@ -42,6 +42,7 @@ class Adapters:
     def __init__(self, settings: ServeSettings, device: torch.device) -> None:
         self.settings, self._lock = settings, Lock()
         self._tokenizers: dict[tuple[Tokenise, bool], Any] = {}
+        self._readings: dict[Reading, Reading] = {}  # equal ones are one object
         self._stamps: dict[str, Any] = {}  # of what `scan` has seen: name → files, sizes and times
         named = _named(settings.adapters)
         found = [] if settings.root is None or not settings.watch else _inside(settings.root)
@@ -160,6 +161,7 @@ class Adapters:
         if strict:
             self._fits(how)
         self._prepare(how)
+        how = self._readings.setdefault(how, how)
         predictor = now.predictor.with_adapter(name, folder)
         trial = predictor.predict(self.example(how, predictor.card(name).kind == "per-token"), [name])[name]
         if not torch.isfinite(trial).all():

@@ -164,7 +164,7 @@ class Batcher:
     def _batch(self, jobs: Sequence[Job]) -> list[Answered]:
         """Answers of each job, from the newest adapters; what has gone since is answered from what was there."""
         now = self.adapters.current
-        gone = [job for job in jobs if any(now.readings.get(task) != job.how for task in job.tasks)]
+        gone = [job for job in jobs if any(now.readings.get(task) is not job.how for task in job.tasks)]
         if gone and (len(jobs) > 1 or jobs[0].snapshot is not now):
             rest = [job for job in jobs if job not in gone]
             found = dict(zip(rest, self._from(now, rest) if rest else [], strict=True))
