@@ -169,15 +169,15 @@ def _micro() -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
         raise MissingExtra("timm", "timm") from error
-    card = json.loads((_ASSETS / f"{MICRO}.json").read_text(encoding="utf-8"))
-    model: nn.Module = VisionTransformer(**card["architecture"])
-    side = card["architecture"]["img_size"]
+    config = json.loads((_ASSETS / f"{MICRO}.json").read_text(encoding="utf-8"))
+    model: nn.Module = VisionTransformer(**config["architecture"])
+    side = config["architecture"]["img_size"]
     model.pretrained_cfg = {  # type: ignore[assignment]  # as timm's own builders leave it
         "architecture": MICRO,
         "input_size": (3, side, side),
-        "mean": card["mean"],
-        "std": card["std"],
-        "interpolation": card["interpolation"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "interpolation": config["interpolation"],
     }
     return model
 

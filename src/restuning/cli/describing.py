@@ -72,12 +72,12 @@ def _sites(args: argparse.Namespace) -> None:
             "block": s.block,
             "reads": f"{s.reads.path} ({s.reads.side})",
             "writes": f"{s.writes.path} ({s.writes.side})",
-            "width": s.port.reads,
+            "width": s.info.in_features,
         }
         for s in found
     ]
     if args.json:
-        print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.port.heads, "sites": rows}))
+        print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.info.heads, "sites": rows}))
     else:
         stages = "" if found.uniform else f" in {len(found.stages)} stages"
         print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")

@@ -25,7 +25,7 @@ def add_commands(add: Add) -> None:
     serve.add_argument("--weights", help="the backbone's weights, if not those of a run.json")
     serve.add_argument("--image-size", type=int, help="with --backbone: pixels a side (default: the backbone's own)")
     serve.add_argument("--host", default=default.host, help=f"(default {default.host}: this machine alone)")
-    serve.add_argument("--port", type=int, default=default.port, help=f"(default {default.port}; 0: any that is free)")
+    serve.add_argument("--port", type=int, default=default.info, help=f"(default {default.info}; 0: any that is free)")
     serve.add_argument(
         "--api-key", help="what clients must send (default: RESTUNING_API_KEY; where that is empty, none)"
     )

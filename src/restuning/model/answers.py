@@ -8,7 +8,7 @@ from torch import Tensor
 
 from restuning.data.objective import IGNORED
 from restuning.errors import RestuningError
-from restuning.model.files import Card
+from restuning.model.files import AdapterConfig
 from restuning.model.predictor import Outputs
 
 Words = Mapping[int, tuple[Sequence[str], Sequence[int]]]
@@ -16,7 +16,7 @@ Words = Mapping[int, tuple[Sequence[str], Sequence[int]]]
 
 
 def answers(
-    outputs: Outputs, card: Callable[[str], Card], top: int = 1, words: Words | None = None
+    outputs: Outputs, config: Callable[[str], AdapterConfig], top: int = 1, words: Words | None = None
 ) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """(task, row, answer) of every output: `top`, the likeliest classes with their probabilities (each class's own
     under multi-label); `values` by target under regression; `words` with their classes under per-token.
@@ -33,7 +33,7 @@ def answers(
     ranked: dict[str, tuple[list[Any], list[Any]]] = {}  # by what turns outputs into probabilities
     start = 0
     for task, rows in outputs.tasks:
-        made, stop = card(task), start + len(rows)
+        made, stop = config(task), start + len(rows)
         values = outputs.values[start:stop, ..., : made.num_classes]
         if made.kind in ("single-label", "multi-label"):
             if made.kind not in ranked:
@@ -60,9 +60,9 @@ def _ranked(values: Tensor, kind: str, top: int) -> tuple[list[Any], list[Any]]:
     return best.tolist(), p.gather(-1, best).tolist()
 
 
-def _other(values: Tensor, rows: Sequence[int], card: Card, words: Words) -> Iterator[dict[str, Any]]:
-    classes = _classes(card, values)
-    if card.kind == "regression":
+def _other(values: Tensor, rows: Sequence[int], config: AdapterConfig, words: Words) -> Iterator[dict[str, Any]]:
+    classes = _classes(config, values)
+    if config.kind == "regression":
         for row in values.float().tolist():
             yield {"values": dict(zip(classes, row, strict=True))}
         return
@@ -72,5 +72,5 @@ def _other(values: Tensor, rows: Sequence[int], card: Card, words: Words) -> Ite
         yield {"words": [{"word": word, "class": found.get(k)} for k, word in enumerate(text)]}
 
 
-def _classes(card: Card, values: Tensor) -> Sequence[Any]:
-    return card.classes or [str(c) for c in range(values.shape[-1])]
+def _classes(config: AdapterConfig, values: Tensor) -> Sequence[Any]:
+    return config.classes or [str(c) for c in range(values.shape[-1])]

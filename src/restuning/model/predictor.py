@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from restuning.backbones.sites import Sites
 from restuning.errors import CheckpointError, MethodError
-from restuning.hooks.law import Attachment, gathered
-from restuning.hooks.points import one_thread
+from restuning.hooks.law import Attachment, group_by_site
+from restuning.hooks.points import backbone_lock
 from restuning.hooks.taps import tap
 from restuning.methods.spec import Method
-from restuning.model.adapter import Adaptation, Reader
-from restuning.model.files import Card, changes_the_base, fetch
+from restuning.model.adapter import AdapterModule, Reader
+from restuning.model.files import AdapterConfig, changes_the_base, fetch
 from restuning.model.mixed import CHUNK, kind_of
 from restuning.model.stack import PerRow, Stack
 from restuning.model.tuned import Tuned
@@ -70,7 +70,7 @@ class _Group:
         if isinstance(first.adapter.side, SideNet) or not any(True for _ in first.parameters()):
             return cls(key, readers)
         # a stack that runs puts its tensors into the first of its readers, which older snapshots share
-        with torch.no_grad(), one_thread(backbone):
+        with torch.no_grad(), backbone_lock(backbone):
             return cls(key, readers, Stack(list(readers.values()), _wide(first.adapter)))
 
 
@@ -193,9 +193,9 @@ class Predictor:
         """The names of its adapters."""
         return tuple(self.readers)
 
-    def card(self, name: str) -> Card:
+    def adapter_config(self, name: str) -> AdapterConfig:
         """What is saved beside an adapter. Raises MethodError for a name that is not there."""
-        return self._find(name).card
+        return self._find(name).config
 
     # ---- what it computes
 
@@ -248,7 +248,7 @@ class Predictor:
         for outputs in answer.outputs:
             start = 0
             for task, rows in outputs.tasks:
-                width = self.readers[task].adapter.card.num_classes if head else None
+                width = self.readers[task].adapter.config.num_classes if head else None
                 found.append((task, rows, outputs.values[start : start + len(rows), ..., :width]))
                 start += len(rows)
         return found
@@ -280,7 +280,7 @@ class Predictor:
                 inside.setdefault(self._kinds[task], []).extend((task, row) for row in rows)
         outputs: list[Outputs] = []
         sizes: list[int] = []
-        with torch.inference_mode(), one_thread(self.backbone):
+        with torch.inference_mode(), backbone_lock(self.backbone):
             if reading:
                 rows = sorted({row for rows in reading.values() for row in rows})
                 outputs += self._on_features(_rows(inputs, rows), rows, reading, head)
@@ -336,7 +336,7 @@ class Predictor:
         which = torch.tensor([i for i, own in enumerate(tasks.values()) for _ in own])
         which = which.to(next(self.backbone.parameters()).device)
         alike = zip(*(reader.adapter.inside for reader in readers), strict=True)
-        inside = gathered(
+        inside = group_by_site(
             (same[0][0], "", same[0][1] if len(readers) == 1 else PerRow([tuner for _, tuner in same], which))
             for same in alike
         )
@@ -364,7 +364,7 @@ class Predictor:
             parts[task].append(values)
         return {task: found[0] if len(found) == 1 else torch.cat(found) for task, found in parts.items()}
 
-    def _find(self, name: str) -> Adaptation:
+    def _find(self, name: str) -> AdapterModule:
         if name not in self.readers:
             raise MethodError(f"no adapter named {name!r}: there is {', '.join(self.readers) or 'none'}")
         return self.readers[name].adapter
@@ -384,10 +384,10 @@ def _frozen(reader: Reader) -> Reader:
     return reader
 
 
-def _wide(adapter: Adaptation) -> int:
+def _wide(adapter: AdapterModule) -> int:
     """To how many classes its head is padded: a power of two, so that a stack computes the same for an adapter whatever
     others are in it."""
-    return 1 << max(3, ((adapter.card.num_classes or 1) - 1).bit_length())
+    return 1 << max(3, ((adapter.config.num_classes or 1) - 1).bit_length())
 
 
 def _batch(inputs: Inputs) -> int:

@@ -15,12 +15,12 @@ from restuning._version import __version__
 from restuning.backbones.sites import Sites
 from restuning.data import Items, Preprocess, Reading, Texts, Tokenise, load_images, load_task, prepared
 from restuning.errors import CheckpointError, MissingExtra, RestuningError, line
-from restuning.hooks.law import Attachment, gathered
-from restuning.hooks.points import one_thread
+from restuning.hooks.law import Attachment, group_by_site
+from restuning.hooks.points import backbone_lock
 from restuning.hooks.taps import tap
 from restuning.model.adapter import Reader
 from restuning.model.tuned import Tuned
-from restuning.runs.load import card_reading, load_tuned
+from restuning.runs.load import transform_of, load_tuned
 from restuning.runs.settings import RUN, read_run
 from restuning.training.evaluate import loader
 from restuning.utils.files import as_json
@@ -46,9 +46,9 @@ class Graph(nn.Module):
         """Inputs (b, …) → logits (b, c), or (b, n, c) of every token."""
         reader: Reader = self.reader
         adapter = reader.adapter
-        added = gathered((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
+        added = group_by_site((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
         with (
-            one_thread(self.backbone),
+            backbone_lock(self.backbone),
             Attachment(self.backbone, self._sites, added).on(),
             tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps,
         ):
@@ -78,7 +78,8 @@ def export(
         What export.json holds.
 
     Raises:
-        RestuningError: for a folder that is there, and a model that cannot be traced or whose graph gives other numbers.
+        RestuningError: for a folder that is there, and a model that cannot be traced or whose graph gives other
+        numbers.
     """
     if format not in FORMATS:
         raise RestuningError(f"unknown format {format!r}: expected one of {', '.join(FORMATS)}")
@@ -88,9 +89,9 @@ def export(
         _onnxruntime()
     tuned = load_tuned(folder, weights)
     tuned.eval().requires_grad_(False)
-    card = tuned.card()
-    how = card_reading(folder, card.preprocessing)
-    items, where = _items(folder, how, inputs, card.kind == "per-token")
+    config = tuned.adapter_config()
+    how = transform_of(folder, config.preprocessing)
+    items, where = _items(folder, how, inputs, config.kind == "per-token")
     batch = next(iter(loader(prepared(items, how, cache=False), min(len(items), 4))))[0]
     named = {str(k): v for k, v in batch.items()} if isinstance(batch, Mapping) else {"pixels": batch}
     graph = Graph(tuned, "default", tuple(named) if isinstance(batch, Mapping) else ()).eval()
@@ -109,9 +110,9 @@ def export(
         "restuning_version": __version__,
         "format": format,
         "file": FORMATS[format],
-        "backbone": card.backbone.get("name"),
-        "kind": card.kind,
-        "classes": None if card.classes is None else list(card.classes),
+        "backbone": config.backbone.get("name"),
+        "kind": config.kind,
+        "classes": None if config.classes is None else list(config.classes),
         "inputs": {name: {"shape": ["batch", *_shape(x)], "dtype": str(x.dtype)[6:]} for name, x in named.items()},
         "outputs": ["logits"],
         "preprocessing": how.to_dict(),

@@ -24,17 +24,17 @@ def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None 
 
 def backbone_of(folder: Path, weights: str | None = None) -> nn.Module:
     """The backbone that a saved adapter's files name, of the image size that it was trained at."""
-    card, _ = read(folder)
+    config, _ = read(folder)
     if weights is None and (folder / RUN).exists():
         weights = read_run(folder / RUN).weights
-    how = card_reading(folder, card.preprocessing)
-    backbone = load_backbone(str(card.backbone["name"]), weights)
+    how = transform_of(folder, config.preprocessing)
+    backbone = load_backbone(str(config.backbone["name"]), weights)
     if isinstance(how, Preprocess) and preprocessing_of(backbone).size != how.size:
-        backbone = load_backbone(str(card.backbone["name"]), weights, how.size[0])
+        backbone = load_backbone(str(config.backbone["name"]), weights, how.size[0])
     return backbone
 
 
-def card_reading(folder: Path, data: Mapping[str, Any] | None) -> Reading:
+def transform_of(folder: Path, data: Mapping[str, Any] | None) -> Reading:
     """How items were read that an adapter was trained with."""
     if data is None:
         raise CheckpointError(f"{folder} names no preprocessing: it was not trained by the command line")

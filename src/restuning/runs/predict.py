@@ -14,9 +14,9 @@ from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.model.answers import answers
 from restuning.model.predictor import Outputs, Predictor
 from restuning.model.tuned import Tuned
-from restuning.runs.load import card_reading, load_tuned
+from restuning.runs.load import transform_of, load_tuned
 from restuning.training.evaluate import loader, padded
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 
 def predict(
@@ -40,9 +40,9 @@ def predict(
         raise RestuningError(f"top {top}: expected at least 1")
     place = device_of(device)
     tuned, names = _load(adapters, weights)
-    cards = {name: tuned.card(name) for name in names}
-    how = card_reading(adapters[0], cards["default"].preprocessing)
-    by_word = cards["default"].kind == "per-token"
+    configs = {name: tuned.adapter_config(name) for name in names}
+    how = transform_of(adapters[0], configs["default"].preprocessing)
+    by_word = configs["default"].kind == "per-token"
     items = load_images(Path(given)) if isinstance(how, Preprocess) else texts_of(given, by_word)
     examples = prepared(items, how, cache=False)
     predictor = Predictor.of(tuned.to(place))
@@ -61,14 +61,14 @@ def predict(
                 read[name].append(x.cpu())
         words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
         for part in outputs:
-            found |= {(name, done + i): row for name, i, row in answers(part, cards.__getitem__, top, words)}
+            found |= {(name, done + i): row for name, i, row in answers(part, configs.__getitem__, top, words)}
         done += len(labels)
     if embeddings is not None:
         from safetensors.torch import save
 
         tensors = {str(folder): padded(read[name]) for name, folder in names.items()}
         try:
-            write_whole(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
+            atomic_write(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
         except OSError as error:
             raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
     return [
@@ -114,14 +114,14 @@ def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[st
     tuned = load_tuned(adapters[0], weights)
     tuned.eval()
     names = {"default": adapters[0]}
-    wanted = tuned.card().preprocessing
+    wanted = tuned.adapter_config().preprocessing
     for i, folder in enumerate(adapters[1:], 2):
         tuned.load_adapter(folder, f"adapter_{i}")
         names[f"adapter_{i}"] = folder
-        if tuned.card().preprocessing != wanted:
+        if tuned.adapter_config().preprocessing != wanted:
             raise CheckpointError(
                 f"{folder} reads its items otherwise than {adapters[0]}: predict with them one by one"
             )
-        if "per-token" in (kinds := {tuned.card(name).kind for name in names}) and len(kinds) > 1:
+        if "per-token" in (kinds := {tuned.adapter_config(name).kind for name in names}) and len(kinds) > 1:
             raise CheckpointError(f"{folder}: labels by token and others: predict with them one by one")
     return tuned, names

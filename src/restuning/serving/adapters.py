@@ -13,10 +13,10 @@ import torch
 from restuning.backbones.load import load_backbone, preprocessing_of
 from restuning.data import Preprocess, Reading, Texts, Tokenise, Tokenised
 from restuning.errors import CheckpointError, DataError, RestuningError
-from restuning.model.files import CONFIG, MODEL, card_of, changes_the_base
+from restuning.model.files import CONFIG, MODEL, read_config, changes_the_base
 from restuning.model.predictor import Inputs, Predictor
 from restuning.model.tuned import Tuned
-from restuning.runs.load import backbone_of, card_reading
+from restuning.runs.load import backbone_of, transform_of
 from restuning.serving.settings import Refused, ServeSettings
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -51,7 +51,7 @@ class Adapters:
             backbone = load_backbone(settings.backbone, settings.weights, settings.image_size)
             self.backbone = settings.backbone
         elif first is not None:
-            backbone, self.backbone = backbone_of(first, settings.weights), str(card_of(first).backbone["name"])
+            backbone, self.backbone = backbone_of(first, settings.weights), str(read_config(first).backbone["name"])
         else:
             raise RestuningError("nothing to serve: give an adapter, or --backbone NAME")
         tuned = Tuned(backbone.to(device), backbone_name=self.backbone)
@@ -60,7 +60,9 @@ class Adapters:
         if alone:
             ((name, folder),) = named.items()
             tuned.load_adapter(folder, name)
-            self.current = Snapshot(Predictor.of(tuned), {name: card_reading(folder, tuned.card(name).preprocessing)})
+            self.current = Snapshot(
+                Predictor.of(tuned), {name: transform_of(folder, tuned.adapter_config(name).preprocessing)}
+            )
             self._prepare(self.current.readings[name])
         else:
             self.current = Snapshot(Predictor.of(tuned), {})
@@ -157,13 +159,13 @@ class Adapters:
         if any(not (folder / file).is_file() for file in (CONFIG, MODEL)):  # no pipe, no device
             raise CheckpointError(f"{folder} is no saved adapter: expected the files {CONFIG} and {MODEL}")
         now = self.current
-        how = card_reading(folder, card_of(folder).preprocessing)
+        how = transform_of(folder, read_config(folder).preprocessing)
         if strict:
             self._fits(how)
         self._prepare(how)
         how = self._readings.setdefault(how, how)
         predictor = now.predictor.with_adapter(name, folder)
-        trial = predictor.predict(self.example(how, predictor.card(name).kind == "per-token"), [name])[name]
+        trial = predictor.predict(self.example(how, predictor.adapter_config(name).kind == "per-token"), [name])[name]
         if not torch.isfinite(trial).all():
             raise CheckpointError(f"{folder}: its output is no number")
         self.current = Snapshot(predictor, {**now.readings, name: how})
@@ -202,17 +204,17 @@ class Adapters:
 
     def about(self, name: str) -> dict[str, Any]:
         """An adapter as /v1/models lists it."""
-        card = self.current.predictor.card(name)
+        config = self.current.predictor.adapter_config(name)
         return {
             "id": name,
             "object": "model",
             "owned_by": "restuning",
             "parent": self.backbone,
-            "kind": card.kind,
-            "classes": None if card.classes is None else list(card.classes),
-            "num_classes": card.num_classes,
-            "method": card.method,
-            "pool": card.pool,
+            "kind": config.kind,
+            "classes": None if config.classes is None else list(config.classes),
+            "num_classes": config.num_classes,
+            "method": config.method,
+            "pool": config.pool,
         }
 
 

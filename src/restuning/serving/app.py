@@ -77,7 +77,7 @@ class Server:
         now = self.adapters.current
         alike: dict[Any, list[str]] = {}
         for name, how in now.readings.items():
-            alike.setdefault((how, now.predictor.card(name).kind == "per-token"), []).append(name)
+            alike.setdefault((how, now.predictor.adapter_config(name).kind == "per-token"), []).append(name)
         for (how, by_word), names in alike.items():
             now.predictor.predict(self.adapters.example(how, by_word), names)
             if self.decoders is not None:
@@ -137,7 +137,7 @@ class Server:
         """Tasks that read their items alike share jobs, of at most a batch each."""
         alike: dict[Any, list[str]] = {}
         for task in tasks:
-            by_word = now.predictor.card(task).kind == "per-token"
+            by_word = now.predictor.adapter_config(task).kind == "per-token"
             alike.setdefault((now.readings[task], by_word), []).append(task)
         loop = asyncio.get_running_loop()
         jobs: list[Job] = []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Kernel, Port, Read, ReadMaps, Said, SaidMaps
+from restuning._types import Kernel, SiteInfo, Input, InputMaps, Output, OutputMaps
 from restuning.errors import MethodError
 from restuning.tuners.scale import check_rate, check_size
 
@@ -22,7 +22,7 @@ class Lora:
     convolution itself are cut to what it costs.
 
     rank: r. alpha: its numerator; None: the rank, so a factor of one. dropout: on x, in training.
-    A is kaiming-uniform, B zero: the map is unchanged at birth. It merges into the map's weight.
+    A is kaiming-uniform, B zero: the map is unchanged at initialisation. It merges into the map's weight.
     Raises MethodError for a rank below 1 or above the widths, and beside a convolution whose padding is not fixed.
     """
 
@@ -34,12 +34,14 @@ class Lora:
         check_size("Lora", "rank", self.rank)
         check_rate("Lora", self.dropout)
 
-    def __call__(self, port: Port) -> nn.Module:
-        if port.kernel is not None:
-            return ConvLoraTuner(port.reads, port.writes, port.kernel, self)
-        if self.rank > min(port.reads, port.writes):
-            raise MethodError(f"Lora(rank={self.rank}): expected at most the widths, {port.reads} and {port.writes}")
-        return LoraTuner(port.reads, port.writes, self.rank, self.factor, self.dropout)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        if info.kernel is not None:
+            return ConvLoraTuner(info.in_features, info.out_features, info.kernel, self)
+        if self.rank > min(info.in_features, info.out_features):
+            raise MethodError(
+                f"Lora(rank={self.rank}): expected at most the widths, {info.in_features} and {info.out_features}"
+            )
+        return LoraTuner(info.in_features, info.out_features, self.rank, self.factor, self.dropout)
 
     @property
     def factor(self) -> float:
@@ -59,7 +61,7 @@ class LoraTuner(nn.Module):
         self.factor, self.dropout = factor, dropout
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, self.a), self.b if self.factor == 1 else self.b * self.factor)
 
@@ -76,16 +78,16 @@ class ConvLoraTuner(nn.Module):
     merges = True
     on_maps = True
 
-    def __init__(self, reads: int, writes: int, kernel: Kernel, recipe: Lora) -> None:
+    def __init__(self, reads: int, writes: int, kernel: Kernel, config: Lora) -> None:
         super().__init__()
         if kernel.padding is None:
             raise MethodError("LoRA beside a convolution needs one whose padding is fixed")
         shape = (reads // kernel.groups, *kernel.size)
         inner = math.prod(shape)
-        rank = min(recipe.rank, max(1, writes * inner // (writes + inner)))
+        rank = min(config.rank, max(1, writes * inner // (writes + inner)))
         self.a = nn.Parameter(torch.empty(rank, *shape))
         self.b = nn.Parameter(torch.zeros(writes, rank, 1, 1))
-        self.groups, self.factor, self.dropout = kernel.groups, recipe.factor, recipe.dropout
+        self.groups, self.factor, self.dropout = kernel.groups, config.factor, config.dropout
         self.settings: dict[str, Any] = {
             "stride": kernel.stride,
             "padding": kernel.padding,
@@ -93,7 +95,7 @@ class ConvLoraTuner(nn.Module):
         }
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
-    def forward(self, x: ReadMaps, y: SaidMaps) -> SaidMaps:
+    def forward(self, x: InputMaps, y: OutputMaps) -> OutputMaps:
         x = F.dropout(x, self.dropout, self.training)
         if self.groups > 1:
             return F.conv2d(x, self._change(), groups=self.groups, **self.settings)
