@@ -20,7 +20,7 @@ from restuning.hooks.points import backbone_lock
 from restuning.hooks.taps import tap
 from restuning.model.adapter import Reader
 from restuning.model.tuned import Tuned
-from restuning.runs.load import transform_of, load_tuned
+from restuning.runs.load import load_tuned, transform_of
 from restuning.runs.settings import RUN, read_run
 from restuning.training.evaluate import loader
 from restuning.utils.files import as_json
@@ -205,8 +205,9 @@ def _onnx(graph: Graph, named: Mapping[str, Tensor]) -> tuple[bytes, Any]:
         warnings.simplefilter("ignore")
         file = Path(folder) / FORMATS["onnx"]
         try:
-            names = {"input_names": list(named), "output_names": ["logits"]}
-            made = torch.onnx.export(program, dynamo=True, verbose=False, optimize=True, **names)
+            made = torch.onnx.export(
+                program, input_names=list(named), output_names=["logits"], dynamo=True, verbose=False, optimize=True
+            )
             assert made is not None
             made.save(file, external_data=False)
         except Exception as error:

@@ -7,7 +7,11 @@ from typing import Any
 from torch import nn
 
 from restuning.backbones.load import load_backbone, preprocessing_of
-from restuning.data import Preprocess, Reading, reading
+from restuning.data import (
+    Preprocess,
+    Reading,
+    reading,
+)
 from restuning.errors import CheckpointError
 from restuning.model.files import read
 from restuning.model.tuned import Tuned

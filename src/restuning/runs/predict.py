@@ -14,7 +14,7 @@ from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.model.answers import answers
 from restuning.model.predictor import Outputs, Predictor
 from restuning.model.tuned import Tuned
-from restuning.runs.load import transform_of, load_tuned
+from restuning.runs.load import load_tuned, transform_of
 from restuning.training.evaluate import loader, padded
 from restuning.utils.files import atomic_write
 

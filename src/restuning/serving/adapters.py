@@ -13,7 +13,7 @@ import torch
 from restuning.backbones.load import load_backbone, preprocessing_of
 from restuning.data import Preprocess, Reading, Texts, Tokenise, Tokenised
 from restuning.errors import CheckpointError, DataError, RestuningError
-from restuning.model.files import CONFIG, MODEL, read_config, changes_the_base
+from restuning.model.files import CONFIG, MODEL, changes_the_base, read_config
 from restuning.model.predictor import Inputs, Predictor
 from restuning.model.tuned import Tuned
 from restuning.runs.load import backbone_of, transform_of

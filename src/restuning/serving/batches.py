@@ -191,7 +191,7 @@ class Batcher:
         top = max(job.top for job in jobs)
         if head:
             for outputs in answer.outputs:
-                for task, row, one in answers(outputs, predictor.config, top, words):
+                for task, row, one in answers(outputs, predictor.adapter_config, top, words):
                     job, found, i = owners[row]
                     found[i][task] = one if "top" not in one or job.top == top else {"top": one["top"][: job.top]}
         if not head or any(job.logits for job in jobs):

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Kernel, SiteInfo, Input, InputMaps, Output, OutputMaps
+from restuning._types import Input, InputMaps, Kernel, Output, OutputMaps, SiteInfo
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.scale import check_rate, check_size
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (Hu et al. 2022): (alpha / rank) · x A Bᵀ beside an affine map; rank · (reads + writes) parameters.
+    """LoRA (Hu et al. 2022): (alpha / rank) · x A Bᵀ beside an affine map; rank · (in_features + out_features)
+    parameters.
 
-    Beside a convolution, A is one of its kernel and stride, to r channels, and B one of 1 × 1: r (reads · k² + writes).
-    In a grouped one ΔW is the matrix BA, r (reads / groups · k² + writes). Ranks that would cost more than the
-    convolution itself are cut to what it costs.
+    Beside a convolution, A is one of its kernel and stride, to r channels, and B one of 1 × 1: r (in_features · k² +
+    out_features). In a grouped one ΔW is the matrix BA, r (in_features / groups · k² + out_features). Ranks that would
+    cost more than the convolution itself are cut to what it costs.
 
     rank: r. alpha: its numerator; None: the rank, so a factor of one. dropout: on x, in training.
     A is kaiming-uniform, B zero: the map is unchanged at initialisation. It merges into the map's weight.
@@ -48,16 +50,16 @@ class Lora:
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
 
-class LoraTuner(nn.Module):
-    """(b, n, reads) → (b, n, writes); see `Lora`. a (rank, reads) and b (writes, rank) as PEFT has them."""
+class LoraTuner(Tuner):
+    """(b, n, in_features) → (b, n, out_features); see `Lora`. a (rank, in_features) and b (out_features, rank) as
+    PEFT has them."""
 
     mixes_tokens = False
-    merges = True
 
-    def __init__(self, reads: int, writes: int, rank: int, factor: float, dropout: float) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, factor: float, dropout: float) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, reads))
-        self.b = nn.Parameter(torch.zeros(writes, rank))
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
         self.factor, self.dropout = factor, dropout
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
@@ -71,22 +73,21 @@ class LoraTuner(nn.Module):
         return weight + self.factor * self.b @ self.a, bias
 
 
-class ConvLoraTuner(nn.Module):
-    """(b, reads, h, w) → (b, writes, h', w'); see `Lora`. a (rank, reads / groups, k, k) and b (writes, rank, 1, 1), as
-    PEFT has them where there are no groups."""
+class ConvLoraTuner(Tuner):
+    """(b, in_features, h, w) → (b, out_features, h', w'); see `Lora`. a (rank, in_features / groups, k, k) and b
+    (out_features, rank, 1, 1), as PEFT has them where there are no groups."""
 
-    merges = True
-    on_maps = True
+    layout = "map"
 
-    def __init__(self, reads: int, writes: int, kernel: Kernel, config: Lora) -> None:
+    def __init__(self, in_features: int, out_features: int, kernel: Kernel, config: Lora) -> None:
         super().__init__()
         if kernel.padding is None:
             raise MethodError("LoRA beside a convolution needs one whose padding is fixed")
-        shape = (reads // kernel.groups, *kernel.size)
+        shape = (in_features // kernel.groups, *kernel.size)
         inner = math.prod(shape)
-        rank = min(config.rank, max(1, writes * inner // (writes + inner)))
+        rank = min(config.rank, max(1, out_features * inner // (out_features + inner)))
         self.a = nn.Parameter(torch.empty(rank, *shape))
-        self.b = nn.Parameter(torch.zeros(writes, rank, 1, 1))
+        self.b = nn.Parameter(torch.zeros(out_features, rank, 1, 1))
         self.groups, self.factor, self.dropout = kernel.groups, config.factor, config.dropout
         self.settings: dict[str, Any] = {
             "stride": kernel.stride,
@@ -102,7 +103,7 @@ class ConvLoraTuner(nn.Module):
         return F.conv2d(F.conv2d(x, self.a, **self.settings), self.b * self.factor)
 
     def _change(self) -> Tensor:
-        """ΔW (writes, reads / groups, k, k)."""
+        """ΔW (out_features, in_features / groups, k, k)."""
         product = self.b.flatten(1) @ self.a.flatten(1)
         return self.factor * product.view(len(self.b), *self.a.shape[1:])
 
