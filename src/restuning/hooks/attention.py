@@ -163,7 +163,8 @@ def _backward_kernel(
 
 def _batched(t: Tensor, q: Tensor) -> Tensor:
     """For every row of q; rows of a batch that come as several windows have the same in each."""
-    return t.repeat_interleave(len(q) // len(t), 0) if t.ndim == 4 else t.expand(len(q), *t.shape)
+    rows = q.shape[0]  # not len(): it would fix the batch of a graph that is traced
+    return t.repeat_interleave(rows // t.shape[0], 0) if t.ndim == 4 else t.expand(rows, *t.shape)
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:
