@@ -174,3 +174,46 @@ def test_what_is_refused(tmp_path: Path) -> None:
     full.train()
     with pytest.raises(MethodError, match="training mode"):
         rt.Predictor.of(full).predict(x)
+
+
+def test_threads_that_share_a_choice_are_told() -> None:
+    """Each chooses its own adapter and calls the model: the right answer, or an error, and never another's."""
+    tuned, x = many("timm-vit", ("bypass", "lora")), TINY["timm-vit"].inputs(2)["x"]
+    expected = rt.Predictor.of(tuned).predict(x)
+    counts = {"right": 0, "wrong": 0, "told": 0}
+
+    def work(name: str) -> None:
+        for _ in range(60):
+            try:
+                tuned.set_adapter(name)
+                with torch.no_grad():
+                    right = torch.allclose(tuned(x), expected[name], rtol=1e-4, atol=1e-5)
+                counts["right" if right else "wrong"] += 1
+            except MethodError as error:
+                assert "restuning.Predictor" in str(error)
+                counts["told"] += 1
+
+    with switching_often(), ThreadPoolExecutor(2) as pool:
+        list(pool.map(work, ("bypass-0", "lora-1")))
+    assert counts["wrong"] == 0 and sum(counts.values()) == 120
+
+    def other(run: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(run).result()
+
+    tuned.set_adapter("bypass-0")
+    other(lambda: tuned.set_adapter("lora-1"))
+    with pytest.raises(MethodError, match="another thread has changed the active adapters"):
+        tuned(x)
+    tuned.set_adapter("bypass-0")
+    with torch.no_grad():
+        torch.testing.assert_close(other(lambda: tuned(x)), expected["bypass-0"], rtol=1e-4, atol=1e-5)
+
+    hold = tuned.backbone.get_submodule("blocks.1").register_forward_hook(
+        lambda *_: other(lambda: tuned.backbone(x)) and None
+    )
+    try:
+        with pytest.raises(MethodError, match="another thread has hooks on it"):
+            tuned(x)
+    finally:
+        hold.remove()

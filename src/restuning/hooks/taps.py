@@ -4,8 +4,10 @@ import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from restuning._types import Features
@@ -71,9 +73,21 @@ class Taps:
 
 @contextmanager
 def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: TokenSelection = ALL) -> Iterator[Taps]:
-    """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
+    """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says).
+
+    A call of the backbone from another thread, which would meet these hooks, raises MethodError.
+    """
+    owner = get_ident()
+
+    def same_thread(m: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and get_ident() != owner:
+            raise MethodError(
+                "the backbone is called while another thread has hooks on it: call a restuning.Predictor from threads"
+            )
+
     taps = Taps(layers, view, sites.uniform, maps=sites.join is not None)
     with ExitStack() as stack:
+        stack.enter_context(before(backbone, same_thread, first=True))
         if view.by_mask or MASK in taps.wanted:
             stack.enter_context(before(backbone, taps.mask))
         for layer in taps.wanted:

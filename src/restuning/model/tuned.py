@@ -41,6 +41,7 @@ from restuning.model.files import (
 )
 from restuning.model.mixed import AdapterStack, kind_of, serve, take_rows
 from restuning.model.stack import PerRow, Stack
+from restuning.model.threads import Choice, by_choice
 from restuning.side.features import ALL, TokenSelection
 from restuning.tuners.base import Mergeable
 
@@ -77,6 +78,7 @@ class Tuned(nn.Module):
             {name: module.training for name, module in backbone.named_modules()},
         )
         self._train_mode, self._disabled = train_mode, False
+        self._choice = Choice()
         self._name, self._class = backbone_name or name_of(backbone), type(backbone).__name__
         self.active_adapters: tuple[str, ...] = ()
         self.backbone = backbone.requires_grad_(False)
@@ -110,6 +112,7 @@ class Tuned(nn.Module):
         regression `num_classes` is the number of targets. Raises MethodError for a name in use or unfit, an unknown
         method, a class count below 1, a pooling that a kind cannot have; SiteError for an operation that is not there.
         """
+        self._choice.changed()
         if name in self.adapters:
             raise MethodError(f"there is an adapter named {name!r} already: delete it first, or choose another name")
         if not re.fullmatch(r"\w[\w-]*", name) or hasattr(self.adapters, name):
@@ -168,16 +171,19 @@ class Tuned(nn.Module):
             self._find(name)
         if not names:
             raise MethodError("set_adapter needs a name at least; use disable_adapter() for the bare backbone")
+        self._choice.changed()
         self.active_adapters = names
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, `tuned(x)` is the bare backbone; the active adapters stay those they were."""
+        self._choice.changed()
         before, self._disabled = self._disabled, True
         try:
             yield
         finally:
             self._disabled = before
+            self._choice.changed(check=False)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; the others stay as they are."""
@@ -255,6 +261,7 @@ class Tuned(nn.Module):
 
     # ---- what it computes
 
+    @by_choice
     def forward(
         self,
         *args: Any,
@@ -356,6 +363,7 @@ class Tuned(nn.Module):
         """What the active adapter's head reads, (b, d) as a rule, or {name: …} when several are active."""
         return self.from_features(self.features(*args, **kwargs), head=False)
 
+    @by_choice
     def features(self, *args: Any, **kwargs: Any) -> Features:
         """The features x_l (b, n, d) that the active adapters read, the tokens that no output can see left out.
 
@@ -396,6 +404,7 @@ class Tuned(nn.Module):
             self._replay.watch(taps.features, partial(on, recomputing=True))
         return taps.features
 
+    @by_choice
     def from_features(self, features: Features, kept: TokenSelection | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
 
