@@ -1,18 +1,22 @@
 """Graphs that need no library: the model's own numbers, for any number of items."""
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from served import save_adapters
+from served import picture, save_adapters
 from tiny import TINY, small
 
 import restuning as rt
 from restuning.cli.main import main
 from restuning.runs import export as module
 from restuning.runs.export import Graph
+from restuning.runs.predict import predict
 
 VIT = ("bypass", "prefix", "vpt-shallow", "convpass")
 
@@ -67,3 +71,20 @@ def test_an_exported_folder(tmp_path: Path, capsys: Any, monkeypatch: pytest.Mon
     loaded = torch.export.load(tmp_path / "out" / "model.pt2").module()
     torch.testing.assert_close(loaded(x), expected, rtol=1e-4, atol=1e-5)
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
+
+
+def test_the_example_of_the_docs(tmp_path: Path, capsys: Any) -> None:
+    """onnxruntime, NumPy and Pillow alone give the classes that `predict` gives."""
+    save_adapters(tmp_path, "restuning-micro", {"task": ("linear", 4, "single-label")})
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(picture(i))
+    assert main(["export", str(tmp_path / "task"), "--out", str(tmp_path / "out"), "--inputs", str(tmp_path)]) == 0
+    text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    (code,) = (
+        block for block in re.findall(r"```\n(.*?)```", text, re.S) if "onnxruntime" in block and "argv" in block
+    )
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    run = [sys.executable, "-c", code, str(tmp_path / "out"), *files]
+    lines = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    expected = [f"{row['input']} {row['top'][0]['class']}" for row in predict([tmp_path / "task"], str(tmp_path))]
+    assert lines == expected

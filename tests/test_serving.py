@@ -26,7 +26,7 @@ from served import picture, same_answer, save_adapters, serving
 from test_text import WORDS, save_model
 
 import restuning as rt
-from restuning.cli.main import main
+from restuning.cli.main import _parser, main
 from restuning.runs.predict import predict
 from restuning.serving import AsyncClient, Client
 from restuning.serving.app import Server
@@ -640,3 +640,20 @@ def test_a_decoder_that_takes_too_long_is_replaced() -> None:
             decoders.pixels(picture(0, kind="ICO", sizes=[(16, 16)]), how)
     finally:
         decoders.close()
+
+
+def test_what_is_deployed_is_what_there_is() -> None:
+    """The image's command is one that the command line takes; compose and Prometheus are read as what they are."""
+    import yaml
+
+    root = Path(__file__).parent.parent / "docker"
+    lines = dict(
+        line.split(" ", 1) for line in (root / "Dockerfile").read_text().splitlines() if line[:3] in ("ENT", "CMD")
+    )
+    command = [*json.loads(lines["ENTRYPOINT"]), *json.loads(lines["CMD"])]
+    args = _parser().parse_args(command[1:])
+    assert args.watch and args.host == "0.0.0.0" and args.root == Path("/adapters")
+    compose, prometheus = (yaml.safe_load((root / name).read_text()) for name in ("compose.yaml", "prometheus.yaml"))
+    assert (root.parent / compose["services"]["restuning"]["build"]["dockerfile"]).is_file()
+    assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == ["restuning:8000"]
+    assert compose["services"]["restuning"]["ports"] == ["127.0.0.1:8000:8000"], "loopback, unless one says so"
