@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -11,19 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.backbones.sites import Sites
+from restuning.backbones.sites import Site, Sites
 from restuning.errors import CheckpointError, MethodError
 from restuning.hooks.law import Attachment, group_by_site
-from restuning.hooks.points import backbone_lock
-from restuning.hooks.taps import tap
+from restuning.hooks.points import NamedTuners, backbone_lock
+from restuning.hooks.taps import check_square, tap
 from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
 from restuning.model.mixed import CHUNK, kind_of
 from restuning.model.stack import PerRow, Stack
 from restuning.model.tuned import Tuned
-from restuning.side import SideNet
-from restuning.side.features import ALL
+from restuning.side.features import FeatureRequest, Features
 
 MAX_ROWS = 256
 """Rows of a pass with tuners inside the backbone at most: more of them take another pass."""
@@ -67,7 +67,7 @@ class _Group:
     @classmethod
     def of(cls, key: str, readers: Mapping[str, Reader], backbone: nn.Module) -> "_Group":
         first = next(iter(readers.values()))
-        if isinstance(first.adapter.side, SideNet) or not any(True for _ in first.parameters()):
+        if not first.adapter.stackable or not any(True for _ in first.parameters()):
             return cls(key, readers)
         # a stack that runs puts its tensors into the first of its readers, which older snapshots share
         with torch.no_grad(), backbone_lock(backbone):
@@ -106,14 +106,14 @@ class Predictor:
             MethodError: for a name that is not there, and a backbone that denoises.
         """
         if tuned.denoises:
-            raise MethodError(f"{tuned._sites.anatomy.name} denoises: a predictor is of backbones with heads")
+            raise MethodError(f"{tuned.sites.anatomy.name} denoises: a predictor is of backbones with heads")
         names = list(tuned.adapters) if names is None else names
         backbone = tuned.backbone
-        held = (*backbone.modules(), *backbone.parameters(), *backbone.buffers(), tuned._sites)
+        held = (*backbone.modules(), *backbone.parameters(), *backbone.buffers(), tuned.sites)
         shared = {id(one): one for one in held}
         with torch.no_grad():
             readers = {name: _frozen(copy.deepcopy(tuned.reader(name), dict(shared))) for name in names}
-        empty = cls(tuned.backbone, MappingProxyType({}), tuned._sites, MappingProxyType({}), (), _Loader())
+        empty = cls(tuned.backbone, MappingProxyType({}), tuned.sites, MappingProxyType({}), (), _Loader())
         return empty._with(readers)
 
     # ---- the next snapshot
@@ -297,19 +297,16 @@ class Predictor:
     ) -> list[Outputs]:
         """One pass of the backbone as it is, and every group on its features. rows: those of the batch given."""
         asked = [(group, names) for group in self._groups if (names := [n for n in group.readers if n in wanted])]
-        adapters = [next(iter(group.readers.values())).adapter for group, _ in asked]
-        views = {adapter.view for adapter in adapters}
-        view = views.pop() if len(views) == 1 else ALL
-        layers = sorted({layer for adapter in adapters for layer in adapter.layers_of(view)})
-        features = self._pass(inputs, {}, layers, view)
+        requests = [next(iter(group.readers.values())).adapter.request for group, _ in asked]
+        features = self._pass(inputs, {}, FeatureRequest.of_all(requests))
         at, outputs = {row: i for i, row in enumerate(rows)}, []
         for group, names in asked:
             reader = group.readers[names[0]]
-            own = reader.own(dict(zip(layers, features, strict=True)), view)
+            own = reader.select(features)
             tasks = [(name, wanted[name]) for name in names]
             alike = len({rows for _, rows in tasks}) == 1
             index = [at[row] for _, rows in (tasks[:1] if alike else tasks) for row in rows]
-            own = tuple(_rows(x, index) for x in own)
+            own = own.map(partial(_rows, rows=index))
             if group.stack is None:
                 values = [reader(own, head)] * len(names) if alike else [reader(own, head)]
                 outputs.append(Outputs(tasks, torch.cat(values)))
@@ -317,11 +314,12 @@ class Predictor:
             places = {name: i for i, name in enumerate(group.readers)}
             if alike:
                 which = None if len(names) == len(places) else [places[name] for name in names]
-                values = group.stack(own, head, which=_index(which, own[0]))
+                values = group.stack(own, head, which=_index(which, own.last))
                 outputs.append(Outputs(tasks, values.flatten(0, 1)))
             else:
                 which = [places[name] for name, rows in tasks for _ in rows]
-                values = group.stack(tuple(x[:, None] for x in own), head, own=True, which=_index(which, own[0]))
+                own = own.map(lambda x: x[:, None])
+                values = group.stack(own, head, batched=True, which=_index(which, own.last))
                 outputs.append(Outputs(tasks, values.squeeze(1)))
         return outputs
 
@@ -340,20 +338,19 @@ class Predictor:
             (same[0][0], "", same[0][1] if len(readers) == 1 else PerRow([tuner for _, tuner in same], which))
             for same in alike
         )
-        features = self._pass(_rows(inputs, rows), inside, like.layers, like.view)
+        features = self._pass(_rows(inputs, rows), inside, like.request)
         if len(readers) == 1 or not any(True for _ in like.parameters()):
             values = readers[0](features, head)
         else:
-            own = tuple(x[:, None] for x in features)
-            values = Stack(readers)(own, head, own=True, which=which).squeeze(1)
+            own = features.map(lambda x: x[:, None])
+            values = Stack(readers)(own, head, batched=True, which=which).squeeze(1)
         return Outputs(list(tasks.items()), values)
 
-    def _pass(self, inputs: Inputs, inside: Any, layers: Sequence[int], view: Any) -> tuple[Tensor, ...]:
+    def _pass(self, inputs: Inputs, inside: Mapping[Site, NamedTuners], request: FeatureRequest) -> Features:
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
-        with Attachment(self.backbone, self._sites, inside).on(), tap(self.backbone, self._sites, layers, view) as taps:
+        with Attachment(self.backbone, self._sites, inside).on(), tap(self.backbone, self._sites, request) as taps:
             self.backbone(*args, **kwargs)
-        if taps.oblong and view == ALL and len(layers) > 1 and not self._sites.uniform:
-            raise MethodError("a side path over stages needs square maps: images as high as wide")
+        check_square(taps, self._sites)
         return taps.features
 
     def _by_task(self, inputs: Inputs, tasks: Sequence[str] | None, head: bool) -> dict[str, Tensor]:

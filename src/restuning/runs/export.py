@@ -40,7 +40,7 @@ class Graph(nn.Module):
     def __init__(self, tuned: Tuned, name: str, names: Sequence[str] = ()) -> None:
         super().__init__()
         self.backbone, self.reader, self.names = tuned.backbone, tuned.reader(name), tuple(names)
-        self._sites: Sites = tuned._sites
+        self._sites: Sites = tuned.sites
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Inputs (b, …) → logits (b, c), or (b, n, c) of every token."""
@@ -50,7 +50,7 @@ class Graph(nn.Module):
         with (
             backbone_lock(self.backbone),
             Attachment(self.backbone, self._sites, added).on(),
-            tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps,
+            tap(self.backbone, self._sites, adapter.request) as taps,
         ):
             if self.names:
                 self.backbone(**dict(zip(self.names, inputs, strict=True)))
