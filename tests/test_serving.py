@@ -26,11 +26,13 @@ from served import picture, same_answer, save_adapters, serving
 from test_text import WORDS, save_model
 
 import restuning as rt
-from restuning.cli.main import _parser, main
+from restuning.cli.arguments import filled
+from restuning.cli.main import main, parse
 from restuning.runs.predict import predict
 from restuning.serving import AsyncClient, Client
 from restuning.serving.app import Server
 from restuning.serving.client import ServerError
+from restuning.serving.settings import ServeSettings
 
 MICRO = "restuning-micro"
 METHODS = {method: (method, 3 + i % 5, "single-label") for i, method in enumerate(rt.METHODS) if method != "full"}
@@ -651,8 +653,8 @@ def test_what_is_deployed_is_what_there_is() -> None:
         line.split(" ", 1) for line in (root / "Dockerfile").read_text().splitlines() if line[:3] in ("ENT", "CMD")
     )
     command = [*json.loads(lines["ENTRYPOINT"]), *json.loads(lines["CMD"])]
-    args = _parser().parse_args(command[1:])
-    assert args.watch and args.host == "0.0.0.0" and args.root == Path("/adapters")
+    settings = filled(ServeSettings, parse(command[1:]))
+    assert settings.watch and settings.host == "0.0.0.0" and settings.backbone == MICRO
     compose, prometheus = (yaml.safe_load((root / name).read_text()) for name in ("compose.yaml", "prometheus.yaml"))
     assert (root.parent / compose["services"]["restuning"]["build"]["dockerfile"]).is_file()
     assert prometheus["scrape_configs"][0]["static_configs"][0]["targets"] == ["restuning:8000"]

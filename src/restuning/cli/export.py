@@ -1,35 +1,39 @@
-"""`export`."""
+"""`restuning export`."""
 
 import argparse
-import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from restuning.cli.flags import Add
+from restuning.cli.arguments import Parser, filled
+from restuning.cli.output import say
+from restuning.runs.export import FORMATS, export
+from restuning.utils.options import Json, Option
 
-
-def add_commands(add: Add) -> None:
-    export = add(
-        "export",
-        _export,
-        "Write a saved adapter with its backbone as one graph, which onnxruntime or torch runs without this library.",
-        "restuning export runs/photos --format onnx --out exported/photos",
-    )
-    export.add_argument("adapter", type=Path, help="folder of a saved adapter")
-    export.add_argument("--format", choices=["onnx", "torch-export"], default="onnx", help="(default onnx)")
-    export.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
-    export.add_argument("--weights", help="the backbone's weights, if not those of its run.json")
-    export.add_argument("--inputs", help="images or texts to compare on (default: what the run was tested on)")
+EXAMPLE = "restuning export runs/photos --format onnx --out exported/photos"
 
 
-def _export(args: argparse.Namespace) -> None:
-    from restuning.runs.export import export
+@dataclass(frozen=True)
+class Export:
+    """What is written, and where."""
 
-    about = export(args.adapter, args.out, args.format, args.weights, args.inputs)
-    if args.json:
-        print(json.dumps(about))
-        return
+    adapter: Annotated[Path, Option("folder of a saved adapter", positional=True)]
+    out: Annotated[Path, Option("a folder that is not there yet")]
+    format: Annotated[str, Option(choices=tuple(FORMATS))] = "onnx"
+    weights: Annotated[str | None, Option("the backbone's weights, if not those of its run.json")] = None
+    inputs: Annotated[
+        str | None, Option("images or texts to compare on (default: what the run was tested on)", metavar="PATH")
+    ] = None
+    json: Json = False
+
+
+def arguments(parser: Parser) -> None:
+    parser.settings(Export)
+
+
+def run(args: argparse.Namespace) -> None:
+    own = filled(Export, args)
+    about = export(own.adapter, own.out, own.format, own.weights, own.inputs)
     checked = about["checked"]
-    print(
-        f"{args.out / about['file']}: differs from the model by {checked['largest_difference']:.1e} at most, "
-        f"on {checked['items']} of {checked['on']}"
-    )
+    text = f"differs from the model by {checked['largest_difference']:.1e} at most"
+    say(own.json, about, f"{own.out / about['file']}: {text}, on {checked['items']} of {checked['on']}")

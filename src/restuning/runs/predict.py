@@ -26,6 +26,7 @@ def predict(
     weights: str | None = None,
     embeddings: Path | None = None,
     device: str | None = None,
+    batch_size: int = 32,
 ) -> list[dict[str, Any]]:
     """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
     with their classes under per-token.
@@ -49,7 +50,7 @@ def predict(
     found: dict[tuple[str, int], dict[str, Any]] = {}
     read: dict[str, list[Tensor]] = {name: [] for name in names}
     done = 0
-    for inputs, labels in loader(examples, 32):
+    for inputs, labels in loader(examples, batch_size):
         if embeddings is None:
             outputs = predictor.answer(inputs, dict.fromkeys(names, range(len(labels)))).outputs
         else:

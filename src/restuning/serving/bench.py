@@ -31,6 +31,7 @@ SECONDS = 4.0
 """Of load, for each measurement of a round."""
 
 THREADS, ANSWERS = 8, 10_000
+SERVING = ("serve", "threads")
 KINDS = ("bypass", "linear", "lora", "ssf")
 
 WANTED = {

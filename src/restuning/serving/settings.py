@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from restuning.errors import RestuningError
+from restuning.utils.options import Device, ImageSize, Option
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of images that are decoded, by Pillow's names."""
@@ -30,31 +32,37 @@ class ServeSettings:
         precision: no, bf16 or fp16 (autocast). threads: of the computation; None: torch's own number.
     """
 
-    adapters: tuple[str, ...] = ()
-    root: Path | None = None
-    watch: bool = False
-    allow_changes: bool = False
-    allow_hub: bool = False
-    backbone: str | None = None
-    weights: str | None = None
-    image_size: int | None = None
-    host: str = "127.0.0.1"
-    info: int = 8000
-    max_batch: int = 32
-    max_wait_ms: float = 2.0
-    max_queue: int = 256
-    max_body: int = 32 * 2**20
-    max_items: int = 64
-    max_pixels: float = 50.0
-    max_text: int = 100_000
-    decode_seconds: float = 10.0
-    read_seconds: float = 30.0
+    adapters: Annotated[
+        tuple[str, ...], Option("folders of saved adapters, or NAME=FOLDER", metavar="ADAPTER", positional=True)
+    ] = ()
+    root: Annotated[
+        Path | None, Option("where adapters are looked for", flag="adapters", metavar="FOLDER", parse=Path)
+    ] = None
+    watch: Annotated[bool, Option("serve every adapter that appears in that folder")] = False
+    allow_changes: Annotated[bool, Option("let clients add (from that folder) and remove adapters")] = False
+    allow_hub: Annotated[bool, Option("let them add from the hub too, by full revision")] = False
+    backbone: Annotated[str | None, Option("the backbone (default: that of the first adapter's files)")] = None
+    weights: Annotated[str | None, Option("the backbone's weights, if not those of a run.json")] = None
+    image_size: ImageSize = None
+    host: Annotated[str, Option("the address to listen on")] = "127.0.0.1"
+    port: Annotated[int, Option("0: any that is free")] = 8000
+    max_batch: Annotated[int, Option("items of a forward at most", metavar="N")] = 32
+    max_wait_ms: Annotated[float, Option("how long the first item of a batch waits for others", metavar="MS")] = 2.0
+    max_queue: Annotated[int, Option("items that wait at most; then 429", metavar="N")] = 256
+    max_body: Annotated[int, Option("bytes of a request; then 413", metavar="N")] = 32 * 2**20
+    max_items: Annotated[int, Option("images or texts in a request", metavar="N")] = 64
+    max_pixels: Annotated[float, Option("megapixels of an image", metavar="N")] = 50.0
+    max_text: Annotated[int, Option("characters of a text", metavar="N")] = 100_000
+    decode_seconds: Annotated[float, Option("how long an image may take to decode", metavar="S")] = 10.0
+    read_seconds: Annotated[float, Option("how long a client may take to send its request", metavar="S")] = 30.0
     watch_seconds: float = 1.0
-    decoders: int = 1
-    api_key: str | None = None
-    device: str | None = None
-    precision: str = "no"
-    threads: int | None = None
+    decoders: Annotated[int, Option("processes that decode images", metavar="N")] = 1
+    api_key: Annotated[
+        str | None, Option("what clients must send (default: RESTUNING_API_KEY; where that is empty, nothing)")
+    ] = None
+    device: Device = None
+    precision: Annotated[str, Option("autocast", choices=("no", "bf16", "fp16"))] = "no"
+    threads: Annotated[int | None, Option("of the computation (default: torch's own number)", metavar="N")] = None
 
     def __post_init__(self) -> None:
         numbers = ("max_batch", "max_queue", "max_body", "max_items", "max_text", "decoders", "threads")
