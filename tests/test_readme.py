@@ -27,7 +27,7 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_the_commands_parse() -> None:
     lines = [line for line in README.splitlines() if line.startswith("restuning ")]
-    assert len(lines) == 13
+    assert len(lines) == 15
     for line in lines:
         parse(shlex.split(line)[1:])
 

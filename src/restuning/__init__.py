@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from restuning.model.count import count as count
     from restuning.model.peft import load_peft as load_peft
     from restuning.model.peft import save_peft as save_peft
+    from restuning.model.predictor import Predictor as Predictor
     from restuning.model.tuned import Tuned as Tuned
     from restuning.model.tuned import adapt as adapt
     from restuning.side import AlexNet as AlexNet
@@ -83,6 +84,7 @@ _PUBLIC = {
     ),
     "model.count": ("count",),
     "model.peft": ("load_peft", "save_peft"),
+    "model.predictor": ("Predictor",),
     "model.tuned": ("Tuned", "adapt"),
     "side": ("AlexNet", "SmallCnn"),
     "side.base": ("SideConfig", "SideNetwork"),

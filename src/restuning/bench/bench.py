@@ -167,15 +167,22 @@ def bench(what: str, **given: Any) -> list[Record]:
         raise RestuningError(f"unknown benchmark {what!r}: expected one of {', '.join(BENCHES)}")
     run, own, defaults = BENCHES[what]
     settings = Bench(**{**defaults, **given})
-    facts, measured = settings.facts(own), run(settings)
+    wanted = WANTED[what] if settings.backbone == "vit_base_patch16_224" else {}
+    return records_of(what, run(settings), settings.facts(own), wanted)
+
+
+def records_of(
+    what: str, measured: Measured, facts: Mapping[str, Any], wanted: Mapping[tuple[str, str, str], str]
+) -> list[Record]:
+    """A record for every name. wanted: of the ratio (name, name, unit)."""
     records = []
     for name, units in measured.samples.items():
         ratios: dict[str, dict[str, Any]] = {}
         for a, b, unit in measured.pairs:
             if a == name and all(measured.samples.get(b, {}).get(unit, [0])):
                 found = {k: _short(v) for k, v in spread(units[unit], measured.samples[b][unit]).items()}
-                wanted = WANTED[what].get((a, b, unit)) if settings.backbone == "vit_base_patch16_224" else None
-                ratios[f"{unit} / {b}"] = {**found, **({} if wanted is None else {"wanted": wanted})}
+                bar = {"wanted": wanted[a, b, unit]} if (a, b, unit) in wanted else {}
+                ratios[f"{unit} / {b}"] = {**found, **bar}
         values = {unit: _short(statistics.median(v)) for unit, v in units.items()}
         records.append({"what": what, "name": name, "values": values, "ratios": ratios, "settings": facts})
     return records + [

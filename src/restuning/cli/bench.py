@@ -10,17 +10,20 @@ from restuning.bench.bench import BENCHES, Bench, bench
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import table
 from restuning.errors import RestuningError
+from restuning.serving.bench import SERVING, bench_serving
 from restuning.utils.figures import absent, pyplot, tables, write
 from restuning.utils.options import Json, Option
 
 EXAMPLE = "restuning bench memory --weights random --out runs/bench"
+
+WHAT = (*BENCHES, *SERVING)
 
 
 @dataclass(frozen=True)
 class BenchCommand:
     """Which benchmark, and where its records go."""
 
-    what: Annotated[str, Option(f"one of {', '.join(BENCHES)}", positional=True, choices=tuple(BENCHES))]
+    what: Annotated[str, Option(f"one of {', '.join(WHAT)}", positional=True, choices=WHAT)]
     out: Annotated[Path | None, Option("folder for WHAT.jsonl, WHAT.md and WHAT.png (default: none)")] = None
     json: Json = False
 
@@ -36,7 +39,8 @@ def run(args: argparse.Namespace) -> None:
         pyplot()  # a long run should not fail at its end
         if own.out.exists() and not own.out.is_dir():
             raise RestuningError(f"cannot write to {own.out}: it is no folder")
-    records = bench(own.what, **given(Bench, args))
+    run_one = bench_serving if own.what in SERVING else bench
+    records = run_one(own.what, **given(Bench, args))
     if own.out is not None:
         write(records, own.out)
     if own.json:

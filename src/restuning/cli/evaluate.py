@@ -12,6 +12,7 @@ from restuning.data import check, load_task, prepared
 from restuning.data.objective import confusion, objective
 from restuning.data.task import some
 from restuning.errors import RestuningError
+from restuning.model.predictor import Predictor
 from restuning.runs.load import load_tuned, transform_of
 from restuning.runs.predict import device_of
 from restuning.runs.settings import RUN, read_run
@@ -68,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
         )
     check(test)
     reading = transform_of(own.adapter, config.preprocessing)
-    logits, labels = predict_logits(tuned.to(device), prepared(test, reading), own.batch_size)
+    model = Predictor.of(tuned.to(device)).as_module("default")
+    logits, labels = predict_logits(model, prepared(test, reading), own.batch_size)
     metrics = {name: round(value, 4) for name, value in metrics_of.metrics(logits, labels)}
     each = {}
     if own.per_class:

@@ -45,6 +45,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "predict",
         "Classify an image, a folder of images, a text or a file of texts with saved adapters of one backbone.",
     ),
+    "serve": ("serve", "Serve saved adapters of one backbone over HTTP: every task of a request from one forward."),
+    "export": (
+        "export",
+        "Write a saved adapter with its backbone as one graph, which onnxruntime or torch runs without this library.",
+    ),
     "methods": ("methods", "List the named methods."),
     "sites": ("sites", "List where a backbone's operations read and write."),
     "params": ("params", "Count parameters: tuners and head apart; no weights are loaded."),

@@ -1,6 +1,7 @@
 """Bytes → an RGB image, or one line that says why not."""
 
 import warnings
+from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING
 
 from restuning.errors import DataError, MissingExtra, line
@@ -12,10 +13,11 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", 
 MEGAPIXELS = 100
 
 
-def decode(file: IO[bytes], name: str) -> "Image":
+def decode(file: IO[bytes], name: str, formats: Sequence[str] | None = None, megapixels: float = MEGAPIXELS) -> "Image":
     """Upright, RGB, transparency on white. Raises DataError if it is unreadable, truncated or too large.
 
-    The size is read from the header: an image of more than 100 megapixels is refused before it is decoded.
+    The size is read from the header: an image of more than `megapixels` is refused before it is decoded. formats: the
+    only ones that are tried, by Pillow's names; None: all.
     """
     try:
         from PIL import Image, ImageOps
@@ -24,13 +26,13 @@ def decode(file: IO[bytes], name: str) -> "Image":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(file, formats=None if formats is None else tuple(formats))
         width, height = image.size
-        if width * height > MEGAPIXELS * 10**6:
-            raise DataError(f"{name} has {width} x {height} pixels: expected at most {MEGAPIXELS} megapixels")
+        if width * height > megapixels * 10**6:
+            raise DataError(f"{name} has {width} x {height} pixels: expected at most {megapixels:g} megapixels")
         return _rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as error:
-        raise DataError(f"{name} is too large: expected at most {MEGAPIXELS} megapixels") from error
+        raise DataError(f"{name} is too large: expected at most {megapixels:g} megapixels") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise DataError(f"{name} cannot be read as an image: {line(error)}") from error
 

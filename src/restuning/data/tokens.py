@@ -80,10 +80,11 @@ class Tokenised(Dataset[tuple[dict[str, list[int]], Any]]):
     Raises DataError for a text beyond the model's length.
     """
 
-    def __init__(self, items: Items, how: Tokenise) -> None:
+    def __init__(self, items: Items, how: Tokenise, tokenizer: Any = None) -> None:
+        """tokenizer: the one that `how` loads, if it has been loaded."""
         texts = [items.item(i) for i in range(len(items))]
         words = bool(texts) and isinstance(texts[0][0], list)
-        tokenizer = how.load(words)
+        tokenizer = how.load(words) if tokenizer is None else tokenizer
         self.fields = tokenizer(
             *(list(column) for column in zip(*texts, strict=True)),
             truncation=how.max_length is not None,

@@ -117,7 +117,10 @@ class _Merge(torch.autograd.Function):
 
 
 def _kernel(call: Call) -> bool:
-    """Whether a kernel is there that gives and takes a log-sum-exp."""
+    """Whether a kernel is there that gives and takes a log-sum-exp, and may be used: no graph to be read elsewhere is
+    being made."""
+    if torch.compiler.is_exporting():
+        return False
     same = call.q.shape[:2] == call.k.shape[:2] and call.q.shape[-1] == call.v.shape[-1]
     if call.q.device.type == "cpu":
         return same
@@ -160,7 +163,8 @@ def _backward_kernel(
 
 def _batched(t: Tensor, q: Tensor) -> Tensor:
     """For every row of q; rows of a batch that come as several windows have the same in each."""
-    return t.repeat_interleave(len(q) // len(t), 0) if t.ndim == 4 else t.expand(len(q), *t.shape)
+    rows = q.shape[0]  # not len(): it would fix the batch of a graph that is traced
+    return t.repeat_interleave(rows // t.shape[0], 0) if t.ndim == 4 else t.expand(rows, *t.shape)
 
 
 def _additive(mask: Tensor, q: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -78,9 +80,22 @@ class Taps:
 
 @contextmanager
 def tap(backbone: nn.Module, sites: Sites, request: FeatureRequest) -> Iterator[Taps]:
-    """While it lasts, what is asked for is taken from every forward of the backbone."""
+    """While it lasts, what is asked for is taken from every forward of the backbone.
+
+    Raises:
+        MethodError: the backbone is called by another thread, which would meet these hooks.
+    """
+    owner = get_ident()
+
+    def same_thread(m: nn.Module, args: Any, kwargs: Any) -> None:
+        if not torch.compiler.is_compiling() and get_ident() != owner:
+            raise MethodError(
+                "the backbone is called while another thread has hooks on it: call a restuning.Predictor from threads"
+            )
+
     taps = Taps(request, sites.uniform, maps=sites.join is not None)
     with ExitStack() as stack:
+        stack.enter_context(before(backbone, same_thread, first=True))
         if request.tokens.by_mask or request.mask:
             stack.enter_context(before(backbone, taps.take_mask))
         if request.pixels:

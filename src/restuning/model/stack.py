@@ -21,13 +21,14 @@ class Stack:
     own classes. Differentiable to the modules' parameters, unless made without autograd.
     """
 
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        """Raises MethodError if the shapes differ. A frozen `backbone` in the modules is that of all."""
+    def __init__(self, models: Sequence[nn.Module], classes: int = 0) -> None:
+        """Raises MethodError if the shapes differ. A frozen `backbone` in the modules is that of all. classes: to how
+        many heads are padded at least."""
         self.model, self.models = models[0], list(models)
         named = [_own(m) for m in models]
         # running statistics, which change, are vectors
         buffers = {name for name, t in models[0].named_buffers() if t.ndim > 1}
-        alike = {name: self._of_one_shape(name, named) for name in named[0]}
+        alike = {name: self._of_one_shape(name, named, classes) for name in named[0]}
         # buffers that are the same in all are held once, and what depends on nothing else is computed once
         self.common = {n for n in buffers & alike.keys() if all(torch.equal(t, alike[n][0]) for t in alike[n])}
         self.tensors = {n: ts[0] if n in self.common else torch.stack(ts) for n, ts in alike.items()}
@@ -38,13 +39,14 @@ class Stack:
         self._seen = list(map(_identity, self._held))
 
     @staticmethod
-    def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+    def _of_one_shape(name: str, named: Sequence[dict[str, Tensor]], classes: int) -> list[Tensor]:
         first = named[0][name]
         for i, other in enumerate(named):
             p = other.get(name)
             if p is None or p.shape[1:] != first.shape[1:] or (p.shape != first.shape and not _in_head(name)):
                 raise MethodError(f"adapter {i} has another shape than the first ({name}): it needs a stack of its own")
         rows = max(len(other[name]) for other in named) if first.ndim else 0
+        rows = max(rows, classes) if _in_head(name) else rows
         return [_padded(other[name], rows, name) for other in named]
 
     def __len__(self) -> int:

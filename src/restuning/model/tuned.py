@@ -20,6 +20,7 @@ from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.build import Head, build_adapter, loss_and_logits
 from restuning.model.compiled import CompiledPass
 from restuning.model.passes import features_of
+from restuning.model.threads import Choice, by_choice
 from restuning.side.features import FeatureRequest, Features
 
 
@@ -65,6 +66,7 @@ class Tuned(nn.Module):
             {name: module.training for name, module in backbone.named_modules()},
         )
         self._train_mode, self._disabled = train_mode, False
+        self._choice = Choice()
         self.backbone_name = backbone_name or files.name_of(backbone)
         self.active_adapters: tuple[str, ...] = ()
         self.backbone = backbone.requires_grad_(False)
@@ -108,6 +110,7 @@ class Tuned(nn.Module):
                 have.
             SiteError: an operation that is not there.
         """
+        self._choice.changed()
         head = Head.of(num_classes, kind, pool, classes)
         adapter, reader = build_adapter(self, name, method, head, preprocessing)
         self.adapters[name], self._readers[name] = adapter.train(self.training), reader
@@ -123,16 +126,19 @@ class Tuned(nn.Module):
             self.adapter(name)
         if not names:
             raise MethodError("set_adapter needs a name at least; use disable_adapter() for the bare backbone")
+        self._choice.changed()
         self.active_adapters = names
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, `tuned(x)` is the bare backbone; the active adapters stay those they were."""
+        self._choice.changed()
         before, self._disabled = self._disabled, True
         try:
             yield
         finally:
             self._disabled = before
+            self._choice.changed(check=False)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; the others stay as they are."""
@@ -173,6 +179,7 @@ class Tuned(nn.Module):
 
     # ---- what it computes
 
+    @by_choice
     def forward(
         self,
         *args: Any,
@@ -212,6 +219,7 @@ class Tuned(nn.Module):
         """What the active adapter's head reads, (b, d) as a rule, or {name: …} when several are active."""
         return self.from_features(self.features(*args, **kwargs), head=False)
 
+    @by_choice
     def features(self, *args: Any, **kwargs: Any) -> Features:
         """The features that the active adapters read, the tokens that no output can see left out.
 
@@ -222,6 +230,7 @@ class Tuned(nn.Module):
         inside = group_by_site((site, name, tuner) for name, a in adapters.items() for site, tuner in a.inside)
         return features_of(self, inside, self.request, self.reads_features, args, kwargs)
 
+    @by_choice
     def from_features(self, features: Features, *, head: bool = True) -> Any:
         """From `features` to logits: side network, frozen tail, head. Needs nothing else of the backbone. Without
         autograd, adapters of one shape run as one.

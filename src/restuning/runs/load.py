@@ -13,6 +13,7 @@ from restuning.data import (
     reading,
 )
 from restuning.errors import CheckpointError
+from restuning.model.files import read
 from restuning.model.tuned import Tuned
 from restuning.runs.settings import RUN, read_run
 
@@ -22,17 +23,19 @@ def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None 
 
     Weights come from `weights`, else from the run.json beside the adapter, else by the backbone's name.
     """
-    from restuning.model.files import read
+    return Tuned.from_pretrained(backbone_of(folder, weights) if onto is None else onto, folder)
 
+
+def backbone_of(folder: Path, weights: str | None = None) -> nn.Module:
+    """The backbone that a saved adapter's files name, of the image size that it was trained at."""
     config, _ = read(folder)
     if weights is None and (folder / RUN).exists():
         weights = read_run(folder / RUN).weights
     how = transform_of(folder, config.preprocessing)
-    if onto is None:
-        onto = load_backbone(str(config.backbone["name"]), weights)
-        if isinstance(how, Preprocess) and preprocessing_of(onto).size != how.size:
-            onto = load_backbone(str(config.backbone["name"]), weights, how.size[0])
-    return Tuned.from_pretrained(onto, folder)
+    backbone = load_backbone(str(config.backbone["name"]), weights)
+    if isinstance(how, Preprocess) and preprocessing_of(backbone).size != how.size:
+        backbone = load_backbone(str(config.backbone["name"]), weights, how.size[0])
+    return backbone
 
 
 def transform_of(folder: Path, data: Mapping[str, Any] | None) -> Reading:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restuning.data import Items, Preprocess, Texts, load_images, prepared
-from restuning.data.objective import IGNORED
+from restuning.data import Preprocess, Texts, load_images, prepared
 from restuning.errors import CheckpointError, DataError, RestuningError, line
-from restuning.model.files import AdapterConfig
+from restuning.model.answers import answers
+from restuning.model.predictor import Outputs, Predictor
 from restuning.model.tuned import Tuned
 from restuning.runs.load import load_tuned, transform_of
-from restuning.training.evaluate import loader, padded, to_device
+from restuning.training.evaluate import loader, padded
 from restuning.utils.files import atomic_write
 
 
@@ -33,41 +33,37 @@ def predict(
 
     given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
     parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
-    shape run as one; others take a pass each. embeddings: a .safetensors file for what the heads read, (items, d) for
-    each adapter. device: as `device_of` has it.
+    shape run as one; others take a pass for each of their kinds. embeddings: a .safetensors file for what the heads
+    read, (items, d) for each adapter. device: as `device_of` has it.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
     place = device_of(device)
     tuned, names = _load(adapters, weights)
-    tuned.to(place)
     configs = {name: tuned.adapter_config(name) for name in names}
-    shared: list[str] = []
-    alone: list[str] = []
-    for name in names:
-        tuned.set_adapter(name)
-        (shared if tuned.reads_features else alone).append(name)
-    groups = [*([shared] if shared else []), *([name] for name in alone)]
     how = transform_of(adapters[0], configs["default"].preprocessing)
-    words = configs["default"].kind == "per-token"
-    items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, words)
+    by_word = configs["default"].kind == "per-token"
+    items = load_images(Path(given)) if isinstance(how, Preprocess) else texts_of(given, by_word)
     examples = prepared(items, how, cache=False)
-    said: dict[str, list[Tensor]] = {name: [] for name in names}
+    predictor = Predictor.of(tuned.to(place))
+    found: dict[tuple[str, int], dict[str, Any]] = {}
     read: dict[str, list[Tensor]] = {name: [] for name in names}
-    begins: list[Tensor] = []
-    tuned.eval()
-    with torch.inference_mode():
-        for inputs, labels in loader(examples, batch_size):
-            begins.append(labels)
-            for group in groups:
-                tuned.set_adapter(group)
-                features = tuned.features(to_device(inputs, place))
-                for found, head in ((said, True), (read, False)):
-                    if head or embeddings is not None:
-                        out = tuned.from_features(features, head=head)
-                        for name in group:
-                            found[name].append((out[name] if len(group) > 1 else out).cpu())
+    done = 0
+    for inputs, labels in loader(examples, batch_size):
+        if embeddings is None:
+            outputs = predictor.answer(inputs, dict.fromkeys(names, range(len(labels)))).outputs
+        else:
+            embedded = predictor.embed(inputs, list(names))
+            outputs = [
+                Outputs([(name, range(len(labels)))], predictor.classify(name, x)) for name, x in embedded.items()
+            ]
+            for name, x in embedded.items():
+                read[name].append(x.cpu())
+        words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
+        for part in outputs:
+            found |= {(name, done + i): row for name, i, row in answers(part, configs.__getitem__, top, words)}
+        done += len(labels)
     if embeddings is not None:
         from safetensors.torch import save
 
@@ -76,12 +72,8 @@ def predict(
             atomic_write(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
         except OSError as error:
             raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
-    rows = {
-        name: _said(padded(said[name]), configs[name], top, items, padded(begins, IGNORED) if words else None)
-        for name in names
-    }
     return [
-        {"input": path, "adapter": str(folder), **rows[name][i]}
+        {"input": path, "adapter": str(folder), **found[name, i]}
         for i, path in enumerate(items.names)
         for name, folder in names.items()
     ]
@@ -99,7 +91,7 @@ def device_of(name: str | None = None) -> torch.device:
     return device
 
 
-def _texts(given: str, words: bool) -> Texts:
+def texts_of(given: str, words: bool) -> Texts:
     """One text, or those of a .txt file; split into words where labels are by token."""
     if given.endswith(".txt"):
         try:
@@ -116,26 +108,6 @@ def _texts(given: str, words: bool) -> Texts:
     if len(sizes := {len(text) for text in texts}) > 1 or max(sizes) > 2:
         raise DataError(f"{given}: expected a text in every line, or a pair parted by one tab in every line")
     return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
-
-
-def _said(logits: Tensor, config: AdapterConfig, top: int, items: Items, begins: Tensor | None) -> list[dict[str, Any]]:
-    """Rows of one adapter. begins: the word that a token begins, or IGNORED; a word that the
-    tokenizer drops has no class."""
-    classes = config.classes or [str(c) for c in range(logits.shape[-1])]
-    if config.kind == "regression":
-        return [{"values": dict(zip(classes, row, strict=True))} for row in logits.tolist()]
-    if begins is not None:
-        rows: list[dict[str, Any]] = []
-        for i, (own, which) in enumerate(zip(logits.argmax(-1).tolist(), begins.tolist(), strict=True)):
-            said = {word: classes[c] for c, word in zip(own, which, strict=True) if word != IGNORED}
-            rows.append({"words": [{"word": w, "class": said.get(k)} for k, w in enumerate(items.item(i)[0])]})
-        return rows
-    p = logits.sigmoid() if config.kind == "multi-label" else logits.softmax(-1)
-    best = p.topk(min(top, len(classes)))
-    return [
-        {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in zip(indices, values, strict=True)]}
-        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
 
 
 def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[str, Path]]:

@@ -11,7 +11,7 @@ from restuning.errors import MethodError
 def patches(x: Tensor, prefix: int) -> Tensor:
     """(b, prefix + side², d) → (b, d, side, side). Raises MethodError where the patches make no square."""
     side = grid_side(x, prefix)
-    return x[:, prefix:].transpose(1, 2).reshape(len(x), -1, side, side)
+    return x[:, prefix:].transpose(1, 2).reshape(x.shape[0], -1, side, side)
 
 
 def grid_side(x: Tensor, prefix: int) -> int:

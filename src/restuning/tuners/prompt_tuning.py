@@ -50,4 +50,4 @@ class PromptTuningTuner(PromptTuner):
         nn.init.uniform_(self.tokens, -bound, bound)
 
     def forward(self, x: Tokens) -> Tensor:
-        return self.tokens.expand(len(x), -1, -1)
+        return self.tokens.expand(x.shape[0], -1, -1)

@@ -1,0 +1,76 @@
+"""Outputs → what people read: classes with their probabilities, values, words with their classes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restuning.data.objective import IGNORED
+from restuning.errors import RestuningError
+from restuning.model.files import AdapterConfig
+from restuning.model.predictor import Outputs
+
+Words = Mapping[int, tuple[Sequence[str], Sequence[int]]]
+"""Row → its words, and for every token the word that it begins, or IGNORED."""
+
+
+def answers(
+    outputs: Outputs, config: Callable[[str], AdapterConfig], top: int = 1, words: Words | None = None
+) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(task, row, answer) of every output: `top`, the likeliest classes with their probabilities (each class's own
+    under multi-label); `values` by target under regression; `words` with their classes under per-token.
+
+    Args:
+        outputs: of adapters of one predictor.
+        card: an adapter's card by its name.
+        top: how many classes at most, at least 1.
+        words: needed by tasks per token; a word that the tokenizer drops has the class None.
+
+    Raises:
+        RestuningError: for an output that is no number.
+    """
+    ranked: dict[str, tuple[list[Any], list[Any]]] = {}  # by what turns outputs into probabilities
+    start = 0
+    for task, rows in outputs.tasks:
+        made, stop = config(task), start + len(rows)
+        values = outputs.values[start:stop, ..., : made.num_classes]
+        if made.kind in ("single-label", "multi-label"):
+            if made.kind not in ranked:
+                ranked[made.kind] = _ranked(outputs.values, made.kind, top)
+            classes = _classes(made, values)
+            indices, shares = (part[start:stop] for part in ranked[made.kind])
+            for row, best, p in zip(rows, indices, shares, strict=True):
+                pairs = list(zip(best, p, strict=True))[: len(classes)]
+                if pairs[0][1] != pairs[0][1]:
+                    raise RestuningError(f"adapter {task!r} gives no number: are its weights those that were trained?")
+                yield task, row, {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in pairs]}
+        else:
+            if not torch.isfinite(values).all():
+                raise RestuningError(f"adapter {task!r} gives no number: are its weights those that were trained?")
+            yield from zip([task] * len(rows), rows, _other(values, rows, made, words or {}), strict=True)
+        start = stop
+
+
+def _ranked(values: Tensor, kind: str, top: int) -> tuple[list[Any], list[Any]]:
+    """Indices and probabilities of the best of every row, those of whole stacks of tasks at once."""
+    values = values.float()
+    best = values.topk(min(top, values.shape[-1])).indices  # of logits: of probabilities, small ones are all zero
+    p = values.sigmoid() if kind == "multi-label" else values.softmax(-1)
+    return best.tolist(), p.gather(-1, best).tolist()
+
+
+def _other(values: Tensor, rows: Sequence[int], config: AdapterConfig, words: Words) -> Iterator[dict[str, Any]]:
+    classes = _classes(config, values)
+    if config.kind == "regression":
+        for row in values.float().tolist():
+            yield {"values": dict(zip(classes, row, strict=True))}
+        return
+    for row, own in zip(rows, values.argmax(-1).tolist(), strict=True):
+        text, begins = words[row]
+        found = {word: classes[c] for c, word in zip(own, begins, strict=False) if word != IGNORED}
+        yield {"words": [{"word": word, "class": found.get(k)} for k, word in enumerate(text)]}
+
+
+def _classes(config: AdapterConfig, values: Tensor) -> Sequence[Any]:
+    return config.classes or [str(c) for c in range(values.shape[-1])]

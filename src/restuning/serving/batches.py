@@ -1,0 +1,237 @@
+"""Requests in a bounded queue, and the one thread that owns the model and answers them in batches."""
+
+import asyncio
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restuning.data import Reading, Tokenise
+from restuning.errors import RestuningError, line
+from restuning.model.answers import answers
+from restuning.model.predictor import Answer
+from restuning.serving.adapters import Adapters, Snapshot
+from restuning.serving.metrics import Metrics
+from restuning.serving.settings import Refused, ServeSettings
+
+Answered = list[dict[str, Any]]
+"""For each item, {task: answer}."""
+
+
+@dataclass(eq=False)
+class Job:
+    """Items that are read alike, all of which ask for the same tasks.
+
+    Args:
+        items: what the model reads of each: a tensor, or token ids by name.
+        tasks: names of adapters.
+        how: their reading; jobs of another one are in other batches.
+        snapshot: the adapters that were there when the request was accepted.
+        top: classes of an answer at most. logits: whether answers have these too.
+        head: whether the heads are run; else the answers are what these read.
+        words: under tasks per token, each item's words and the word that each of its tokens begins.
+        collate: items → a batch.
+    """
+
+    items: Sequence[Any]
+    tasks: tuple[str, ...]
+    how: Reading
+    snapshot: Snapshot
+    collate: Callable[[Sequence[Any]], Any]
+    top: int = 1
+    logits: bool = False
+    head: bool = True
+    words: Sequence[tuple[Sequence[str], Sequence[int]]] | None = None
+    future: "asyncio.Future[Answered] | None" = None
+    arrived: float = field(default_factory=time.perf_counter)
+
+    @property
+    def key(self) -> Any:
+        """What jobs of one batch have in common."""
+        how = (self.how.tokenizer, self.how.max_length) if isinstance(self.how, Tokenise) else self.how
+        return how, self.head, self.words is None
+
+
+class Batcher:
+    """A queue of at most `max_queue` items, and a thread that answers them, up to `max_batch` at a time; the first of a
+    batch waits for others for `max_wait_ms` at most."""
+
+    def __init__(self, adapters: Adapters, settings: ServeSettings, metrics: Metrics) -> None:
+        self.adapters, self.settings, self.metrics = adapters, settings, metrics
+        self._queue: deque[Job] = deque()
+        self._items, self._rate = 0, 0.0  # that wait; answered a second, lately
+        self._changed, self._closed = threading.Condition(), False
+        self.thread = threading.Thread(target=self._run, name="restuning-model", daemon=True)
+        self.thread.start()
+
+    async def submit(self, job: Job) -> Answered:
+        """A job's answers. Raises Refused if the queue is full (429) or the job cannot be answered; when the caller is
+        cancelled, the job frees its place."""
+        loop = asyncio.get_running_loop()
+        job.future = loop.create_future()
+        with self._changed:
+            if self._closed:
+                raise Refused(503, "the server is shutting down", 1)
+            if self._items + len(job.items) > self.settings.max_queue:
+                self.metrics.refused.inc()
+                wait = max(1, round(self._items / self._rate)) if self._rate else 1
+                raise Refused(429, f"the queue is full: {self._items} items wait", min(wait, 60))
+            self._queue.append(job)
+            self._count(len(job.items))
+            self._changed.notify()
+        try:
+            return await job.future
+        finally:
+            with self._changed:
+                if job in self._queue:
+                    self._queue.remove(job)
+                    self._count(-len(job.items))
+
+    def close(self) -> None:
+        """Answer what was accepted, and end the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self.thread.join()
+
+    def _count(self, items: int) -> None:
+        self._items += items
+        self.metrics.queued.set(self._items)
+
+    # ---- the thread that owns the model
+
+    def _run(self) -> None:
+        if self.settings.threads is not None:
+            torch.set_num_threads(self.settings.threads)
+        while jobs := self._take():
+            start = time.perf_counter()
+            for job in jobs:
+                self.metrics.queue_seconds.observe(start - job.arrived)
+            self._answer(jobs)
+            took, items = time.perf_counter() - start, sum(len(job.items) for job in jobs)
+            self.metrics.inference_seconds.observe(took)
+            self.metrics.batch_items.observe(items)
+            self._rate = 0.9 * self._rate + 0.1 * items / took if self._rate else items / took
+
+    def _take(self) -> list[Job]:
+        """The oldest job and those that can share its batch, once there are enough or it has waited; none at the
+        end."""
+        with self._changed:
+            while not self._queue and not self._closed:
+                self._changed.wait()
+            if not self._queue:
+                return []
+            key, until = self._queue[0].key, self._queue[0].arrived + self.settings.max_wait_ms / 1000
+            while not self._closed and self._queue and self._ready(key) < self.settings.max_batch:
+                if (left := until - time.perf_counter()) <= 0:
+                    break
+                self._changed.wait(left)
+            taken: list[Job] = []
+            size = 0
+            for job in list(self._queue):
+                if not taken or (job.key == taken[0].key and size + len(job.items) <= self.settings.max_batch):
+                    taken.append(job)
+                    size += len(job.items)
+                    self._queue.remove(job)
+            self._count(-size)
+        return taken or self._take()  # its client may have left while it waited
+
+    def _ready(self, key: Any) -> int:
+        return sum(len(job.items) for job in self._queue if job.key == key)
+
+    def _answer(self, jobs: Sequence[Job]) -> None:
+        """Together; where that fails, one by one, so that what one of them asks for is no other's concern."""
+        try:
+            found: list[Answered | Exception] = list(self._batch(jobs))
+        except Exception as error:
+            if len(jobs) > 1:
+                for job in jobs:
+                    self._answer([job])
+                return
+            found = [error]
+            for task in jobs[0].tasks:
+                self.metrics.answers.labels(task, "error").inc(len(jobs[0].items))
+        for job, one in zip(jobs, found, strict=True):
+            assert job.future is not None
+            job.future.get_loop().call_soon_threadsafe(_resolve, job.future, one)
+
+    def _batch(self, jobs: Sequence[Job]) -> list[Answered]:
+        """Answers of each job, from the newest adapters; what has gone since is answered from what was there."""
+        now = self.adapters.current
+        gone = [job for job in jobs if any(now.readings.get(task) is not job.how for task in job.tasks)]
+        if gone and (len(jobs) > 1 or jobs[0].snapshot is not now):
+            rest = [job for job in jobs if job not in gone]
+            found = dict(zip(rest, self._from(now, rest) if rest else [], strict=True))
+            for job in gone:
+                found |= {job: self._from(job.snapshot, [job])[0]}
+            return [found[job] for job in jobs]
+        return self._from(now, jobs)
+
+    def _from(self, snapshot: Snapshot, jobs: Sequence[Job]) -> list[Answered]:
+        predictor, wanted = snapshot.predictor, dict[str, list[int]]()
+        owners: list[tuple[Job, Answered, int]] = []
+        for job in jobs:
+            rows = range(len(owners), len(owners) + len(job.items))
+            made: Answered = [{} for _ in rows]
+            owners += [(job, made, i) for i in range(len(made))]
+            for task in job.tasks:
+                wanted.setdefault(task, []).extend(rows)
+        inputs, head = jobs[0].collate([item for job in jobs for item in job.items]), jobs[0].head
+        with self._precision():
+            answer = predictor.answer(inputs, wanted, head)
+        words = None
+        if jobs[0].words is not None:
+            words = {row: job.words[i] for row, (job, _, i) in enumerate(owners) if job.words is not None}
+        top = max(job.top for job in jobs)
+        if head:
+            for outputs in answer.outputs:
+                for task, row, one in answers(outputs, predictor.adapter_config, top, words):
+                    job, found, i = owners[row]
+                    found[i][task] = one if "top" not in one or job.top == top else {"top": one["top"][: job.top]}
+        if not head or any(job.logits for job in jobs):
+            for task, own, values in predictor.unpacked(answer, head):
+                for row, one in zip(own, _plain(values), strict=True):
+                    job, found, i = owners[row]
+                    if not head:
+                        found[i][task] = one
+                    elif job.logits:
+                        found[i][task]["logits"] = one
+        self._counted(answer, wanted)
+        return [found for job, found, i in owners if i == 0]
+
+    def _counted(self, answer: Answer, wanted: dict[str, list[int]]) -> None:
+        for task, rows in wanted.items():
+            self.metrics.answers.labels(task, "ok").inc(len(rows))
+        self.metrics.forwards.inc(answer.passed)
+        self.metrics.passes.inc(answer.passes)
+        self.metrics.saved.inc(sum(map(len, wanted.values())) - answer.passed)
+
+    def _precision(self) -> Any:
+        if self.settings.precision == "no":
+            return nullcontext()
+        kind = next(self.adapters.current.predictor.backbone.parameters()).device.type
+        return torch.autocast(kind, {"bf16": torch.bfloat16, "fp16": torch.float16}[self.settings.precision])
+
+
+def _plain(values: Tensor) -> list[Any]:
+    values = values.float()
+    if not torch.isfinite(values).all():
+        raise RestuningError("an output is no number")
+    return values.tolist()
+
+
+def _resolve(future: "asyncio.Future[Answered]", found: "Answered | Exception") -> None:
+    if future.done():  # its client has left
+        return
+    if not isinstance(found, Exception):
+        future.set_result(found)
+    elif isinstance(found, RestuningError):
+        future.set_exception(found if isinstance(found, Refused) else Refused(422, str(found)))
+    else:
+        future.set_exception(Refused(500, f"the model failed: {line(found)}"))

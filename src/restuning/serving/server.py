@@ -1,0 +1,76 @@
+"""`restuning serve`: load, listen, and end once all that was accepted is answered."""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from restuning.errors import MissingExtra, RestuningError, line
+from restuning.serving.settings import ServeSettings
+
+
+def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until SIGTERM or SIGINT. listening: told the address, once requests are taken.
+
+    Raises RestuningError for adapters that cannot be served, and an address that cannot be had; MissingExtra.
+    """
+    try:
+        import fastapi  # noqa: F401
+        import python_multipart  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise MissingExtra(str(error.name or "fastapi"), "serve") from error
+    import socket
+
+    from restuning.runs.predict import device_of
+    from restuning.serving.adapters import Adapters
+    from restuning.serving.app import LOG, Server, make_app
+
+    listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.info))  # before the weights are read: this fails at once
+    except OSError as error:
+        listener.close()
+        raise RestuningError(f"cannot listen on {settings.host}:{settings.info}: {error.strerror or error}") from error
+    try:
+        server = Server(settings, Adapters(settings, device_of(settings.device)))
+    except Exception:
+        listener.close()
+        raise
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    LOG.handlers[:], LOG.propagate = [handler], False
+    LOG.setLevel(logging.INFO)
+    host, info = listener.getsockname()[:2]
+
+    class Listening(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            listening(f"http://[{host}]:{info}" if ":" in host else f"http://{host}:{info}")
+
+        def handle_exit(self, sig: int, frame: object) -> None:
+            server.draining = True
+            super().handle_exit(sig, frame)  # type: ignore[arg-type]
+
+    config = uvicorn.Config(
+        make_app(server),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=65_536,
+        limit_concurrency=None,
+    )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has shut down
+    try:
+        Listening(config).run(sockets=[listener])
+    except KeyboardInterrupt:
+        pass
+    except OSError as error:
+        raise RestuningError(f"the server ended: {line(error)}") from error
+    finally:
+        server.close()
+        listener.close()
