@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from restuning.cli import comparing, describing, pictures, training, using
+from restuning.cli.door import FLAGS, door
 from restuning.errors import RestuningError
 
 
@@ -15,23 +15,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    try:
-        args = _parser().parse_args(argv)
+    """Run the command line; returns the exit code. See `restuning.cli.door` for what becomes of errors."""
+
+    def command(words: Sequence[str]) -> int | None:
+        args = _parser().parse_args(words)
         run: Callable[[argparse.Namespace], int | None] = args.run_command
-        return run(args) or 0
-    except RestuningError as error:
-        print(f"restuning: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("restuning: interrupted; a training run goes on with --resume", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+        return run(args)
+
+    return door(command, sys.argv[1:] if argv is None else argv)
 
 
 def _parser() -> argparse.ArgumentParser:
+    from restuning.cli import comparing, describing, pictures, training, using  # Ctrl-C meanwhile is one line too
+
     parser = _Parser(prog="restuning", description="Tune frozen foundation models by Res-Tuning and its bypass.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -47,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.set_defaults(run_command=run)
         command.add_argument("--json", action="store_true", help="print JSON, for machines")
+        for flag, what in FLAGS.items():
+            command.add_argument(flag, action="store_true", help=what)
         return command
 
     for module in (training, pictures, comparing, using, describing):

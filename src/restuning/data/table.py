@@ -3,7 +3,6 @@
 import csv
 import difflib
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from restuning.data.folder import Files
 from restuning.data.objective import KINDS
 from restuning.data.task import Source
 from restuning.errors import DataError
+from restuning.utils.reading import parse_json
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
@@ -111,7 +111,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for n, one in enumerate(text.split("\n"), 1):
         if one.strip():
             try:
-                row = json.loads(one)
+                row = parse_json(one)
             except ValueError as error:
                 raise DataError(f"{path}, line {n}: no JSON ({error})") from error
             if not isinstance(row, dict):

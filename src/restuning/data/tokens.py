@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 from restuning.data.objective import IGNORED
 from restuning.data.task import Items
 from restuning.errors import DataError, MissingExtra, line
-from restuning.utils.hub import hub, packaged
+from restuning.utils.hub import HubId, hub, located, packaged, remote_code
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,14 @@ class Tokenise:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise MissingExtra("transformers", "transformers") from error
-        path = packaged(self.tokenizer)
         try:
-            with nullcontext() if Path(path).is_dir() else hub():
-                tokenizer = AutoTokenizer.from_pretrained(path, **({"add_prefix_space": True} if words else {}))
+            found = located(packaged(self.tokenizer))
+            path, at = (found.repo, {"revision": found.revision}) if isinstance(found, HubId) else (str(found), {})
+            more: dict[str, Any] = {**at, **remote_code(), **({"add_prefix_space": True} if words else {})}
+            with hub() if isinstance(found, HubId) else nullcontext():
+                tokenizer = AutoTokenizer.from_pretrained(path, **more)
+        except MissingExtra:
+            raise
         except Exception as error:
             raise DataError(f"no tokenizer at {self.tokenizer!r}: {line(error)}; name one with --tokenizer") from error
         if len(tokenizer) > self.vocabulary:

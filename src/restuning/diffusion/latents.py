@@ -16,6 +16,7 @@ from restuning.diffusion.base import check_prompts, check_size, latents_of, text
 from restuning.errors import CheckpointError, RestuningError
 from restuning.model.files import fingerprint_of
 from restuning.utils.files import as_json, atomic_write, locked
+from restuning.utils.reading import read_json
 
 MANIFEST, FORMAT, SHARD = "latents.json", "restuning.latents/1", 256
 
@@ -26,7 +27,7 @@ class Latents:
     the rows of picture i."""
 
     def __init__(self, folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
+        manifest = read_json(folder / MANIFEST)
         self.captions: list[list[int]] = manifest["captions"]
         self.names: list[str] = manifest["names"]
         self.size: int = manifest["settings"]["size"]
@@ -148,7 +149,7 @@ def _same(out: Path, manifest: dict[str, Any]) -> None:
         raise RestuningError(f"{out} is not empty and holds no latents: choose another folder")
     if file.exists():
         try:
-            before = json.loads(file.read_bytes())
+            before = read_json(file)
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
         now = json.loads(as_json(manifest))

@@ -1,7 +1,6 @@
 """Tuning a text-to-image base: the noise-prediction loss over kept latents; a run from its settings to its files."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -41,6 +40,7 @@ from restuning.training.loop import accelerated, fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.profiling import peak_bytes, saved_bytes
+from restuning.utils.reading import read_json
 
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
 """The paper's: AdamW, lr 1e-4, constant, batch 8, 10 epochs."""
@@ -113,7 +113,7 @@ class DiffusionRun:
 def read_run(path: Path) -> DiffusionRun:
     """A run.json. Raises RestuningError if it is not there, cannot be read, or is of another kind."""
     try:
-        return DiffusionRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return DiffusionRun.from_dict(read_json(path))
     except FileNotFoundError as error:
         raise RestuningError(f"no recorded run at {path}") from error
     except (ValueError, TypeError, AttributeError) as error:

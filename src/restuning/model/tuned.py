@@ -15,7 +15,7 @@ from restuning._types import Features
 from restuning.backbones.anatomy import AFFINE, Anatomy
 from restuning.backbones.sites import Site, find_sites
 from restuning.data.objective import objective
-from restuning.errors import CheckpointError, MethodError
+from restuning.errors import CheckpointError, MethodError, RestuningError, line
 from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import Attachment, group_by_site
 from restuning.hooks.memory import FrozenOpMemory
@@ -31,6 +31,7 @@ from restuning.model.denoiser import PerAdapter, Plug, each_of, joined, output_o
 from restuning.model.files import (
     AdapterConfig,
     check_config,
+    check_finite,
     fetch,
     fingerprint_of,
     push,
@@ -154,8 +155,9 @@ class Tuned(nn.Module):
         like = next(self.backbone.parameters(), torch.empty(0))
         with torch.device(self._device or like.device):
             adapter = AdapterModule(self.backbone, self._sites, spec, tail.pool, num_classes, config)
-        self.adapters[name] = adapter.to(like.dtype).train(self.training)
-        self._readers[name] = Reader(self._find(name), self.backbone, self._sites, tail)
+        adapter.to(like.dtype).train(self.training)
+        reader = Reader(adapter, self.backbone, self._sites, tail)
+        self.adapters[name], self._readers[name] = adapter, reader
         self.active_adapters = (name,)
         if adapter.full or len(self.adapters) == 1:  # the first after `unload` finds the backbone as that left it
             self.backbone.requires_grad_(adapter.full)
@@ -215,6 +217,7 @@ class Tuned(nn.Module):
         """
         name = self._one(name)
         adapter = self._find(name)
+        check_finite(adapter.state_dict(), f"adapter {name!r}")
         if adapter.full or adapter.side is not None:
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
@@ -235,13 +238,17 @@ class Tuned(nn.Module):
             affine = site.affine(self.backbone)
             weight, bias = affine.weight, affine.bias
             bias = weight.new_zeros(len(weight)) if bias is None else bias
-            more_weight, more_bias = change.merged(weight, bias)
+            # what a norm multiplies by may be its weight and 1 (Gemma's, Nemotron's)
+            more = 0.0 if site.weight else added_to_weight(self.backbone.get_submodule(site.reads.path))
+            more_weight, more_bias = change.merged(weight + more, bias)
             # tuners of one site add up, each to the frozen map
             to_weight, to_bias = changed.get(site, (weight, bias))
-            changed[site] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
+            changed[site] = to_weight + (more_weight - more - weight), to_bias + (more_bias - bias)
             alone = affine.bias is None and not _takes_bias(self.backbone, site)
             if alone and (weight.ndim == 1 or changed[site][1].any()):
                 raise MethodError(f"adapter {name!r} cannot be merged: no bias is there to take what {place} adds")
+        for site, (weight, bias) in changed.items():
+            check_finite({"weight": weight, "bias": bias}, f"adapter {name!r} merged into {site.reads.path}")
         backbone = self.unload()
         for site, (weight, bias) in changed.items():
             affine = site.affine(backbone)
@@ -636,8 +643,18 @@ class Tuned(nn.Module):
         folder, active = fetch(path, revision), self.active_adapters
         self.check_adapter(folder)
         config, state = read(folder)
+        own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+        whole = {key.removeprefix("backbone."): value for key, value in state.items() if key not in own}
         try:
             spec = method if method is not None else from_dict(config.spec)
+            if isinstance(spec, Full):
+                wrong = _mismatch(self.backbone.state_dict(), whole)
+            else:
+                wrong = "backbone weights are not expected" if whole else ""
+            if method is None and not wrong:
+                wrong = self._misfit(spec, config, own)
+            if wrong:
+                raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
             self.add_adapter(
                 name,
                 spec,
@@ -647,11 +664,12 @@ class Tuned(nn.Module):
                 preprocessing=config.preprocessing,
                 kind=config.kind,
             )
-        except MethodError as error:
-            raise CheckpointError(f"{folder}: {error}") from error
+        except CheckpointError:
+            raise
+        except (RestuningError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{folder}: {line(error)}") from error
         adapter = self._find(name)
         adapter.config = config
-        own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
         wrong = _mismatch(adapter.state_dict(), own)
         if wrong:
             self.delete_adapter(name)
@@ -659,7 +677,16 @@ class Tuned(nn.Module):
             raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
         adapter.load_state_dict(own)
         if adapter.full:
-            self.backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k not in own})
+            self.backbone.load_state_dict(whole)
+
+    def _misfit(self, spec: Method, config: AdapterConfig, found: Mapping[str, Tensor]) -> str:
+        """The first difference between tensors that were read and those that the method has, in words. The method is
+        built on the meta device: a size that is a lie takes no memory."""
+        pool = None if config.kind == "per-token" else config.pool
+        pool = tail_of(self.backbone, self._sites, pool if grid_of(spec) is None else "flat").pool
+        with torch.device("meta"):
+            expected = AdapterModule(self.backbone, self._sites, spec, pool, config.num_classes, config)
+        return _mismatch(expected.state_dict(), found)
 
     @classmethod
     def from_pretrained(
@@ -731,6 +758,26 @@ def name_of(backbone: nn.Module) -> str:
     if isinstance(timm, Mapping) and timm.get("architecture"):
         return str(timm["architecture"])
     return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
+
+
+@torch.no_grad()
+def added_to_weight(module: nn.Module) -> float:
+    """What a norm adds to its weight before it multiplies by it: 0 as a rule, 1 for Gemma's RMSNorm and Nemotron's
+    LayerNorm. Measured: the output at weight 0 is that many times the output's change per unit of weight."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.ndim != 1 or type(module) in (nn.LayerNorm, nn.BatchNorm2d):
+        return 0.0
+    x = torch.linspace(-1, 1, len(weight), dtype=weight.dtype, device=weight.device)[None]
+    bias = getattr(module, "bias", None)
+    zero = {} if bias is None else {"bias": torch.zeros_like(bias)}
+    try:
+        at_0, at_1 = (
+            torch.func.functional_call(module, {"weight": torch.full_like(weight, v), **zero}, (x,)) for v in (0.0, 1.0)
+        )
+    except (RuntimeError, TypeError, ValueError, IndexError):  # of maps, not of rows: the norms of convolutions
+        return 0.0
+    slope = float((at_1 - at_0).abs().sum())
+    return float(round(float(at_0.abs().sum()) / slope)) if slope else 0.0
 
 
 def _takes_bias(backbone: nn.Module, site: Site) -> bool:

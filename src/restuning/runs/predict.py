@@ -16,7 +16,8 @@ from restuning.model.files import AdapterConfig
 from restuning.model.tuned import Tuned
 from restuning.runs.load import load_tuned, transform_of
 from restuning.training.evaluate import loader, padded
-from restuning.utils.files import atomic_write
+from restuning.utils.files import atomic_write, check_output
+from restuning.utils.reading import read_text
 
 
 def predict(
@@ -37,6 +38,8 @@ def predict(
     """
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
+    if embeddings is not None:
+        check_output(embeddings, "--embeddings", *([Path(given)] if Path(given).is_dir() else []))
     tuned, names = _load(adapters, weights)
     configs = {name: tuned.adapter_config(name) for name in names}
     shared: list[str] = []
@@ -64,6 +67,9 @@ def predict(
                         out = tuned.from_features(features, head=head)
                         for name in group:
                             found[name].append(out[name] if len(group) > 1 else out)
+    for name, parts in said.items():
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise CheckpointError(f"{names[name]}: its outputs are not finite numbers")
     if embeddings is not None:
         from safetensors.torch import save
 
@@ -87,8 +93,8 @@ def _texts(given: str, words: bool) -> Texts:
     """One text, or those of a .txt file; split into words where labels are by token."""
     if given.endswith(".txt"):
         try:
-            lines = [one for one in Path(given).read_text(encoding="utf-8").splitlines() if one.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [one for one in read_text(given).splitlines() if one.strip()]
+        except (OSError, ValueError) as error:
             raise DataError(f"{given} cannot be read as UTF-8 text: {line(error)}") from error
     elif os.path.exists(given):
         raise DataError(f"{given} is no .txt file, and this adapter reads texts")

@@ -1,7 +1,6 @@
 """A recorded run: its settings as data, and the one procedure that turns them into a saved adapter and a result."""
 
 import contextlib
-import json
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -34,6 +33,7 @@ from restuning.training.evaluate import Examples, evaluate
 from restuning.training.loop import fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.reading import read_json
 
 
 def execute(
@@ -124,7 +124,7 @@ def _choose(
 ) -> dict[str, float | None]:
     """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
-    trials: dict[str, float | None] = json.loads(file.read_text()) if resume and file.exists() else {}
+    trials: dict[str, float | None] = read_json(file) if resume and file.exists() else {}
     assert held.val is not None
     for lr in run.lrs:
         if str(lr) in trials:

@@ -27,6 +27,7 @@ from restuning.training.loop import fit
 from restuning.tuners import Adapter, Lora, PromptTuning
 from restuning.tuners.base import TunerConfig, as_tuner, copy_contract
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.reading import read_json
 
 KINDS: Mapping[str, tuple[str, TunerConfig]] = {
     "adapter": ("ffn", Adapter(10, source="out")),
@@ -245,7 +246,7 @@ class SearchRun:
     def read(cls, path: Path) -> "SearchRun":
         """The run.json of a search. Raises RestuningError for one that cannot be read, or is a run's."""
         try:
-            held = json.loads(path.read_text(encoding="utf-8"))
+            held = read_json(path)
             own = held.pop("search")
             return cls(Run.from_dict(held), **own)
         except (ValueError, TypeError, AttributeError, KeyError) as error:

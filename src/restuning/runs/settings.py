@@ -1,6 +1,5 @@
 """A run's settings as data, and the files that record them."""
 
-import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -15,6 +14,7 @@ from restuning.errors import RestuningError
 from restuning.methods.named import find_method
 from restuning.methods.spec import Method, on_blocks, resize
 from restuning.training.config import TrainConfig
+from restuning.utils.reading import read_json
 
 RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 
@@ -94,7 +94,7 @@ class Run:
 def read_run(path: Path) -> Run:
     """A run.json. Raises RestuningError if it is not there or cannot be read."""
     try:
-        return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return Run.from_dict(read_json(path))
     except FileNotFoundError as error:
         raise RestuningError(f"no recorded run at {path}: expected a {RUN}") from error
     except (ValueError, TypeError, AttributeError) as error:

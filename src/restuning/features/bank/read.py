@@ -5,7 +5,6 @@ the training items, one tensor a layer, (rows, tokens, width), and `labels`. `ta
 features in the backbone; `manifest.json`, written last, says what all of it is made of.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from restuning.methods.spec import Ladder, parts_of
 from restuning.model.tuned import Tuned
 from restuning.side.features import TokenSelection
 from restuning.training.evaluate import padded
+from restuning.utils.reading import read_json
 
 
 class Bank:
@@ -34,7 +34,7 @@ class Bank:
     def __init__(self, path: str | Path, verify: bool = True) -> None:
         self.path = Path(path)
         try:
-            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            found = read_json(self.path / MANIFEST)
             self.shards = [Shard(**shard) for shard in found["shards"]]
             self.view = TokenSelection(**found["view"])
             self.layers: list[int] = list(found["layers"])
