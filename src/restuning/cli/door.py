@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -15,6 +16,7 @@ from types import FrameType
 from restuning.errors import RestuningError, line
 from restuning.utils.files import overwriting
 from restuning.utils.hub import trust_remote_code
+from restuning.utils.notes import Note
 from restuning.utils.reading import printable
 
 FLAGS = {
@@ -63,12 +65,14 @@ def door(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
         _tell(text)
         return code
 
-    with _stopped_by_sigterm():
+    with _stopped_by_sigterm(), _notes() as notes:
         try:
             _check_paths(rest)
             with trust_remote_code("--trust-remote-code" in given), overwriting("--overwrite" in given):
                 code = command(rest) or 0
             _flush()
+            for text in notes:
+                _tell(text, "note: ")
             return code
         except SystemExit as stop:  # --help and --version
             try:
@@ -93,11 +97,28 @@ def door(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
             return refuse(1, f"an error of restuning's own: {type(error).__name__}: {line(error)[:300]}{DEBUG}")
 
 
-def _tell(text: str) -> None:
+@contextlib.contextmanager
+def _notes() -> Iterator[dict[str, None]]:
+    """The notes of a command, to be printed once it is done; other packages' warnings are for those who write code."""
+    found: dict[str, None] = {}
+
+    def keep(message: Warning | str, *_: object, **__: object) -> None:
+        if isinstance(message, Note):
+            found[str(message)] = None
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Note)
+        warnings.showwarning = keep  # what catch_warnings puts back
+        yield found
+
+
+def _tell(text: str, kind: str = "") -> None:
     """One line on standard error, whatever the text holds; nothing where there is no standard error."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         encoding = sys.stderr.encoding or "utf-8"
-        print(f"restuning: {printable(text)}".encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr)
+        print(
+            f"restuning: {kind}{printable(text)}".encode(encoding, "backslashreplace").decode(encoding), file=sys.stderr
+        )
         sys.stderr.flush()
 
 
@@ -112,7 +133,7 @@ def _output(error: OSError, refuse: Callable[[int, str], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 0
-    where = f"{error.filename}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
+    where = f"{error.filename}: " if isinstance(error.filename, str) else ""
     what = error.strerror or line(error)
     return refuse(
         2, f"{where}{what}{' (nothing more can be printed)' if error.errno == errno.ENOSPC and not where else ''}"

@@ -14,6 +14,7 @@ from restuning.data.objective import IGNORED
 from restuning.data.task import Items
 from restuning.errors import DataError, MissingExtra, line
 from restuning.utils.hub import HubId, hub, located, packaged, remote_code
+from restuning.utils.reading import number
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,16 @@ class Tokenise:
     def from_dict(cls, data: Mapping[str, Any]) -> "Tokenise":
         """The inverse of `to_dict`. Raises DataError if it is incomplete."""
         try:
+            if not isinstance(data["tokenizer"], str) or not data["tokenizer"]:
+                raise ValueError(f"tokenizer is {data['tokenizer']!r}: expected a name")
+            number(data["limit"], 1, 2**31, "limit", whole=True)
+            number(data["vocabulary"], 1, 2**31, "vocabulary", whole=True)
+            for name in ("pad", "max_length"):
+                if data[name] is not None:
+                    number(data[name], -1, 2**31, name, whole=True)
             return cls(**{f.name: data[f.name] for f in fields(cls)})
-        except (KeyError, TypeError) as error:
-            raise DataError(f"a tokenisation that cannot be read: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a tokenisation that cannot be read: {line(error)}") from error
 
     def load(self, words: bool = False) -> Any:
         """The tokenizer; of texts by words, one that sees where a word begins (byte-level ones see it by the blank

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restuning.data import Items, Preprocess, Texts, load_images, prepared
+from restuning.data import Items, Preprocess, Texts, check, load_images, prepared, without_bad
 from restuning.data.objective import IGNORED
 from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.model.files import AdapterConfig
@@ -26,6 +26,7 @@ def predict(
     top: int = 1,
     weights: str | None = None,
     embeddings: Path | None = None,
+    skip_bad: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
     with their classes under per-token.
@@ -33,7 +34,7 @@ def predict(
     given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
     parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
     shape run as one; others take a pass each. embeddings: a .safetensors file for what the heads read, (items, d) for
-    each adapter.
+    each adapter. skip_bad: images that cannot be decoded are left out, and told.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
@@ -51,6 +52,10 @@ def predict(
     how = transform_of(adapters[0], configs["default"].preprocessing)
     words = configs["default"].kind == "per-token"
     items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, words)
+    if isinstance(how, Preprocess):
+        items = without_bad(items) if skip_bad else items
+        if len(items) > 1:
+            check(items)
     examples = prepared(items, how, cache=False)
     said: dict[str, list[Tensor]] = {name: [] for name in names}
     read: dict[str, list[Tensor]] = {name: [] for name in names}

@@ -12,6 +12,7 @@ from restuning.data import (
     check,
     load_task,
     split,
+    without_bad,
 )
 from restuning.data.objective import Objective, balanced, objective, sort_key
 from restuning.errors import Diverged, RestuningError
@@ -65,6 +66,9 @@ def execute(
         load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
         whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
         if bank is None:
+            if run.skip_bad:
+                val = None if whole.val is None else without_bad(whole.val)
+                whole = replace(whole, train=without_bad(whole.train), val=val, test=without_bad(whole.test))
             for items in filter(None, (whole.train, whole.val, whole.test)):
                 check(items)
             task: _Prepared = _FromItems(run, whole, shard)
@@ -79,6 +83,8 @@ def execute(
             held = whole
             if whole.val is None or run.val_size:
                 held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
+                if run.skip_bad and bank is None:
+                    held = replace(held, train=without_bad(held.train), val=held.val and without_bad(held.val))
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: sort_key(trials[str(rate)]))
         model, tuned = task.model(whole.train)

@@ -22,6 +22,7 @@ RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 @dataclass(frozen=True)
 class Run:
     """Everything that decides a run's outcome. `bank`: a folder of kept features, read in place of items and backbone.
+    `skip_bad`: images that cannot be decoded are left out, and told; else they are refused.
 
     Several rates in `lrs`: chosen on the data's own validation split; where there is none (or with `val_size`) on
     training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
@@ -45,6 +46,7 @@ class Run:
     tokenizer: str | None = None
     max_length: int | None = None
     class_weights: Literal["balanced"] | None = None
+    skip_bad: bool = False
     keep_features: bool = True
     lrs: tuple[float, ...] = (1e-3,)
     training: TrainConfig = field(default_factory=TrainConfig)
