@@ -231,7 +231,7 @@ def _holders(backbone: nn.Module, blocks: str | tuple[str, ...]) -> dict[str, li
 def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> bool:
     try:
         for block in (block for path in lists for block in backbone.get_submodule(path).children()):
-            for path in filter(None, (*row.paths(), row.heads)):
+            for path in filter(None, (*row.paths(), row.heads, *(row.keys or ()))):
                 if "|" in path:
                     _first(block, path.split("|"))
                 else:

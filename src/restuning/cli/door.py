@@ -41,10 +41,6 @@ PATHS = (
 DEBUG = "; --debug shows where"
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does."""
-
-
 def door(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     """Run a command and return its exit code: 0; 1 for an error of ours; 2 for bad input, for what the system refuses
     (a full disk, no memory), with one line on standard error; 130 for Ctrl-C and 143 for SIGTERM, with a line that
@@ -65,7 +61,11 @@ def door(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
         _tell(text)
         return code
 
-    with _stopped_by_sigterm(), _notes() as notes:
+    def stopped(number: int) -> int:
+        name = "terminated" if number == signal.SIGTERM else "interrupted"
+        return refuse(128 + number, f"{name}; {_kept(rest)}")
+
+    with _signals() as signals, _notes() as notes:
         try:
             _check_paths(rest)
             with trust_remote_code("--trust-remote-code" in given), overwriting("--overwrite" in given):
@@ -82,16 +82,15 @@ def door(command: Callable[[Sequence[str]], int | None], argv: Sequence[str]) ->
             raise stop
         except RestuningError as error:
             return refuse(2, str(error))
-        except KeyboardInterrupt as stop:
-            name = "terminated" if isinstance(stop, Terminated) else "interrupted"
-            return refuse(143 if isinstance(stop, Terminated) else 130, f"{name}; {_kept(rest)}")
+        except KeyboardInterrupt:
+            return stopped(signals[0] if signals else signal.SIGINT)
         except MemoryError:
             return refuse(2, "there is not enough memory for this: try a smaller batch, or smaller data")
         except OSError as error:
             return _output(error, refuse)
-        except RecursionError:
-            return refuse(2, "what was read is nested too deeply")
         except Exception as error:
+            if signals:  # which some library has turned into an error of its own
+                return stopped(signals[0])
             if "out of memory" in str(error) or "can't allocate memory" in str(error):
                 return refuse(2, "there is not enough memory for this: try a smaller batch, or smaller data")
             return refuse(1, f"an error of restuning's own: {type(error).__name__}: {line(error)[:300]}{DEBUG}")
@@ -161,20 +160,26 @@ def _kept(argv: Sequence[str]) -> str:
 
 
 @contextlib.contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM raises Terminated while this lasts, in the main thread of the process that started."""
+def _signals() -> Iterator[list[int]]:
+    """SIGTERM raises KeyboardInterrupt as Ctrl-C does while this lasts, in the main thread of the process that started;
+    which of them came is told."""
+    came: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield came
         return
     own = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != own:  # a worker of ours has nothing to say
             os._exit(128 + number)
-        raise Terminated
+        came.append(number)
+        raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    # where a shell has a command in the background ignore Ctrl-C, that stays
+    held = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in held}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

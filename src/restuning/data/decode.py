@@ -31,7 +31,7 @@ SUFFIXES = frozenset(
         ".j2k",
     ]
 )
-FORMATS = ("JPEG", "MPO", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF", "TIFF", "AVIF", "PPM", "JPEG2000")
 """Pillow's names of what is decoded, told by a file's first bytes and not by its suffix. Others, PostScript among them,
 which runs a program, are not."""
 MEGAPIXELS = 100
@@ -52,7 +52,8 @@ def decode(file: IO[bytes], name: str) -> "Image":
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(file, formats=_formats(file, name))
+            Image.init()
+            image = Image.open(file, formats=[kind for kind in _formats(file, name) if kind in Image.OPEN])
             width, height = image.size
             if width * height > MEGAPIXELS * 10**6:
                 raise DataError(f"{name} has {width} x {height} pixels: expected at most {MEGAPIXELS} megapixels")
@@ -93,9 +94,9 @@ def _rgb(image: "Image", name: str, deep: bool) -> "Image":
             raise DataError(f"{name} holds floats from {low:g} to {high:g}: expected 0 to 1, or 8 or 16 bits")
         image = image.point(lambda v: v * 255 + 0.5).convert("L")
     elif image.mode.startswith("I"):  # to 8 bits, which convert() would clip
+        top = _stated_top(image)
         image = image.convert("I")
         low, high = _range(image)
-        top = _stated_top(image)
         if low < 0 or high > 65_535 or (top is not None and high > top):
             raise DataError(f"{name} holds values from {low} to {high}: expected 8 or 16 bits")
         if top is None and 0 < high < BRIGHTEST:

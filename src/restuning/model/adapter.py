@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from restuning._types import Features, SiteInfo
 from restuning.backbones.anatomy import PARTS, Affine, as_tuple
 from restuning.backbones.sites import Site, Sites, check_blocks
-from restuning.errors import MethodError
+from restuning.errors import MethodError, line
 from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.tail import Tail, head_width, live
 from restuning.hooks.taps import INPUT, MASK
@@ -219,7 +219,12 @@ def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
     first = next((backbone.get_submodule(site.writes.path) for site in sites.all if site.op == "fc1"), None)
     described = first is not None and getattr(first, "weight", torch.empty(0, device="meta")).is_meta
     if part.init != "random" and not described:
-        prune_ladder(net, backbone, sites, lambda weight: weight.detach().abs())
+        try:
+            prune_ladder(net, backbone, sites, lambda weight: weight.detach().abs())
+        except (RuntimeError, IndexError) as error:
+            raise MethodError(
+                f"{type(backbone).__name__} cannot be pruned into a ladder ({line(error)}): use init='random'"
+            ) from error
     return net
 
 

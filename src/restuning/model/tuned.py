@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from restuning._types import Features
 from restuning.backbones.anatomy import AFFINE, Anatomy
 from restuning.backbones.sites import Site, find_sites
 from restuning.data.objective import objective
-from restuning.errors import CheckpointError, MethodError, RestuningError, line
+from restuning.errors import CheckpointError, MethodError, RestuningError, SiteError, line
 from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import Attachment, group_by_site
 from restuning.hooks.memory import FrozenOpMemory
@@ -43,7 +43,7 @@ from restuning.model.files import (
 from restuning.model.mixed import AdapterStack, kind_of, serve, take_rows
 from restuning.model.stack import PerRow, Stack
 from restuning.side.features import ALL, TokenSelection
-from restuning.tuners.base import Mergeable
+from restuning.tuners.base import Mergeable, as_tuner
 
 
 class Tuned(nn.Module):
@@ -276,6 +276,14 @@ class Tuned(nn.Module):
         Raises MethodError for a name that is not there, if there are not as many names as rows, and for a mix of pooled
         outputs with outputs of every token.
         """
+        if torch.compiler.is_compiling():
+            # a graph that breaks inside the hooks would leave autograd off: torch.compile(tuned) runs as it is
+            return torch._dynamo.disable(self._forward)(args, kwargs, labels, adapter_names)
+        return self._forward(args, kwargs, labels, adapter_names)
+
+    def _forward(
+        self, args: Any, kwargs: Any, labels: Tensor | None, adapter_names: Sequence[str | None] | None
+    ) -> Any:
         self._replay.leave()  # of a backward pass that was interrupted
         args, kwargs = arguments(args, kwargs)
         if self._disabled:
@@ -394,14 +402,54 @@ class Tuned(nn.Module):
         # a block that is run again in a backward pass has to keep what it kept
         thrifty = self._sites.anatomy.convolutional and not checkpoints(self.backbone)
         quiet = torch.no_grad() if frozen else FrozenOpMemory() if thrifty else nullcontext()
+        self._check_inputs(args, kwargs)
         with backbone_lock(self.backbone), quiet, on() as taps:
-            self.backbone(*args, **kwargs)
+            try:
+                self.backbone(*args, **kwargs)
+            except (RuntimeError, IndexError) as error:
+                tuners = (tuner for named in inside.values() for _, tuner in named)
+                kinds = sorted({type(tuner).__name__ for tuner in tuners if as_tuner(tuner).only_on})
+                if not kinds or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                raise MethodError(f"{self._class} cannot be run with {', '.join(kinds)}: {line(error)}") from error
+        for layer, x in zip(layers, taps.features, strict=True):
+            width = self._sites.features[layer].out_features
+            if x.ndim == 3 and x.shape[-1] != width:
+                raise SiteError(
+                    f"layer {layer} of {self._class} has width {x.shape[-1]}, and its anatomy "
+                    f"{self._sites.anatomy.name} says {width}: describe it with anatomy="
+                )
         if taps.oblong and view == ALL and len(layers) > 1 and not self._sites.uniform:
             raise MethodError("a side path over stages needs square maps: images as high as wide")
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
         if trained and torch.is_grad_enabled() and checkpoints(self.backbone):
             self._replay.watch(taps.features, partial(on, recomputing=True))
         return taps.features
+
+    def _check_inputs(self, args: Any, kwargs: Any) -> None:
+        """Raises MethodError for inputs of which the backbone would raise an error in no words, or give NaN."""
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if first is not None and first.ndim and not len(first) and not self._sites.uniform:
+            raise MethodError("a batch of no rows: stages need one at least")
+        if self.family != "text":
+            return
+        ids = kwargs.get("input_ids", first)
+        positions = self._positions
+        if positions is not None and isinstance(ids, Tensor) and ids.ndim > 1 and ids.shape[1] > positions:
+            raise MethodError(f"a text of {ids.shape[1]} tokens: {self._class} reads at most {positions}")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.numel():
+            empty = (~mask.bool().any(-1)).nonzero()
+            if len(empty):
+                raise MethodError(f"row {int(empty[0])} is padding alone: a text has one token at least")
+
+    @cached_property
+    def _positions(self) -> int | None:
+        """The tokens that learnt positions reach, if the backbone has such."""
+        table = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
+        if not isinstance(table, nn.Embedding) or type(table) is not nn.Embedding:
+            return None
+        return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
     def from_features(self, features: Features, kept: TokenSelection | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.

@@ -5,12 +5,13 @@ Everything here raises OSError or ValueError, each with one line, which the call
 """
 
 import errno
+import io
 import json
 import math
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 
 JSON_BYTES = 256 * 2**20
 """The largest JSON that is read: COCO's captions are 90 MiB."""
@@ -18,7 +19,7 @@ DEPTH = 64
 FILE_BYTES = 64 * 2**30
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """A file for reading. A FIFO, a device, a socket or a folder is refused before anything is read of it: the first
     would block for ever, the second never end. Raises OSError."""
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
