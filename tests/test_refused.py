@@ -605,7 +605,7 @@ def test_an_error_of_our_own_is_one_line_and_code_1(
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "memory"),
         (OSError(28, "No space left on device"), 2, "No space left"),
         (PermissionError(13, "Permission denied", "x\ny"), 2, "x\\ny: Permission denied"),
-        (RecursionError(), 2, "nested"),
+        (RecursionError(), 1, "RecursionError"),
         (KeyboardInterrupt(), 130, "nothing was kept"),
         (RestuningError("a \x1b[31mred\x07 name\u202e"), 2, "a \\x1b[31mred\\x07 name\\u202e"),
         (UnicodeError("odd"), 1, "UnicodeError"),

@@ -58,7 +58,8 @@ def decode(file: IO[bytes], name: str) -> "Image":
             if width * height > MEGAPIXELS * 10**6:
                 raise DataError(f"{name} has {width} x {height} pixels: expected at most {MEGAPIXELS} megapixels")
             deep = any("16" in str(tile[3]) for tile in getattr(image, "tile", ()))
-            return _rgb(ImageOps.exif_transpose(image), name, deep)
+            top = _stated_top(image)
+            return _rgb(ImageOps.exif_transpose(image), name, deep, top)
     except Image.DecompressionBombError as error:
         raise DataError(f"{name} is too large: expected at most {MEGAPIXELS} megapixels") from error
     except (DataError, MissingExtra, MemoryError):
@@ -85,7 +86,8 @@ def _formats(file: IO[bytes], name: str) -> tuple[str, ...]:
     return (*FORMATS, "HEIF")
 
 
-def _rgb(image: "Image", name: str, deep: bool) -> "Image":
+def _rgb(image: "Image", name: str, deep: bool, top: int | None) -> "Image":
+    """deep: of 16 bits; top: the greatest value that it can have, if it says so."""
     from PIL import Image
 
     if image.mode == "F":
@@ -94,7 +96,6 @@ def _rgb(image: "Image", name: str, deep: bool) -> "Image":
             raise DataError(f"{name} holds floats from {low:g} to {high:g}: expected 0 to 1, or 8 or 16 bits")
         image = image.point(lambda v: v * 255 + 0.5).convert("L")
     elif image.mode.startswith("I"):  # to 8 bits, which convert() would clip
-        top = _stated_top(image)
         image = image.convert("I")
         low, high = _range(image)
         if low < 0 or high > 65_535 or (top is not None and high > top):
