@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from restuning.training.logging import History, bar
 from restuning.training.loop import accelerated, fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.hub import pinned
 from restuning.utils.profiling import peak_bytes, saved_bytes
 from restuning.utils.reading import read_json
 
@@ -241,6 +242,7 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
     Of these, kept_bytes is what autograd keeps of one batch for backward, peak_bytes the most that training held.
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
+    run = replace(run, base=pinned(run.base, "model_index.json"))
     barrier()
     with run_directory(out, run, resume, read_run) if is_main_process() else contextlib.nullcontext():
         processes = barrier()

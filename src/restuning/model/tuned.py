@@ -278,7 +278,7 @@ class Tuned(nn.Module):
         """
         if torch.compiler.is_compiling():
             # a graph that breaks inside the hooks would leave autograd off: torch.compile(tuned) runs as it is
-            return torch._dynamo.disable(self._forward)(args, kwargs, labels, adapter_names)
+            return torch._dynamo.disable(self._forward)(args, kwargs, labels, adapter_names)  # type: ignore[no-untyped-call]
         return self._forward(args, kwargs, labels, adapter_names)
 
     def _forward(

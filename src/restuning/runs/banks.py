@@ -21,6 +21,8 @@ from restuning.model.tuned import adapt
 from restuning.runs.settings import Run
 from restuning.side.features import MEAN
 from restuning.training.logging import bar
+from restuning.utils.files import check_outside
+from restuning.utils.hub import pinned
 
 
 def from_bank(path: str | Path) -> dict[str, Any]:
@@ -61,6 +63,9 @@ def build_bank(
     tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), or g for CLS and a g × g grid; None:
     what the backbone's pooling sees.
     """
+    read = Path(data.partition("?")[0].split(":")[-1])
+    check_outside(out, "the output folder", *([read] if str(read) != "." and read.is_dir() else []))
+    backbone = pinned(backbone)
     model = load_backbone(backbone, weights, image_size)
     if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
         raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")

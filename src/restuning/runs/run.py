@@ -34,6 +34,7 @@ from restuning.training.evaluate import Examples, evaluate
 from restuning.training.loop import fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.hub import pinned
 from restuning.utils.reading import read_json
 
 
@@ -56,6 +57,9 @@ def execute(
         raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
     if run.bank is not None:
         _agree(run, run.bank)
+    else:
+        tokenizer = None if run.tokenizer is None else pinned(run.tokenizer, "tokenizer_config.json")
+        run = replace(run, backbone=pinned(run.backbone), tokenizer=tokenizer)
     barrier()
     with run_directory(out, run, resume) if is_main_process() else contextlib.nullcontext():
         processes = barrier()

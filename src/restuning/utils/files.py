@@ -115,7 +115,10 @@ def contents(folder: Path) -> list[str]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """A folder, made where it is missing, for one process alone. Raises Locked if another has it."""
+    """A folder, made where it is missing, for one process alone; what is refused inside leaves neither the lock nor an
+    empty folder that was made for it. Raises Locked if another process has it."""
+    new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new_lock = not (out / ".lock").exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -129,4 +132,12 @@ def locked(out: Path) -> Iterator[None]:
         for left in out.glob(f"*{PARTIAL}"):  # by a process that was killed: this one alone writes here now
             with suppress(OSError):
                 left.unlink()
-        yield
+        try:
+            yield
+        except Exception:
+            with suppress(OSError):
+                if new_lock:
+                    (out / ".lock").unlink()
+                for folder in new_folders:  # but for what is kept in them
+                    folder.rmdir()
+            raise
