@@ -127,6 +127,32 @@ def test_a_folders_own_code_runs_neither_by_a_file_nor_by_an_answer(
     assert not marker.exists()
 
 
+def test_a_folders_pickled_weights_are_not_unpickled(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    hf.ViTModel(hf.ViTConfig(**HF)).save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit" / "model.safetensors").unlink()
+    for data in (pickle.dumps(Marker(marker)), None):
+        if data is None:
+            torch.save({"layernorm.weight": Marker(marker)}, tmp_path / "vit" / "pytorch_model.bin")
+        else:
+            (tmp_path / "vit" / "pytorch_model.bin").write_bytes(data)
+        with pytest.raises(CheckpointError):
+            load_backbone(f"hf:{tmp_path / 'vit'}")
+    assert not marker.exists()
+
+
+def test_a_training_state_is_no_pickle(tmp_path: Path) -> None:
+    from restuning.training.checkpoint import read_state
+
+    marker = tmp_path / "marker"
+    torch.save({"format": "restuning.train/1", "more": Marker(marker)}, tmp_path / "state.pt")
+    os.mkfifo(tmp_path / "pipe.pt")
+    for name in ("state.pt", "pipe.pt"):
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_state(tmp_path / name)
+    assert not marker.exists()
+
+
 def test_a_folders_own_code_runs_where_it_is_trusted(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     folder = custom_code(tmp_path / "mine", marker)

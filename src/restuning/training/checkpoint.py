@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from restuning.errors import CheckpointError, RestuningError
 from restuning.utils.files import atomic_write
+from restuning.utils.reading import check_regular
 
 FORMAT = "restuning.train/1"
 
@@ -33,6 +34,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """The state in a file, on the CPU; CheckpointError if the file is damaged or something else."""
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
             damaged = file.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
