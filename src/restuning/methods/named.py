@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from restuning.errors import MethodError, line
-from restuning.methods.files import from_dict
+from restuning.methods.files import from_dict, to_dict
 from restuning.methods.spec import KINDS, Bypass, Full, Ladder, Method, Residual, SideTuning
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
 from restuning.utils.reading import read_json
@@ -124,6 +124,14 @@ ABOUT: dict[str, str] = {
     "bypass-grid4": "bypass on CLS and a 4 × 4 grid of pooled patches, the head reads all (ours)",
     "ladder-grid4": "LST of width d / 4 on CLS and a 4 × 4 grid of pooled patches (ours)",
 }
+
+
+def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what a method's .json file holds in place of its name, for a run that records them."""
+    method = settings.get("method")
+    if isinstance(method, str) and method.endswith(".json"):
+        return {**settings, "method": to_dict(find_method(method))}
+    return dict(settings)
 
 
 def find_method(method: str | Mapping[str, Any] | Method, family: str = "") -> Method:

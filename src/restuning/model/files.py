@@ -16,6 +16,7 @@ from restuning.backbones.load import check_finite as check_finite
 from restuning.errors import CheckpointError, MethodError, MissingExtra, line
 from restuning.utils.files import alone_in, as_json, sync_folder, write_beside
 from restuning.utils.hub import HUB, hub, located
+from restuning.utils.plain import from_plain
 from restuning.utils.reading import number, read_bytes, read_json
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -34,7 +35,7 @@ class AdapterConfig:
     backbone: Mapping[str, Any]
     pool: str
     num_classes: int | None
-    classes: Sequence[str] | None = None
+    classes: Sequence[Any] | None = None
     preprocessing: Mapping[str, Any] | None = None
     kind: str = "single-label"
 
@@ -149,18 +150,13 @@ def _read_card(folder: Path) -> dict[str, Any]:
 
 def _config(folder: Path, data: Mapping[str, Any]) -> AdapterConfig:
     """The configuration, every part of it of its type and within its bounds."""
-    config = folder / CONFIG
-    names = [f.name for f in fields(AdapterConfig)]
-    data = {"kind": AdapterConfig.kind, **data}  # older files hold adapters of this one kind
-    missing = [name for name in names if name not in data]
-    missing += [name for name in ("spec", "backbone") if name in data and not isinstance(data[name], dict)]
-    if missing:
-        raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
+    held = {f.name: data[f.name] for f in fields(AdapterConfig) if f.name in data}  # the rest is of the file
+    found = from_plain(AdapterConfig, held, str(folder / CONFIG), CheckpointError)
     try:
-        _check_values(data)
+        _check_values(held)
     except ValueError as error:
-        raise CheckpointError(f"{config} is damaged: {line(error)}") from error
-    return AdapterConfig(**{name: data[name] for name in names})
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {line(error)}") from error
+    return found
 
 
 def _check_values(data: Mapping[str, Any]) -> None:

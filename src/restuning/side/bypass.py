@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from restuning._types import Features
-from restuning.side.again import again
 from restuning.tuners.grid import cells, grid_side
 
 
@@ -81,7 +81,7 @@ class BypassNet(nn.Module):
         for layer, (h, weight) in enumerate(zip(features[1:], gates, strict=True)):
             step = partial(self._step, layer, grids[layer], grids[layer + 1])
             # of a decoder's maps, no more is kept for backward than what is read
-            x = step(x, h, weight) if self.out is None else again(step, (x, h, weight), self._of(layer))
+            x = step(x, h, weight) if self.out is None else checkpoint(step, x, h, weight, use_reentrant=False)
         x = x if self.out is None else self.out(x)
         return x if grids[-1] is None else x.transpose(1, 2).unflatten(2, grids[-1])
 
@@ -93,11 +93,6 @@ class BypassNet(nn.Module):
     def _read(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
         return F.layer_norm(x, x.shape[-1:]) if self.normed else x
-
-    def _of(self, layer: int) -> list[nn.Parameter]:
-        """A step's parameters, but for its gate."""
-        parts = (side[str(layer)] for side in (self.horizontal, self.vertical, self.across) if str(layer) in side)
-        return [p for part in parts for p in part.parameters()]
 
     def _across(self, layer: int, x: Tensor, to: Tensor, was: Any, grid: Any) -> Tensor:
         if x.shape[1] > to.shape[1]:

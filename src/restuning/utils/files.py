@@ -1,6 +1,5 @@
 """Files written whole or not at all."""
 
-import fcntl
 import json
 import os
 import secrets
@@ -9,6 +8,8 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout  # torch needs it, so it is there
 
 from restuning.errors import Locked, RestuningError
 
@@ -90,6 +91,11 @@ def check_outside(path: Path, what: str, *inputs: Path) -> None:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """While it lasts, no other process writes two files that belong together into this folder; it waits its turn."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where a folder cannot be locked
+        yield
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -119,25 +125,25 @@ def locked(out: Path) -> Iterator[None]:
     empty folder that was made for it. Raises Locked if another process has it."""
     new_folders = [folder for folder in (out, *out.parents) if not folder.exists()]
     new_lock = not (out / ".lock").exists()
+    lock = FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise Locked(f"{out} is in use by another run: choose another folder, or wait for it") from error
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Locked(f"{out} is in use by another run: choose another folder, or wait for it") from error
+    try:
         for left in out.glob(f"*{PARTIAL}"):  # by a process that was killed: this one alone writes here now
             with suppress(OSError):
                 left.unlink()
-        try:
-            yield
-        except Exception:
-            with suppress(OSError):
-                if new_lock:
-                    (out / ".lock").unlink()
-                for folder in new_folders:  # but for what is kept in them
-                    folder.rmdir()
-            raise
+        yield
+    except Exception:
+        with suppress(OSError):
+            if new_lock:
+                (out / ".lock").unlink(missing_ok=True)
+            for folder in new_folders:  # but for what is kept in them
+                folder.rmdir()
+        raise
+    finally:
+        lock.release()
