@@ -14,7 +14,6 @@ from restuning.backbones.load import describe_backbone
 from restuning.backbones.sites import find_sites
 from restuning.data import load_source
 from restuning.errors import Locked, RestuningError
-from restuning.features.bank.format import DTYPES
 from restuning.methods.named import find_method
 from restuning.methods.spec import grid_of
 from restuning.paper.experiments import Data, Experiment, Row
