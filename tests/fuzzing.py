@@ -662,8 +662,10 @@ def _wait(child: int) -> tuple[int, bool]:
         time.sleep(0.005)
 
 
-def fuzz(count: int, seed: int, show: bool = False, only: str = "") -> Totals:
-    """Run so many cases in forks of this process."""
+def fuzz(
+    count: int, seed: int, show: bool = False, only: str = "", first: int = 0, seconds: float = math.inf
+) -> Totals:
+    """Run so many cases in forks of this process, from the `first` on, for so many seconds at most."""
     import torch
 
     torch.set_num_threads(1)
@@ -674,8 +676,11 @@ def fuzz(count: int, seed: int, show: bool = False, only: str = "") -> Totals:
         _ROOT[:] = [root]
         _warm(root)
         for i, case in enumerate(cases(count, seed)):
-            if only and only not in f"{i} {case.name}":
+            if i < first or (only and only not in f"{i} {case.name}"):
                 continue
+            if time.monotonic() - start > seconds:
+                print(f"stopped before {i}")
+                break
             code, wrong = run(case, root, Path(temporary) / f"case{i}")
             totals.codes[code] += 1
             for one in wrong:
@@ -709,9 +714,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--only", default="", help="cases whose number and name hold this")
     args = parser.parse_args()
-    found = fuzz(args.count, args.seed, True, args.only)
+    found = fuzz(args.count, args.seed, True, args.only, args.first, args.seconds)
     counts = ", ".join(f"code {code}: {n}" for code, n in sorted(found.codes.items()))
     print(f"{sum(found.codes.values())} inputs in {found.seconds:.0f} s; {counts}; {len(found.violations)} violations")
     sys.exit(bool(found.violations))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from restuning.backbones.sites import find_sites
 from restuning.data import Preprocess, Reading, Tokenise
-from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
+from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, SiteError, line
 from restuning.utils.hub import MINILM, HubId, hub, located, packaged, remote_code
 from restuning.utils.hub import trust_remote_code as trusting
 from restuning.utils.reading import check_regular
@@ -144,13 +144,18 @@ def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: b
         )
     side = image_size or int(getattr(config, "image_size", 224))
     how, half = _processor(str(getattr(config, "_name_or_path", ""))), (0.5, 0.5, 0.5)
-    return Preprocess(
-        size=(side, side),
-        mean=tuple(how.get("image_mean") or half),
-        std=tuple(how.get("image_std") or half),
-        interpolation=RESAMPLE.get(how.get("resample", 3), "bicubic"),
-        crop=1.0 if crop else None,
-    )
+    resample = how.get("resample", 3)
+    named = {
+        "size": (side, side),
+        "mean": how.get("image_mean") or half,
+        "std": how.get("image_std") or half,
+        "interpolation": RESAMPLE.get(resample, "bicubic") if isinstance(resample, int) else "bicubic",
+        "crop": 1.0 if crop else None,
+    }
+    try:
+        return Preprocess.from_dict(named)
+    except DataError as error:
+        raise CheckpointError(f"the image processor of {getattr(config, '_name_or_path', '')}: {error}") from error
 
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
