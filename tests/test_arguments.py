@@ -139,4 +139,4 @@ def test_help_needs_no_torch() -> None:
     code += "print('torch' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "False False", done.stderr
-    assert all(re.search(rf"^ +{name} ", done.stdout, re.M) for name in COMMANDS)
+    assert all(re.search(rf"^ +{name}( |$)", done.stdout, re.M) for name in COMMANDS)

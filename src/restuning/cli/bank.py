@@ -1,6 +1,7 @@
 """`restuning bank`."""
 
 import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -33,8 +34,14 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own, settings = filled(BankCommand, args), filled(BankSettings, args)
-    manifest = build_bank(settings, own.out, resume=own.resume, progress=not (own.quiet or own.json))
+    quiet = own.quiet or own.json
+    say_bytes = (lambda each, items: None) if quiet else _say_bytes
+    manifest = build_bank(settings, own.out, resume=own.resume, progress=not quiet, say=say_bytes)
     shards = manifest["shards"]
     rows, size = (sum(shard[k] for shard in shards) for k in ("rows", "bytes"))
     found = {"rows": rows, "bytes": size, "shards": len(shards), "layers": manifest["layers"]}
     say(own.json, found, f"{rows} rows in {len(shards)} shards, {size / 2**20:.1f} MiB, in {own.out}")
+
+
+def _say_bytes(each: int, items: int) -> None:
+    print(f"{each:,} bytes an item, {each * items / 2**20:,.1f} MiB for {items:,}", file=sys.stderr)

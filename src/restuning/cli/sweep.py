@@ -30,7 +30,7 @@ class SweepCommand:
 def arguments(parser: Parser) -> None:
     parser.settings(SweepCommand)
     parser.settings(Sweep, without=("training",))
-    parser.settings(TrainConfig, only=("batch_size", "weight_decay", "warmup_epochs"))
+    parser.settings(TrainConfig, only=("batch_size", "weight_decay", "warmup_epochs", "label_smoothing"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Runs and banks: build one by names, and the settings that one decides."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,19 +8,17 @@ from typing import Annotated, Any
 import torch
 
 from restuning.backbones.load import MICRO, load_backbone, reading_of
-from restuning.data import (
-    Tokenise,
-    load_task,
-)
+from restuning.data import Tokenise, load_task, prepared
 from restuning.errors import RestuningError
-from restuning.features.bank import (
-    Bank,
-    build,
-)
-from restuning.methods.spec import Bypass
+from restuning.features.bank import Bank, build
+from restuning.features.bank.build import bytes_kept
+from restuning.features.bank.format import COMPONENTS
+from restuning.methods.spec import Method
 from restuning.model.tuned import adapt
 from restuning.runs.settings import Run
+from restuning.side import Bypass, BypassQuery, LinearAll
 from restuning.side.features import MEAN
+from restuning.training.components import Components, fit_components, widths_of
 from restuning.training.logging import bar
 from restuning.utils.files import check_outside
 from restuning.utils.hub import pinned
@@ -58,8 +57,13 @@ def _agree(run: Run, bank: str) -> None:
 
 @dataclass(frozen=True)
 class BankSettings:
-    """What a bank is of. tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), or g for CLS
-    and a g × g grid; None: what the backbone's pooling sees."""
+    """What a bank is of.
+
+    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), g for CLS and a g × g grid, `pooled`
+    (what linear-all reads), `int8` (all tokens, each quantised), or `pca:K` and `pca:K:FILE` (K components of every
+    token, fitted on the training items or taken from a file, and what is pooled); None: what the backbone's pooling
+    sees.
+    """
 
     data: Annotated[str, Option(DATA)]
     backbone: Annotated[str, Option(BACKBONE)] = MICRO
@@ -70,7 +74,10 @@ class BankSettings:
     crop: Annotated[bool, Option("the backbone's centre crop, not the whole image")] = False
     tokens: Annotated[
         str | None,
-        Option("first, last, mean, all, or G for CLS and a G x G grid (default: what the pooling sees)"),
+        Option(
+            "first, last, mean, all, int8 (all, quantised), G for CLS and a G x G grid, pooled (of linear-all), "
+            "or pca:K[:FILE], K components of every token, fitted or from a file (default: what the pooling sees)"
+        ),
     ] = None
     dtype: Annotated[str, Option("of the features", choices=(*DTYPES, "float64"))] = "float32"
     views: Annotated[int, Option("augmented views of each training image", metavar="K")] = 1
@@ -85,29 +92,53 @@ class BankSettings:
             raise RestuningError(f"--batch-size {self.batch_size}: expected at least 1")
 
 
-def build_bank(settings: BankSettings, out: Path, *, resume: bool = False, progress: bool = True) -> dict[str, Any]:
+def build_bank(
+    settings: BankSettings,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[int, int], None] = lambda each, items: None,
+) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers in `out` (see `restuning.features.bank.build`).
-    Returns its manifest."""
+    Returns its manifest. say: told the bytes of an item and how many there are, before anything is written."""
     read = Path(settings.data.partition("?")[0].split(":")[-1])
     check_outside(out, "the output folder", *([read] if str(read) != "." and read.is_dir() else []))
     settings = replace(settings, backbone=pinned(settings.backbone))
-    tokens = settings.tokens
     model = load_backbone(settings.backbone, settings.weights, settings.image_size)
-    if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")
+    tokens, count, file = _components(settings.tokens)
+    tokens, dtype = ("all", "int8") if tokens == "int8" else (tokens, settings.dtype)
+    if tokens not in (None, "first", "last", "all", "mean", "pooled", "pca") and not tokens.isdecimal():
+        raise RestuningError(
+            f"tokens {tokens!r}: expected first, mean, all, last, pooled, int8, pca:K, or the cells a side of a grid"
+        )
     reads: dict[str, Any] = {k: getattr(settings, k) for k in ("image_size", "crop", "tokenizer", "max_length")}
     how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     # a mean over all tokens of a text has their mask kept too
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
     pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
-    tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=settings.backbone)
-    if tokens == "mean" and tuned._live() != MEAN:
+    readers: dict[str, Method] = {"pooled": LinearAll(), "pca": BypassQuery()}
+    reader = readers.get(tokens or "", Bypass(grid=grid))
+    tuned = adapt(model, reader, pool=pool, backbone_name=settings.backbone)
+    if tokens == "mean" and tuned.request.tokens != MEAN:
         raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
     if torch.cuda.is_available():
         tuned.cuda()
     sizes = {k: getattr(settings, k) for k in ("train_size", "val_size", "test_size", "seed")}
     task = load_task(settings.data, **sizes)
+    if task.kind == "per-token":
+        raise RestuningError(f"{task.spec}: a bank keeps one label for each item, and these are by token")
+    components = None
+    train = prepared(task.train, how, cache=False)
+    if tokens == "pca":
+        there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
+        components = Components.load(there) if there else fit_components(tuned, train, count, settings.batch_size)
+        components.check(widths_of(tuned, tuned.request.layers), str(there))
+        if components.count != count:
+            raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
+    items = len(task.train) * settings.views + len(task.val or ()) + len(task.test)
+    say(bytes_kept(tuned, train, dtype, components), items)
     with bar(100, progress) as show:
 
         def seen(done: int, of: int) -> None:
@@ -119,11 +150,23 @@ def build_bank(settings: BankSettings, out: Path, *, resume: bool = False, progr
             task,
             how,
             out,
-            dtype=settings.dtype,
+            dtype=dtype,
             views=settings.views,
             seed=settings.seed,
             batch_size=settings.batch_size,
             about={"source": source, "test_size": settings.test_size},
+            components=components,
             resume=resume,
             seen=seen,
         )
+
+
+def _components(tokens: str | None) -> tuple[str | None, int, Path | None]:
+    """`pca:K` or `pca:K:FILE` as ("pca", K, FILE); others as they are."""
+    kind, _, rest = (tokens or "").partition(":")
+    if kind != "pca":
+        return tokens, 0, None
+    count, _, file = rest.partition(":")
+    if not count.isdecimal() or int(count) < 1:
+        raise RestuningError(f"tokens {tokens!r}: expected pca:K or pca:K:FILE, with K components")
+    return "pca", int(count), Path(file) if file else None

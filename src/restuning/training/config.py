@@ -12,7 +12,7 @@ from torch import nn
 from restuning.errors import RestuningError
 from restuning.utils.options import Option
 
-_MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "seed", "workers")
+_MAY_BE_ZERO = ("weight_decay", "label_smoothing", "warmup_epochs", "seed", "workers")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class TrainConfig:
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
     With `patience`, training stops after so many epochs without a better validation score, and the best state
-    stands. ema: of the weights, a mean that decays so much a step, which stands at the end.
+    stands. label_smoothing: the share of every label that all classes have. ema: of the
+    weights, a mean that decays so much a step, which stands at the end.
     """
 
     epochs: Annotated[int, Option()] = 50
@@ -30,6 +31,7 @@ class TrainConfig:
     batch_size: Annotated[int, Option("examples, over all processes")] = 32
     warmup_epochs: Annotated[float, Option("at most a fifth of all")] = 10
     schedule: Annotated[Literal["cosine", "constant"], Option("of the learning rate, after the warm-up")] = "cosine"
+    label_smoothing: Annotated[float, Option("share of a label that all classes have")] = 0.0
     ema: Annotated[float | None, Option("decay of the mean of the weights, which is what is saved (default none)")] = (
         None
     )
@@ -51,6 +53,8 @@ class TrainConfig:
             raise RestuningError(f"schedule is {self.schedule!r}: expected cosine or constant")
         if self.ema is not None and not self.ema < 1:
             raise RestuningError(f"ema is {self.ema!r}: expected a number below 1")
+        if not self.label_smoothing < 1:
+            raise RestuningError(f"label_smoothing is {self.label_smoothing!r}: expected a number below 1")
         kinds = get_type_hints(type(self))
         for f in fields(self):
             value, whole = getattr(self, f.name), kinds[f.name] in (int, int | None)

@@ -178,7 +178,7 @@ def _ratio(place: Place, task: str, data: str) -> Record:
 
     calls = {
         "full": steps(full, full, texts, texts.lengths),
-        "bank": steps(FromFeatures(side, opened.view, opened.layers), side, kept, None),
+        "bank": steps(FromFeatures(side), side, kept, None),
     }
     times = in_turn(calls, ROUNDS)
     return spread(times["bank"], times["full"])
@@ -191,7 +191,7 @@ def _kept(run: Run, classes: int) -> int:
     if run.bank is not None:
         opened = Bank(run.bank, verify=False)
         features = opened.rows("train").fetch(range(BATCH))[0]
-        model = FromFeatures(tuned, opened.view, opened.layers)
+        model = FromFeatures(tuned)
         return saved_bytes(lambda: model(features), tuned.parameters())
     texts = prepared(load_task(run.data).train, reading_of(backbone, max_length=run.max_length))
     inputs, _ = next(iter(loader(texts, BATCH)))
