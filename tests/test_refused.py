@@ -517,7 +517,7 @@ BANK = [
     ("shards.0.bytes", -1),
     ("shards", 3),
     ("layers", "all"),
-    ("layers", [-1]),
+    ("layers", [-(10**9)]),
     ("layers", []),
     ("dtype", "float1"),
     ("views", 0),
