@@ -1,6 +1,5 @@
 """The search for a backbone's operations, by the table of anatomies."""
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from torch import nn
 from restuning._types import Kernel, SiteInfo
 from restuning.backbones.anatomy import AFFINE, BLOCK, PARTS, Affine, Anatomy, Point, Weight, as_tuple
 from restuning.backbones.families import ANATOMIES
+from restuning.backbones.towers import Found, check_covered, check_mask, outermost, same_tower
 from restuning.errors import SiteError
 from restuning.side.base import check_indices
 
@@ -115,19 +115,19 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     what fits is a small part of it.
     """
     rows = ANATOMIES if anatomy is None else (anatomy,)
-    found: list[tuple[Anatomy, str, list[str]]] = []
+    found: list[Found] = []
     for row in rows:
         if found and row.join is not None:
             continue
         for root, lists in _holders(backbone, row.blocks).items():
             # another row's view of the same tower, or what is a part of one (the stem of a hybrid)
-            known = any(_same_tower(lists, other[2]) for other in found)
+            known = any(same_tower(lists, other[2]) for other in found)
             if not known and _fits(backbone, root, lists, row):
                 found.append((row, root, lists))
         if found and (anatomy is not None or found[0][0].join is not None):
             break
     if found and anatomy is None and found[0][0].join is None:
-        found = _outermost(found)
+        found = outermost(found)
     if len(found) > 1:
         places = ", ".join(root or "the backbone itself" for _, root, _ in found)
         names = " and ".join(dict.fromkeys(row.name for row, _, _ in found))
@@ -135,8 +135,8 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     if found:
         row, root, lists = found[0]
         if anatomy is None and row.join is None:
-            _check_covered(backbone, row, lists)
-            _check_mask(backbone, root, row)
+            check_covered(backbone, row, lists)
+            check_mask(backbone, root, row)
         return _describe(backbone, root, lists, row)
     looked = "; ".join(
         f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {', '.join(as_tuple(row.norm))}" for row in rows
@@ -147,57 +147,6 @@ def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
         f"no known anatomy fits {type(backbone).__name__}; looked for {looked}; the model has "
         f"{', '.join(has[:40])}{more}; describe it with restuning.Anatomy and pass anatomy="
     )
-
-
-def _under_path(path: str, root: str) -> bool:
-    return not root or path == root or path.startswith(f"{root}.")
-
-
-def _same_tower(lists: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether two finds share blocks."""
-    return any(_under_path(a, b) or _under_path(b, a) for a in lists for b in other)
-
-
-def _outermost(found: Sequence[tuple[Anatomy, str, list[str]]]) -> list[tuple[Anatomy, str, list[str]]]:
-    """Without those inside the holder of another, such as the convolutional stem of a hybrid."""
-    return [one for one in found if not any(other[1] != one[1] and _under_path(one[1], other[1]) for other in found)]
-
-
-def _check_covered(backbone: nn.Module, row: Anatomy, lists: Sequence[str]) -> None:
-    """Raises SiteError where most of what a model has in lists of blocks is not in those that a row describes: a
-    probe of HRNet's first stage, or of one tower of many, would pass for one of the model."""
-    mine = {id(p) for path in lists for p in backbone.get_submodule(path).parameters()}
-    every = {id(p): p.numel() for holder in _block_lists(backbone) for p in holder.parameters()}
-    covered, total = sum(n for key, n in every.items() if key in mine), sum(every.values())
-    if total and 2 * covered < total:
-        raise SiteError(
-            f"{row.name} fits {', '.join(lists)}, which hold {100 * covered / total:.0f} % of the parameters in this "
-            f"{type(backbone).__name__}'s lists of blocks: pass the part that is meant, or describe it with anatomy="
-        )
-
-
-def _block_lists(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost lists of modules of one kind, each with parts of its own."""
-    children = list(module.children())
-    kinds = {type(child) for child in children}
-    listed = isinstance(module, nn.ModuleList | nn.Sequential) and len(kinds) == 1
-    if listed and any(True for _ in children[0].children()):
-        yield module
-    else:
-        for child in children:
-            yield from _block_lists(child)
-
-
-def _check_mask(backbone: nn.Module, root: str, row: Anatomy) -> None:
-    """Raises SiteError for a backbone whose images are padded by a mask, of which no pooling here knows."""
-    for module in (backbone, backbone.get_submodule(root)):
-        asks = inspect.signature(module.forward).parameters
-        named = next((name for name in asks if name in ("pixel_attention_mask", "patch_valid", "pixel_mask")), None)
-        if named is not None:
-            raise SiteError(
-                f"{type(backbone).__name__} reads images that are padded ({named}): its features would be pooled with "
-                "the padding; describe it with anatomy= if all images are of one size"
-            )
 
 
 def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
