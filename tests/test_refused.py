@@ -726,6 +726,18 @@ def test_outputs_that_would_overwrite_or_be_read(tmp_path: Path, capsys: pytest.
     assert "lies inside" in said and not (tmp_path / "data" / "a" / "run").exists()
 
 
+def test_names_are_printed_without_control_characters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classes(tmp_path / "p", ("a\x1b[31m", "[red]b"))
+    for argv in (
+        ["data", f"folder:{tmp_path / 'p'}"],
+        ["predict", str(FIXTURES / "bypass"), str(tmp_path / "p" / "a\x1b[31m")],
+    ):
+        assert main(argv) == 0
+        out = capsys.readouterr().out
+        assert "\x1b" not in out and "a\\x1b[31m" in out
+    assert main(["data", f"folder:{tmp_path / 'p'}"]) == 0 and "[red]b" in capsys.readouterr().out
+
+
 def test_what_is_printed_holds_no_control_characters() -> None:
     assert printable("a\x1b[2Jb\nc\r\x9b\u202e\ud800é") == "a\\x1b[2Jb\\nc\\r\\x9b\\u202e\\ud800é"
 
@@ -817,6 +829,9 @@ def test_all_bad_files_are_named_at_once_and_can_be_left_out(
     assert len(good) == 4 and len(bad) == 2
     said = refused(capsys, "predict", FIXTURES / "bypass", tmp_path / "p" / "b")
     assert "1.png" in said and "4.png" in said
+    assert main(["predict", str(FIXTURES / "bypass"), str(tmp_path / "p" / "b"), "--skip-bad"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("\n") == 4 and "left out 2 of 6" in printed.err
     from restuning.runs.predict import predict
 
     with pytest.warns(Note, match="left out 2 of 6"):

@@ -10,6 +10,7 @@ from restuning.cli.arguments import Parser, filled
 from restuning.errors import RestuningError
 from restuning.runs.predict import predict
 from restuning.utils.options import Device, Json, Option
+from restuning.utils.reading import printable
 
 EXAMPLE = "restuning predict runs/photos runs/sprites picture.jpg --top 3"
 
@@ -29,6 +30,7 @@ class Predict:
     ] = None
     weights: Annotated[str | None, Option("the backbone's weights, if not those of a run.json")] = None
     batch_size: Annotated[int, Option()] = 32
+    skip_bad: Annotated[bool, Option("leave out images that cannot be decoded, and tell them")] = False
     device: Device = None
     json: Json = False
 
@@ -43,7 +45,9 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = filled(Predict, args)
-    rows = predict(own.adapters, own.input, own.top, own.weights, own.embeddings, own.device, own.batch_size)
+    rows = predict(
+        own.adapters, own.input, own.top, own.weights, own.embeddings, own.device, own.batch_size, own.skip_bad
+    )
     if own.json:
         print(json.dumps(rows))
         return
@@ -54,4 +58,4 @@ def run(args: argparse.Namespace) -> None:
             text = " ".join(f"{word['word']}/{word['class']}" for word in row["words"])
         else:
             text = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
-        print(f"{row['input']}  {row['adapter']}  {text}")
+        print(printable(f"{row['input']}  {row['adapter']}  {text}"))
