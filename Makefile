@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test fuzz check bench clean
 
 setup: .venv/ready
 
@@ -13,6 +13,9 @@ demo: setup  ## linear probing, res-tuning and bypass on digits and two sprite t
 
 test: setup  ## a process for each core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
+
+fuzz: setup  ## 1,600 bad inputs over every command, flag and file format: totals by exit code, violations
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/fuzzing.py --count 1600
 
 check: setup  ## format, lint, types, import layers
 	$(PY) -m ruff format --check .

@@ -142,7 +142,7 @@ def test_the_real_vit_tiny() -> None:
     assert rt.load_backbone("vit_tiny_patch16_224", file, 96)(torch.zeros(1, 3, 96, 96)).shape == (1, 192)
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf:no/model"])
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "hf:hub:no/model"])
 def test_a_hub_without_an_answer_is_asked_once(name, monkeypatch, capfd, caplog) -> None:
     from huggingface_hub import constants
 

@@ -226,7 +226,8 @@ def test_refused_output_folders(photos: Path, tmp_path: Path, capsys: pytest.Cap
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "in use" in refused(capsys, *argv, "--out", out)
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
-    assert "not empty" in refused(capsys, *argv, "--out", photos)
+    assert "lies inside" in refused(capsys, *argv, "--out", photos)
+    assert "not empty" in refused(capsys, "train", "--data", "digits", *FAST, "--out", photos)
 
 
 def test_full_disk(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

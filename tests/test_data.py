@@ -222,11 +222,11 @@ def test_hub_data_sets(tmp_path: Path) -> None:
 def test_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ConnectionError("no route\nto the hub")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    assert "cannot be had: no route" in error("hf:someone/pictures")
+    assert "cannot be had: no route" in error("hf:hub:someone/pictures")
 
 
 def test_preprocessing(photos: Path) -> None:

@@ -117,13 +117,14 @@ def test_hub(folder, monkeypatch) -> None:
     assert uploads == {p.name: p.read_bytes() for p in folder.iterdir()}
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(folder / file))
-    assert torch.equal(rt.Tuned.from_pretrained(VIT.backbone(), "me/task")(**VIT.inputs(1)) * 0, torch.zeros(1, 3))
+    assert torch.equal(rt.Tuned.from_pretrained(VIT.backbone(), "hub:me/task")(**VIT.inputs(1)) * 0, torch.zeros(1, 3))
 
     def offline(*_, **__):
         raise ConnectionError("no route to host\nat all")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    assert "the hub gave no adapter of that name: no route to host" in refused("me/task")
+    assert "the hub gave no adapter of that name: no route to host" in refused("hub:me/task")
+    assert "for the hub, write hub:me/task" in refused("me/task"), "a path that is not there asks no hub"
 
 
 def test_what_no_file_can_hold_is_refused_before_it_is_trained(folder) -> None:

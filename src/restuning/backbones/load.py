@@ -12,28 +12,42 @@ from torch import Tensor, nn
 
 from restuning.backbones.sites import find_sites
 from restuning.data import Preprocess, Reading, Tokenise
-from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
-from restuning.utils.hub import MINILM, hub, packaged
+from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, SiteError, line
+from restuning.utils.hub import MINILM, HubId, hub, located, packaged, remote_code
+from restuning.utils.hub import trust_remote_code as trusting
+from restuning.utils.reading import check_regular
 
 MICRO = "restuning-micro"
 STAGES = "resnet18-stages"
 _ASSETS = Path(__file__).parent / "assets"
+MOST_PIXELS = 16_384
+"""The longest side of an image that a backbone is made for."""
 
 
-def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
+def load_backbone(
+    name: str,
+    weights: str | Path | None = None,
+    image_size: int | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """A backbone without its classifier, in eval mode.
 
     name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224` or `convnext_base`, `hf:` and a
-    transformers folder or hub id, `all-MiniLM-L6-v2`, a text encoder, from the package that holds it, or
-    `resnet18-stages`, a ResNet-18 of three stages with its batch norms folded into its convolutions. weights: a
+    transformers folder or `hub:owner/name[@revision]`, `all-MiniLM-L6-v2`, a text encoder, from the package that holds
+    it, or `resnet18-stages`, a ResNet-18 of three stages with its batch norms folded into its convolutions. weights: a
     safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a
     side, if other than the model's own (position embeddings are interpolated; convolutions see any size).
+    trust_remote_code: whether a transformers folder's own Python code may run.
     Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
     """
-    if image_size is not None and image_size < 1:
-        raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
+    if image_size is not None and not 1 <= image_size <= MOST_PIXELS:
+        raise RestuningError(f"image size {image_size}: expected a number of pixels from 1 to {MOST_PIXELS}")
+    if not name or "\0" in name:
+        raise SiteError(f"{name!r} is no name of a backbone: expected {MICRO}, a timm model or hf:FOLDER")
     if name.startswith("hf:") or name == MINILM:
-        backbone = _transformers(name.removeprefix("hf:"), weights)
+        with trusting(trust_remote_code) if trust_remote_code else nullcontext():
+            backbone = _transformers(name.removeprefix("hf:"), weights)
     elif name == MICRO:
         backbone = _micro()
         _load(backbone, _ASSETS / f"{MICRO}.safetensors" if weights is None else weights)
@@ -130,13 +144,18 @@ def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: b
         )
     side = image_size or int(getattr(config, "image_size", 224))
     how, half = _processor(str(getattr(config, "_name_or_path", ""))), (0.5, 0.5, 0.5)
-    return Preprocess(
-        size=(side, side),
-        mean=tuple(how.get("image_mean") or half),
-        std=tuple(how.get("image_std") or half),
-        interpolation=RESAMPLE.get(how.get("resample", 3), "bicubic"),
-        crop=1.0 if crop else None,
-    )
+    resample = how.get("resample", 3)
+    named = {
+        "size": (side, side),
+        "mean": how.get("image_mean") or half,
+        "std": how.get("image_std") or half,
+        "interpolation": RESAMPLE.get(resample, "bicubic") if isinstance(resample, int) else "bicubic",
+        "crop": 1.0 if crop else None,
+    }
+    try:
+        return Preprocess.from_dict(named)
+    except DataError as error:
+        raise CheckpointError(f"the image processor of {getattr(config, '_name_or_path', '')}: {error}") from error
 
 
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -152,10 +171,14 @@ def _processor(path: str) -> dict[str, Any]:
 
     local = Path(path).is_dir()
     try:
+        where = located(path)
+        name, at = (where.repo, where.revision) if isinstance(where, HubId) else (path, None)
         with nullcontext() if local else hub():
-            found: dict[str, Any] = BaseImageProcessor.get_image_processor_dict(path)[0]
+            found: dict[str, Any] = BaseImageProcessor.get_image_processor_dict(name, revision=at)[0]
             return found
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        return {}
+    except Exception as error:
         if local and any((Path(path) / name).exists() for name in PROCESSORS):
             raise CheckpointError(f"{path}: the image processor cannot be read: {line(error)}") from error
         return {}
@@ -221,15 +244,20 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
         raise MissingExtra("transformers", "transformers") from error
-    folder = packaged(path)
+    found = located(packaged(path))
+    remote = isinstance(found, HubId)
+    folder, at = (found.repo, {"revision": found.revision}) if isinstance(found, HubId) else (str(found), {})
+    if not remote:
+        _check_folder(Path(folder))
+    more: dict[str, Any] = {**at, **remote_code()}
     try:
-        with _no_bar(), nullcontext() if Path(folder).is_dir() else hub():
+        with _no_bar(), hub() if remote else nullcontext():
             if weights is None:
-                model = AutoModel.from_pretrained(folder)
+                model = AutoModel.from_pretrained(folder, **more)
             else:
-                model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
+                model = AutoModel.from_config(AutoConfig.from_pretrained(folder, **more), **remote_code())
+    except Exception as error:  # of a damaged folder it can be anything
+        raise CheckpointError(f"transformers cannot load {path!r}: {_why(error)}") from error
     if not getattr(model, "is_quantized", False):
         model.float()  # a tuner born at one cannot move in bfloat16: half precision is for autocast
     vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
@@ -239,6 +267,25 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     if weights is not None:
         _load(backbone, weights)
     return backbone
+
+
+def _check_folder(folder: Path) -> None:
+    """Files of a folder that transformers opens by itself are regular ones. Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder: expected one that transformers loads, with a config.json")
+    for file in folder.iterdir():
+        if not file.is_dir():
+            try:
+                check_regular(file)
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _why(error: BaseException) -> str:
+    """transformers' own reason in one line; of code that is not to be run, how to say that it may."""
+    if "custom code" in str(error) or "trust_remote_code" in str(error):
+        return "it has Python code of its own, which is not run: read it, then give --trust-remote-code"
+    return line(error)
 
 
 @contextmanager
@@ -259,7 +306,7 @@ def _load(backbone: nn.Module, weights: str | Path) -> None:
     """Weights from a file, strictly, but for the classifier's. Raises CheckpointError that names the keys."""
     if weights == "random":
         return
-    state = _state(Path(weights))
+    state = read_state_dict(Path(weights))
     expected = backbone.state_dict()
     state = {key: value for key, value in state.items() if key in expected or not _classifier(key)}
     missing = sorted(expected.keys() - state.keys())
@@ -272,14 +319,23 @@ def _load(backbone: nn.Module, weights: str | Path) -> None:
             if keys
         ]
         raise CheckpointError(f"{weights} does not fit {type(backbone).__name__}: keys {'; '.join(parts)}")
+    check_finite(state, str(weights))
     backbone.load_state_dict(state)
 
 
-def _state(path: Path) -> dict[str, Tensor]:
+def check_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raises CheckpointError that names the first tensor with a value that is no finite number."""
+    for key, value in state.items():
+        if (value.is_floating_point() or value.is_complex()) and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{where}: {key} has values that are not finite")
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, or of a state dict saved by torch (read without unpickling code)."""
     if not path.is_file():
         raise CheckpointError(f"no weights at {path}: expected a .safetensors, .pt or .pth file")
     try:
+        check_regular(path)
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
@@ -289,6 +345,8 @@ def _state(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read as weights: {line(error)}") from error
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, Mapping) else state
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict: expected names of tensors")
+    if not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path} holds no state dict: expected names of tensors")
     return dict(state)
 

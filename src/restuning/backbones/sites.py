@@ -14,6 +14,7 @@ from torch import nn
 from restuning._types import Kernel, SiteInfo
 from restuning.backbones.anatomy import AFFINE, BLOCK, PARTS, Affine, Anatomy, Point, Weight, as_tuple
 from restuning.backbones.families import ANATOMIES
+from restuning.backbones.towers import Found, check_covered, check_mask, outermost, same_tower
 from restuning.errors import SiteError
 from restuning.side.base import check_indices
 
@@ -109,17 +110,34 @@ class Sites(Sequence[Site]):
 def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
     """The sites of `backbone`, by the first row of ANATOMIES that fits, or by the one given.
 
-    Raises SiteError if none fits, or if one fits in two places (a CLIP with both its towers: pass one of them).
+    A row of the table has to cover most of the parameters that are in lists of blocks. Raises SiteError if none fits,
+    if the model has several towers (a CLIP with both, an image tower before a language model: pass one of them), or if
+    what fits is a small part of it.
     """
     rows = ANATOMIES if anatomy is None else (anatomy,)
+    found: list[Found] = []
     for row in rows:
-        holders = _holders(backbone, row.blocks)
-        found = [root for root, lists in holders.items() if _fits(backbone, root, lists, row)]
-        if len(found) > 1:
-            places = ", ".join(root or "the backbone itself" for root in found)
-            raise SiteError(f"{row.name} fits in {len(found)} places ({places}): pass the one that is meant")
-        if found:
-            return _describe(backbone, found[0], holders[found[0]], row)
+        if found and row.join is not None:
+            continue
+        for root, lists in _holders(backbone, row.blocks).items():
+            # another row's view of the same tower, or what is a part of one (the stem of a hybrid)
+            known = any(same_tower(lists, other[2]) for other in found)
+            if not known and _fits(backbone, root, lists, row):
+                found.append((row, root, lists))
+        if found and (anatomy is not None or found[0][0].join is not None):
+            break
+    if found and anatomy is None and found[0][0].join is None:
+        found = outermost(found)
+    if len(found) > 1:
+        places = ", ".join(root or "the backbone itself" for _, root, _ in found)
+        names = " and ".join(dict.fromkeys(row.name for row, _, _ in found))
+        raise SiteError(f"{names} fits in {len(found)} places ({places}): pass the one that is meant")
+    if found:
+        row, root, lists = found[0]
+        if anatomy is None and row.join is None:
+            check_covered(backbone, row, lists)
+            check_mask(backbone, root, row)
+        return _describe(backbone, root, lists, row)
     looked = "; ".join(
         f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {', '.join(as_tuple(row.norm))}" for row in rows
     )
@@ -156,7 +174,7 @@ def _holders(backbone: nn.Module, blocks: str | tuple[str, ...]) -> dict[str, li
 def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> bool:
     try:
         for block in (block for path in lists for block in backbone.get_submodule(path).children()):
-            for path in filter(None, (*row.paths(), row.heads)):
+            for path in filter(None, (*row.paths(), row.heads, *(row.keys or ()))):
                 if "|" in path:
                     _first(block, path.split("|"))
                 else:

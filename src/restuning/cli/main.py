@@ -11,7 +11,7 @@ from importlib import import_module
 
 from restuning._version import __version__
 from restuning.cli.arguments import Parser
-from restuning.errors import RestuningError
+from restuning.cli.door import FLAGS, door
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Tune a frozen backbone on a data set, test it, save it."),
@@ -63,19 +63,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        return import_module(f"restuning.cli.{COMMANDS[args.command][0]}").run(args) or 0
-    except RestuningError as error:
-        print(f"restuning: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("restuning: interrupted; a training run goes on with --resume", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
+    """Run the command line; returns the exit code. See `restuning.cli.door` for what becomes of errors."""
+
+    def command(words: Sequence[str]) -> int | None:
+        args = parse(words)
+        found: int | None = import_module(f"restuning.cli.{COMMANDS[args.command][0]}").run(args)
+        return found
+
+    return door(command, sys.argv[1:] if argv is None else argv)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -91,4 +86,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             chosen = import_module(f"restuning.cli.{module}")
             command.epilog = f"example: {chosen.EXAMPLE}"
             chosen.arguments(command)
+            for flag, what in FLAGS.items():
+                command.add_argument(flag, action="store_true", help=what)
     return parser.parse_args(argv)

@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from restuning.errors import MissingExtra
+from restuning.utils.reading import printable
 
 
 def say(as_json: bool, data: Any, text: str) -> None:
@@ -17,6 +18,7 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError as error:
         raise MissingExtra("rich", "train") from error
     table = Table(box=None, pad_edge=False)
@@ -24,5 +26,5 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
         numbers = all(row[i].replace(",", "").isdigit() for row in rows)
         table.add_column(column, justify="right" if numbers else "left", no_wrap=numbers or i == 0, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, map(printable, row)))  # no name is a control sequence, nor rich's markup
     Console(width=None if sys.stdout.isatty() else 10_000).print(table)  # in a pipe, a row is a line

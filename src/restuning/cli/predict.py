@@ -11,6 +11,7 @@ from restuning.cli.arguments import Parser, filled
 from restuning.errors import RestuningError
 from restuning.runs.predict import predict
 from restuning.utils.options import Device, Json, Option
+from restuning.utils.reading import printable
 
 EXAMPLE = "restuning predict runs/photos runs/sprites picture.jpg --top 3"
 
@@ -33,6 +34,7 @@ class Predict:
     ] = None
     weights: Annotated[str | None, Option("the backbone's weights, if not those of a run.json")] = None
     batch_size: Annotated[int, Option()] = 32
+    skip_bad: Annotated[bool, Option("leave out images that cannot be decoded, and tell them")] = False
     device: Device = None
     server: Annotated[
         str | None, Option("ask a `restuning serve` there (its key: RESTUNING_API_KEY)", metavar="URL")
@@ -55,7 +57,9 @@ def run(args: argparse.Namespace) -> None:
     elif not own.adapters:
         raise RestuningError("no adapter: expected folders of saved adapters, then an input")
     else:
-        rows = predict(own.adapters, own.input, own.top, own.weights, own.embeddings, own.device, own.batch_size)
+        rows = predict(
+            own.adapters, own.input, own.top, own.weights, own.embeddings, own.device, own.batch_size, own.skip_bad
+        )
     if own.json:
         print(json.dumps(rows))
         return
@@ -66,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             text = " ".join(f"{word['word']}/{word['class']}" for word in row["words"])
         else:
             text = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
-        print(f"{row['input']}  {row['adapter']}  {text}")
+        print(printable(f"{row['input']}  {row['adapter']}  {text}"))
 
 
 def _ask(own: Predict, server: str) -> list[dict[str, Any]]:

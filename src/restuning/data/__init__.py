@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from restuning.data.altered import altered
@@ -24,6 +25,7 @@ from restuning.data.task import Task as Task
 from restuning.data.task import check as check
 from restuning.data.task import part
 from restuning.data.task import split as split
+from restuning.data.task import without_bad as without_bad
 from restuning.data.text import Texts as Texts
 from restuning.data.text import load_text
 from restuning.data.tokens import Tokenise as Tokenise
@@ -97,10 +99,29 @@ def load_source(spec: str) -> Source:
     """The data set with its own splits. Raises DataError as `load_task` does."""
     kind, _, rest = spec.partition(":")
     if kind not in KINDS:
+        meant = _meant(spec)
+        if meant is not None:
+            raise DataError(
+                f"unknown data {spec!r} (did you mean '{meant}:{spec}'?): expected one of {', '.join(KINDS)}"
+            )
         near = difflib.get_close_matches(kind, KINDS, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise DataError(f"unknown data {spec!r}{hint}: expected one of {', '.join(KINDS)}")
     return KINDS[kind](rest)
+
+
+def _meant(spec: str) -> str | None:
+    """The kind of a path that was given without one."""
+    path = Path(spec)
+    if not spec or "\0" in spec or not path.exists():
+        return None
+    if path.is_dir():
+        inside = {p.suffix for p in path.iterdir()}
+        return (
+            "table" if inside & {".csv", ".tsv", ".jsonl"} and not any(p.is_dir() for p in path.iterdir()) else "folder"
+        )
+    kinds = {".csv": "table", ".tsv": "text", ".jsonl": "table"}
+    return kinds.get(path.suffix, "tar" if ".tar" in path.name or path.suffix in (".tgz", ".tbz2", ".txz") else None)
 
 
 def _altered(rest: str) -> Source:

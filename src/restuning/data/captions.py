@@ -2,7 +2,6 @@
 template."""
 
 import difflib
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from restuning.data.table import read_table, settings_of
 from restuning.data.tar import Members, contents, load_tar, members_of
 from restuning.data.task import Items, Subset
 from restuning.errors import DataError
+from restuning.utils.reading import read_json
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("text", "caption", "captions", "texts")
@@ -83,7 +83,7 @@ def load_coco(rest: str) -> Captioned:
     path, settings = settings_of(rest, ("images",))
     where = Path(path)
     try:
-        held = json.loads(where.read_bytes())
+        held = read_json(where)
     except OSError as error:
         raise DataError(f"{where.absolute()} cannot be read: {error.strerror}") from error
     except ValueError as error:

@@ -1,11 +1,11 @@
 """`fgvc:PATH`: VPT's splits of the five fine-grained sets, {train,val,test}.json = {path: class}."""
 
-import json
 from pathlib import Path
 
 from restuning.data.lists import Listed, files
 from restuning.data.task import Source
 from restuning.errors import DataError, line
+from restuning.utils.reading import read_json
 
 IMAGES = ("", "images", "Images")
 """Where paths begin: CUB and NABirds in `images`, Dogs in `Images`, Cars and Flowers in the folder itself."""
@@ -37,7 +37,7 @@ def load_fgvc(path: str) -> Source:
 
 def _read(path: Path) -> dict[str, str]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = read_json(path)
     except FileNotFoundError as error:
         raise DataError(f"no {path.name} in {path.parent} (expected train.json, val.json and test.json)") from error
     except (OSError, ValueError) as error:

@@ -1,18 +1,29 @@
 """`folder:PATH`: class/file, or train|val|test/class/file."""
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from restuning.data.decode import SUFFIXES, decode
 from restuning.data.task import Items, Source
-from restuning.errors import DataError
+from restuning.errors import DataError, line
+from restuning.utils.notes import note
+from restuning.utils.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SPLITS = ("train", "val", "test")
+NAMED = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What folders of splits are called, in small or capital letters."""
+JUNK = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found")
+"""What systems leave in folders, beside hidden files."""
 
 
 class Files(Items):
@@ -23,17 +34,28 @@ class Files(Items):
 
     def item(self, i: int) -> "Image":
         try:
-            with open(self.names[i], "rb") as file:
+            with open_regular(self.names[i]) as file:
                 return decode(file, self.names[i])
-        except OSError as error:
-            raise DataError(f"{self.names[i]} cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a name with a null in it
+            raise DataError(f"{self.names[i]} cannot be read: {_why(error)}") from error
 
     def head(self, i: int) -> bytes:
-        with open(self.names[i], "rb") as file:
+        with open_regular(self.names[i]) as file:
             return file.read(8)
 
     def size(self, i: int) -> int:
-        return os.path.getsize(self.names[i])
+        try:
+            return os.path.getsize(self.names[i])
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.names[i]} cannot be read: {_why(error)}") from error
+
+    def raw(self, i: int) -> bytes:
+        with open_regular(self.names[i]) as file:
+            return file.read()
+
+
+def _why(error: OSError | ValueError) -> str:
+    return error.strerror or line(error) if isinstance(error, OSError) else line(error)
 
 
 def load_folder(path: str) -> Source:
@@ -41,20 +63,79 @@ def load_folder(path: str) -> Source:
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"no such folder: {root.absolute()} (expected class/file, or train|val|test/class/file)")
+    splits = _splits(root)
+    strange: list[Path] = []
+    found = {name: {c: _below(folder, strange) for c, folder in classes.items()} for name, classes in splits.items()}
+    if not any(found.values()) and any(p.suffix.lower() in SUFFIXES for p in root.iterdir()):
+        raise DataError(f"{root.absolute()} has pictures in no class folder: expected class/file, two classes or more")
+    source = source_of(str(root.absolute()), found, Files)
+    _tell(root, strange)
+    return source
+
+
+def _splits(root: Path) -> dict[str, dict[str, Path]]:
+    """Split → class → folder, whatever the splits' folders are called; a test folder may stand beside the classes."""
     top = _folders(root)
-    if SPLITS[0] in top:
-        found = {name: _classes(root / name) for name in SPLITS if name in top}
-    else:
-        found = {SPLITS[0]: _classes(root)}
-    return source_of(str(root.absolute()), found, Files)
+    named: dict[str, str] = {}
+    for name in top:
+        split = NAMED.get(name.lower())
+        if split is not None and split in named:
+            raise DataError(f"{root.absolute()} has two folders for {split}: {named[split]} and {name}")
+        if split is not None:
+            named[split] = name
+    own = {split: {c: root / name / c for c in _folders(root / name)} for split, name in named.items()}
+    beside = {name: root / name for name in top if name not in named.values()}
+    if "train" in named:
+        if beside:
+            note(f"{root}: {', '.join(sorted(beside)[:5])} beside {named['train']}: not read")
+        return {split: own[split] for split in SPLITS if split in own}
+    if own and len(beside) > 1 and all(classes and classes.keys() <= beside.keys() for classes in own.values()):
+        return {"train": beside, **{split: own[split] for split in SPLITS if split in own}}
+    return {"train": {name: root / name for name in top}}
+
+
+def _tell(root: Path, strange: Sequence[Path]) -> None:
+    """A note of the files that no reader knows."""
+    if strange:
+        kinds = Counter(p.suffix.lower() or "without a suffix" for p in strange)
+        counts = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(6))
+        names = ", ".join(p.name for p in strange[:3])
+        note(
+            f"{root}: {len(strange)} files are no images that can be read ({counts}): "
+            f"{names}{', …' * (len(strange) > 3)}"
+        )
+
+
+def _below(folder: Path, strange: list[Path]) -> list[Path]:
+    """The images of a class: those in its folder, and in folders below that."""
+    files: list[Path] = []
+    for at, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if _kept(name))
+        for name in filter(_kept, names):
+            path = Path(at) / name
+            (files if path.suffix.lower() in SUFFIXES else strange).append(path)
+    if files and not any(p.parent == folder for p in files):
+        below = sorted({p.relative_to(folder).parts[0] for p in files})
+        note(
+            f"{folder}: its images are in folders below it ({', '.join(below[:3])}): "
+            f"they are all of class {folder.name!r}"
+        )
+    return sorted(files)
+
+
+def _kept(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in JUNK
 
 
 def load_images(path: Path) -> Items:
     """One image, or all of a folder (not of those below it), without labels: every label is 0."""
+    if "\0" in str(path):
+        raise DataError(f"no such image or folder: {str(path)!r}")
     if os.path.isdir(path):
         files = _files(path)
         if not files:
             raise DataError(f"no image in {path.absolute()} (expected {', '.join(sorted(SUFFIXES))})")
+        _tell(path, [p for p in sorted(path.iterdir()) if p not in files and _kept(p.name) and not p.is_dir()])
         return Files(files, [0] * len(files))
     if not os.path.exists(path):
         raise DataError(f"no such image or folder: {path.absolute()}")
@@ -82,12 +163,8 @@ def source_of(where: str, splits: Mapping[str, Mapping[str, Sequence]], images: 
     return Source(classes, made["train"], made.get("val"), made.get("test"))
 
 
-def _classes(root: Path) -> dict[str, list[Path]]:
-    return {name: _files(root / name) for name in _folders(root)}
-
-
 def _folders(root: Path) -> list[str]:
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return sorted(p.name for p in root.iterdir() if p.is_dir() and _kept(p.name))
 
 
 def _files(folder: Path) -> list[Path]:

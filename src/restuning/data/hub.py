@@ -1,7 +1,6 @@
 """`hf:NAME[:CONFIG][?text=COLUMN&…]`, a Hugging Face data set, from the hub or a folder; `glue:…`."""
 
 import io
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +8,9 @@ from restuning.data.decode import decode
 from restuning.data.table import LABELS, Table, settings_of
 from restuning.data.task import Items, Source
 from restuning.data.text import SETTINGS, TEXTS, source_of
-from restuning.errors import DataError, MissingExtra, line
-from restuning.utils.hub import hub
+from restuning.errors import CheckpointError, DataError, MissingExtra, line
+from restuning.utils.hub import HUB, HubId, hub, located
+from restuning.utils.reading import open_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,8 +31,11 @@ class Rows(Items):
             raise DataError(f"{self.names[i]} has no image")
         if value["bytes"] is not None:
             return decode(io.BytesIO(value["bytes"]), self.names[i])
-        with open(value["path"], "rb") as file:
-            return decode(file, self.names[i])
+        try:
+            with open_regular(value["path"]) as file:
+                return decode(file, self.names[i])
+        except (OSError, TypeError) as error:
+            raise DataError(f"{self.names[i]} cannot be read: {line(error)}") from error
 
 
 def load_hub(rest: str) -> Source:
@@ -46,13 +49,19 @@ def load_hub(rest: str) -> Source:
     except ImportError as error:
         raise MissingExtra("datasets", "data") from error
     rest, settings = settings_of(rest, SETTINGS)
-    name, _, config = rest.partition(":")
+    prefix = HUB if rest.startswith(HUB) else ""
+    name, _, config = rest.removeprefix(prefix).partition(":")
+    where = _dataset(prefix + name)
+    # the versions that ran a data set's own script are told not to; later ones know no such argument
+    old = {"trust_remote_code": False} if int(datasets.__version__.split(".")[0]) < 4 else {}
     try:
-        if (Path(name) / "dataset_dict.json").exists() or (Path(name) / "state.json").exists():
-            found = datasets.load_from_disk(name)
+        if isinstance(where, HubId):
+            with hub():
+                found = datasets.load_dataset(where.repo, config or None, revision=where.revision, **old)
+        elif (where / "dataset_dict.json").exists() or (where / "state.json").exists():
+            found = datasets.load_from_disk(str(where))
         else:
-            with nullcontext() if Path(name).exists() else hub():
-                found = datasets.load_dataset(name, config or None)
+            found = datasets.load_dataset(str(where), config or None, **old)
     except Exception as error:
         raise DataError(f"the data set {rest!r} cannot be had: {line(error)}") from error
     if not isinstance(found, dict):
@@ -75,11 +84,23 @@ def load_hub(rest: str) -> Source:
     return _images(rest, splits, images, settings.get("label"))
 
 
+def _dataset(name: str) -> Path | HubId:
+    """A folder (or file), or a data set of the hub. Raises DataError: a bare name may be one of the library's own
+    readers, some of which unpickle what lies in the working folder."""
+    try:
+        found = located(name)
+    except CheckpointError as error:
+        raise DataError(f"hf:{name}: {error}") from error
+    if isinstance(found, HubId) and "/" not in found.repo:
+        raise DataError(f"hf:{name}: no such folder; a data set of the hub is written hf:hub:owner/name")
+    return found
+
+
 def load_glue(name: str) -> Source:
     """A task of GLUE by its name there (`sst2`, `mnli`, `rte`, …), tested on its validation split (mnli: matched)."""
     if not name:
         raise DataError("glue: names no task: expected glue:sst2, glue:mnli, …")
-    return load_hub(f"nyu-mll/glue:{name}")
+    return load_hub(f"{HUB}nyu-mll/glue:{name}")
 
 
 def _texts(rest: str, splits: dict[str, Any], settings: dict[str, str]) -> Source:

@@ -6,8 +6,9 @@ from pathlib import Path
 from restuning.data.folder import Files
 from restuning.data.table import settings_of
 from restuning.data.task import Source
-from restuning.errors import DataError
+from restuning.errors import DataError, line
 from restuning.utils.known import VTAB
+from restuning.utils.reading import read_text
 
 Listed = list[tuple[Path, int]]
 
@@ -67,18 +68,18 @@ def read_list(path: Path, roots: Sequence[Path]) -> Listed:
     roots: where the images may be; the first that has the first line's stands. Raises DataError, with the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_text(path).splitlines()
     except FileNotFoundError as error:
         there = ", ".join(sorted(p.name for p in path.parent.glob("*") if p.is_file())[:8]) or "nothing"
         raise DataError(f"no list {path} (there is {there})") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {line(error)}") from error
     found: dict[str, int] = {}
     for n, text in enumerate(lines, 1):
         name, _, label = text.strip().rpartition(" ")
         if not text.strip():
             continue
-        if not name or not label.isdecimal():
+        if not name or not (label.isascii() and label.isdecimal() and len(label) < 7):
             raise DataError(f"{path}, line {n}: {text.strip()[:60]!r} is no path and a label from 0 on")
         if found.setdefault(name, int(label)) != int(label):
             raise DataError(f"{path}, line {n}: {name!r} has two labels, {found[name]} and {label}")

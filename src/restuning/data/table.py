@@ -3,7 +3,6 @@
 import csv
 import difflib
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,9 @@ from restuning.data.folder import Files
 from restuning.data.objective import KINDS
 from restuning.data.task import Source
 from restuning.errors import DataError
+from restuning.utils.reading import parse_json, read_bytes
 
+TABLE_BYTES = 4 * 2**30
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}
 LABELS = ("label", "labels", "class", "target", "score", "tags", "ner_tags")
@@ -91,10 +92,10 @@ def tables_of(path: str) -> dict[str, Table]:
 def read_table(path: Path) -> Table:
     """Raises DataError, with the line, for what is not UTF-8, for broken JSON and for a row of another length."""
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, TABLE_BYTES)
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         at = data.count(b"\n", 0, error.start) + 1
         raise DataError(
@@ -104,6 +105,9 @@ def read_table(path: Path) -> Table:
     if not found:
         raise DataError(f"{path} has no rows")
     columns = tuple(found[0][1])
+    twice = next((name for name in columns if columns.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}: two columns are called {twice!r}")
     return Table(str(path), columns, [row for _, row in found], [f"{path}, line {n}" for n, _ in found])
 
 
@@ -111,7 +115,7 @@ def _json_lines(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for n, one in enumerate(text.split("\n"), 1):
         if one.strip():
             try:
-                row = json.loads(one)
+                row = parse_json(one)
             except ValueError as error:
                 raise DataError(f"{path}, line {n}: no JSON ({error})") from error
             if not isinstance(row, dict):

@@ -1,5 +1,6 @@
 """A data set as a task: classes, and training, validation and test items drawn the same way at every call."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data import Dataset
 
 from restuning.errors import DataError
+from restuning.utils.notes import note
 
 
 class Items(ABC, Dataset[tuple[Any, Any]]):
@@ -37,6 +39,10 @@ class Items(ABC, Dataset[tuple[Any, Any]]):
         """Bytes of its file; 0 where it comes from no file of its own."""
         return 0
 
+    def raw(self, i: int) -> bytes:
+        """All bytes of its file; none where it comes from no file of its own."""
+        return b""
+
     def __getitem__(self, i: int) -> tuple[Any, Any]:
         return self.item(i), self.labels[i]
 
@@ -57,6 +63,9 @@ class Subset(Items):
 
     def size(self, i: int) -> int:
         return self.items.size(self.indices[i])
+
+    def raw(self, i: int) -> bytes:
+        return self.items.raw(self.indices[i])
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,53 @@ def _of_each(spec: str, items: Items, among: Sequence[int], shots: int, seed: in
 
 
 def check(items: Items) -> None:
-    """Decode every image once. Raises DataError at the first that cannot be used."""
+    """Decode every image once. Raises DataError that names all that cannot be used; a picture that stands in two
+    classes is told (see `restuning.utils.notes`)."""
+    _, bad = readable(items)
+    if bad:
+        more = f" (and {len(bad) - MOST_NAMED} more)" if len(bad) > MOST_NAMED else ""
+        several = f"{len(bad)} of {len(items)} cannot be used: " if len(bad) > 1 else ""
+        raise DataError(f"{several}{'; '.join(bad[:MOST_NAMED])}{more}")
+    _tell_twins(items)
+
+
+def readable(items: Items) -> tuple[Items, list[str]]:
+    """Those that can be decoded, and a line for each that cannot: training and prediction may go on without them."""
+    good, bad = [], []
     for i in range(len(items)):
-        items.item(i)
+        try:
+            items.item(i)
+            good.append(i)
+        except DataError as error:
+            bad.append(str(error))
+    return (Subset(items, good) if bad else items), bad
+
+
+def without_bad(items: Items) -> Items:
+    """Those that can be decoded; the others are told. Raises DataError where none can."""
+    good, bad = readable(items)
+    if bad and not len(good):
+        raise DataError(f"none of {len(items)} can be used: {bad[0]}")
+    if bad:
+        note(f"left out {len(bad)} of {len(items)}: {'; '.join(bad[:MOST_NAMED])}{'; …' * (len(bad) > MOST_NAMED)}")
+    return good
+
+
+def _tell_twins(items: Items) -> None:
+    """A note of files of the same bytes with different labels."""
+    by_size: dict[int, list[int]] = {}
+    for i in range(len(items)):
+        by_size.setdefault(items.size(i), []).append(i)
+    by_size.pop(0, None)
+    first: dict[bytes, int] = {}
+    twins = []
+    for same in (same for same in by_size.values() if len({str(items.labels[i]) for i in same}) > 1):
+        for i in same:
+            before = first.setdefault(hashlib.sha256(items.raw(i)).digest(), i)
+            if items.labels[before] != items.labels[i]:
+                twins.append(f"{items.names[before]} and {items.names[i]}")
+    if twins:
+        note(f"{len(twins)} pictures stand in two classes: {twins[0]}{', …' * (len(twins) > 1)}")
+
+
+MOST_NAMED = 20

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from torch.utils.data import Dataset
 from restuning.data.objective import IGNORED
 from restuning.data.task import Items
 from restuning.errors import DataError, MissingExtra, line
-from restuning.utils.hub import hub, packaged
+from restuning.utils.hub import HubId, hub, located, packaged, remote_code
+from restuning.utils.reading import number
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,16 @@ class Tokenise:
     def from_dict(cls, data: Mapping[str, Any]) -> "Tokenise":
         """The inverse of `to_dict`. Raises DataError if it is incomplete."""
         try:
+            if not isinstance(data["tokenizer"], str) or not data["tokenizer"]:
+                raise ValueError(f"tokenizer is {data['tokenizer']!r}: expected a name")
+            number(data["limit"], 1, 2**31, "limit", whole=True)
+            number(data["vocabulary"], 1, 2**31, "vocabulary", whole=True)
+            for name in ("pad", "max_length"):
+                if data[name] is not None:
+                    number(data[name], -1, 2**31, name, whole=True)
             return cls(**{f.name: data[f.name] for f in fields(cls)})
-        except (KeyError, TypeError) as error:
-            raise DataError(f"a tokenisation that cannot be read: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a tokenisation that cannot be read: {line(error)}") from error
 
     def load(self, words: bool = False) -> Any:
         """The tokenizer; of texts by words, one that sees where a word begins (byte-level ones see it by the blank
@@ -52,10 +59,14 @@ class Tokenise:
             from transformers import AutoTokenizer
         except ImportError as error:
             raise MissingExtra("transformers", "transformers") from error
-        path = packaged(self.tokenizer)
         try:
-            with nullcontext() if Path(path).is_dir() else hub():
-                tokenizer = AutoTokenizer.from_pretrained(path, **({"add_prefix_space": True} if words else {}))
+            found = located(packaged(self.tokenizer))
+            path, at = (found.repo, {"revision": found.revision}) if isinstance(found, HubId) else (str(found), {})
+            more: dict[str, Any] = {**at, **remote_code(), **({"add_prefix_space": True} if words else {})}
+            with hub() if isinstance(found, HubId) else nullcontext():
+                tokenizer = AutoTokenizer.from_pretrained(path, **more)
+        except MissingExtra:
+            raise
         except Exception as error:
             raise DataError(f"no tokenizer at {self.tokenizer!r}: {line(error)}; name one with --tokenizer") from error
         if len(tokenizer) > self.vocabulary:

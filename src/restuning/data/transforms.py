@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from restuning.data.task import Items
-from restuning.errors import DataError, MissingExtra
+from restuning.errors import DataError, MissingExtra, line
+from restuning.utils.reading import number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -37,9 +38,10 @@ class Preprocess:
         try:
             values = {f.name: data[f.name] for f in fields(cls)}
             listed = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            _check_values(listed)
             return cls(**cast(dict[str, Any], listed))
-        except (KeyError, TypeError) as error:
-            raise DataError(f"a preprocessing that cannot be read: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"a preprocessing that cannot be read: {line(error)}") from error
 
     def pixels(self, image: "Image") -> Tensor:
         """uint8 (3, h, w), before normalisation."""
@@ -67,6 +69,26 @@ class Preprocess:
         v2 = torchvision()
         crop = v2.RandomResizedCrop(self.size, interpolation=v2.InterpolationMode(self.interpolation), antialias=True)
         return self.normalise(v2.functional.pil_to_tensor(v2.RandomHorizontalFlip()(crop(image))))
+
+
+def _check_values(data: Mapping[str, Any]) -> None:
+    """Raises ValueError for what no backbone wants of its images."""
+    if not isinstance(data["size"], tuple) or len(data["size"]) != 2:
+        raise ValueError(f"size is {data['size']!r}: expected height and width")
+    for side in data["size"]:
+        number(side, 1, 16_384, "size", whole=True)
+    for name, low in (("mean", -1e4), ("std", 1e-6)):
+        if not isinstance(data[name], tuple) or len(data[name]) != 3:
+            raise ValueError(f"{name} is {data[name]!r}: expected three numbers")
+        for value in data[name]:
+            number(value, low, 1e4, name)
+    if data["interpolation"] not in INTERPOLATIONS:
+        raise ValueError(f"interpolation is {data['interpolation']!r}: expected one of {', '.join(INTERPOLATIONS)}")
+    if data["crop"] is not None:
+        number(data["crop"], 0.05, 1, "crop")
+
+
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 def torchvision() -> Any:

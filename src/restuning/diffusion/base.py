@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from restuning.errors import DataError, MissingExtra, RestuningError, line
-from restuning.utils.hub import hub
+from restuning.utils.hub import HubId, hub, located, remote_code
+from restuning.utils.reading import check_regular
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -30,13 +31,19 @@ def load_base(path: str, device: torch.device | str = "cpu") -> Any:
         from transformers.utils import logging as more_logging
     except ImportError as error:
         raise MissingExtra("diffusers", "diffusion") from error
-    if Path(path).exists() and not (Path(path) / "model_index.json").is_file():
-        raise RestuningError(f"{path} is no pipeline of diffusers: it has no model_index.json")
+    found = located(path)
+    if isinstance(found, Path):
+        if not (found / "model_index.json").is_file():
+            raise RestuningError(f"{path} is no pipeline of diffusers: it has no model_index.json")
+        _check_files(found)
     logging.disable_progress_bar()
     more_logging.disable_progress_bar()
     try:
         with hub(), _quiet():  # of parts that are other classes than usual
-            pipe = DiffusionPipeline.from_pretrained(path)
+            if isinstance(found, HubId):
+                pipe = DiffusionPipeline.from_pretrained(found.repo, revision=found.revision, **remote_code())
+            else:
+                pipe = DiffusionPipeline.from_pretrained(str(found), **remote_code())
     except Exception as error:
         raise RestuningError(f"{path} cannot be loaded as a pipeline of diffusers: {line(error)}") from error
     if not _kind(pipe):
@@ -46,6 +53,16 @@ def load_base(path: str, device: torch.device | str = "cpu") -> Any:
         if isinstance(part, nn.Module):
             part.float()
     return pipe.to(device)
+
+
+def _check_files(folder: Path) -> None:
+    """Files that diffusers opens by itself are regular ones. Raises RestuningError."""
+    for file in folder.rglob("*"):
+        if not file.is_dir():
+            try:
+                check_regular(file)
+            except OSError as error:
+                raise RestuningError(f"{file} cannot be read: {error.strerror or error}") from error
 
 
 def denoiser_of(pipe: Any) -> nn.Module:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from restuning.data.captioned import Captioned, Square
 from restuning.diffusion.base import check_prompts, check_size, latents_of, texts_of
-from restuning.errors import CheckpointError, RestuningError
+from restuning.errors import CheckpointError, RestuningError, line
 from restuning.model.files import fingerprint_of
 from restuning.utils.files import as_json, atomic_write, locked
+from restuning.utils.reading import number, read_json
 
 MANIFEST, FORMAT, SHARD = "latents.json", "restuning.latents/1", 256
 
@@ -26,12 +27,19 @@ class Latents:
     the rows of picture i."""
 
     def __init__(self, folder: Path) -> None:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        self.captions: list[list[int]] = manifest["captions"]
-        self.names: list[str] = manifest["names"]
-        self.size: int = manifest["settings"]["size"]
+        try:
+            manifest = read_json(folder / MANIFEST)
+            self.captions: list[list[int]] = manifest["captions"]
+            self.names: list[str] = manifest["names"]
+            self.size: int = number(manifest["settings"]["size"], 1, 16_384, "size", whole=True)
+            texts: int = number(manifest["texts"], 1, 2**50, "texts", whole=True)
+            for rows in self.captions:
+                for row in rows:
+                    number(row, 0, texts - 1, "a caption", whole=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{folder / MANIFEST} is damaged: {line(error)}") from error
         self._pictures = _Shards(folder, "pictures", len(self.captions))
-        self._texts = _Shards(folder, "texts", manifest["texts"])
+        self._texts = _Shards(folder, "texts", texts)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -148,7 +156,7 @@ def _same(out: Path, manifest: dict[str, Any]) -> None:
         raise RestuningError(f"{out} is not empty and holds no latents: choose another folder")
     if file.exists():
         try:
-            before = json.loads(file.read_bytes())
+            before = read_json(file)
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged: {error}") from error
         now = json.loads(as_json(manifest))

@@ -1,6 +1,6 @@
 """How near painted pictures are to real ones, and to their prompts: by torchmetrics, with weights that are here."""
 
-import json
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.backbones.load import load_backbone, reading_of
+from restuning.backbones.load import check_finite, load_backbone, read_state_dict, reading_of
 from restuning.data import Preprocess
 from restuning.data.captioned import Square
 from restuning.data.captions import load_captions
 from restuning.data.folder import load_images
-from restuning.errors import DataError, MissingExtra, RestuningError, line
+from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, line
 from restuning.model.tuned import adapt
+from restuning.utils.hub import remote_code
+from restuning.utils.reading import open_regular, parse_json
 
 INCEPTION = "inception:"
 
@@ -38,9 +40,7 @@ def score(
         raise DataError(f"{len(painted)} pictures and {len(data)} real ones: expected 2 of each at least")
     images = [painted.item(i) for i in range(len(painted))]
     said = [_said(name) for name in painted.names]
-    by = sorted(
-        {json.loads(text["restuning"])["adapter"] or "base" if "restuning" in text else "none" for text in said}
-    )
+    by = sorted({_adapter(text, name) for text, name in zip(said, painted.names, strict=True)})
     if len(by) > 1:
         raise DataError(f"{generated} holds pictures of several adapters ({', '.join(by)}): expected those of one")
     square = Square(images[0].width)
@@ -92,7 +92,7 @@ def clip_score(path: str, images: Sequence[Any], prompts: Sequence[str], batch_s
     if not Path(path).is_dir():
         raise RestuningError(f"no CLIP model at {path}: expected a folder that transformers loads")
     try:
-        model, processor = CLIPModel.from_pretrained(path).eval(), CLIPProcessor.from_pretrained(path)
+        model, processor = CLIPModel.from_pretrained(path).eval(), CLIPProcessor.from_pretrained(path, **remote_code())
     except Exception as error:
         raise RestuningError(f"{path} holds no CLIP model: {line(error)}") from error
     found = []
@@ -111,9 +111,17 @@ def _net(features: str, weights: str | None) -> Callable[[Sequence[Any]], Tensor
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-            net: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"], path)
+            # the package unpickles whatever its file holds: it is given a file of ours, of tensors alone
+            state = read_state_dict(Path(path))
+            check_finite(state, path)
+            with tempfile.TemporaryDirectory() as folder:
+                safe = Path(folder) / "inception.pth"
+                torch.save(state, safe)
+                net: Any = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(safe))
         except ModuleNotFoundError as error:
             raise MissingExtra("torch-fidelity", "diffusion") from error
+        except CheckpointError:
+            raise
         except Exception as error:
             raise RestuningError(f"{path} holds no Inception weights: {line(error)}") from error
         return lambda images: net(torch.stack([_pixels(image) for image in _alike(images)])).flatten(1)
@@ -147,8 +155,24 @@ def _said(path: str) -> dict[str, str]:
     """A PNG's own words."""
     from PIL import Image
 
-    with Image.open(path) as image:
-        return dict(getattr(image, "text", {}))
+    try:
+        with open_regular(path) as file, Image.open(file) as image:
+            return {str(k): str(v) for k, v in getattr(image, "text", {}).items()}
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path} cannot be read as an image: {line(error)}") from error
+
+
+def _adapter(said: Mapping[str, str], path: str) -> str:
+    """Which adapter generated it: `base` for none, `none` where the picture says nothing of it."""
+    if "restuning" not in said:
+        return "none"
+    try:
+        found = parse_json(said["restuning"])["adapter"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: its text 'restuning' is not what `restuning generate` writes") from error
+    if not isinstance(found, str):
+        raise DataError(f"{path}: its text 'restuning' names no adapter")
+    return found or "base"
 
 
 def _prompt(said: Mapping[str, str], path: str) -> str:

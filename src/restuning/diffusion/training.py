@@ -39,6 +39,7 @@ from restuning.training.logging import History, bar
 from restuning.training.loop import accelerated, fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.hub import pinned
 from restuning.utils.options import CAPTIONS, TUNER_SIZE, Blocks, Option
 from restuning.utils.plain import read_plain
 from restuning.utils.profiling import peak_bytes, saved_bytes
@@ -230,6 +231,7 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
     Of these, kept_bytes is what autograd keeps of one batch for backward, peak_bytes the most that training held.
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
+    run = replace(run, base=pinned(run.base, "model_index.json"))
     barrier()
     with run_directory(out, run, resume, read_run) if is_main_process() else contextlib.nullcontext():
         processes = barrier()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.backbones.sites import Sites
-from restuning.errors import MethodError
+from restuning.errors import MethodError, SiteError
 from restuning.hooks.points import argument, as_tokens, before, on_input
 from restuning.side.features import ALL, FeatureRequest, Features
 
@@ -110,3 +110,21 @@ def check_square(taps: Taps, sites: Sites) -> None:
     request = taps.request
     if taps.oblong and request.tokens == ALL and len(request.layers) > 1 and not sites.uniform:
         raise MethodError("a side path over stages needs square maps: images as high as wide")
+
+
+def check_widths(taps: Taps, sites: Sites) -> None:
+    """
+    Args:
+        taps: of one forward.
+        sites: of the backbone.
+
+    Raises:
+        SiteError: a layer is of another width than the anatomy says.
+    """
+    for layer, x in taps.layers.items():
+        width = sites.features[layer].out_features
+        if x.ndim == 3 and x.shape[-1] != width:
+            raise SiteError(
+                f"layer {layer} has width {x.shape[-1]}, and the anatomy {sites.anatomy.name} says {width}: "
+                "describe the backbone with anatomy="
+            )

@@ -1,9 +1,7 @@
 """The paper's named methods."""
 
 import difflib
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from restuning.errors import MethodError, line
@@ -11,6 +9,7 @@ from restuning.methods.files import from_dict, to_dict
 from restuning.methods.spec import KINDS, Full, Method, Residual
 from restuning.side import Bypass, BypassAttention, BypassQuery, Ladder, LinearAll, SideTuning
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
+from restuning.utils.reading import read_json
 
 _DUAL = {"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel")}
 
@@ -160,7 +159,7 @@ def find_method(method: str | Mapping[str, Any] | Method, family: str = "") -> M
         return METHODS[method]
     if method.endswith(".json"):
         try:
-            return from_dict(json.loads(Path(method).read_text(encoding="utf-8")))
+            return from_dict(read_json(method))
         except (OSError, ValueError) as error:
             raise MethodError(f"{method} cannot be read as a method: {line(error)}") from error
     known = list({**METHODS, **own})

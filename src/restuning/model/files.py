@@ -1,6 +1,7 @@
 """What an adapter is on disk: adapter_config.json beside adapter_model.safetensors, and its way to and from a hub."""
 
-import json
+import hashlib
+import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -11,19 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from restuning._version import __version__
+from restuning.backbones.load import check_finite as check_finite
 from restuning.backbones.sites import Sites
-from restuning.errors import CheckpointError, MethodError, MissingExtra, line
+from restuning.errors import CheckpointError, MethodError, MissingExtra, RestuningError, line
 from restuning.methods.files import from_dict
-from restuning.methods.spec import Method
-from restuning.utils.files import as_json, atomic_write
-from restuning.utils.hub import hub
+from restuning.methods.spec import Full, Method, grid_of
+from restuning.utils.files import alone_in, as_json, sync_folder, write_beside
+from restuning.utils.hub import HUB, hub, located
 from restuning.utils.plain import from_plain
+from restuning.utils.reading import number, read_bytes, read_json
 
 if TYPE_CHECKING:
     from restuning.model.tuned import Tuned
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "restuning/1"
+DIGEST = "tensors_sha256"
+CONFIG_BYTES = 64 * 2**20
+MOST_CLASSES, MOST_SIZE = 2_000_000, 1_000_000
 
 
 @dataclass(frozen=True)
@@ -54,13 +60,50 @@ def write(folder: Path, config: AdapterConfig, state: Mapping[str, Tensor]) -> N
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    described = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(config)})
+    check_finite(state, "the adapter")
     tensors = save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()})
+    described = {"format": FORMAT, "restuning_version": __version__, **asdict(config), DIGEST: _digest(tensors)}
+    write_pair(folder, as_json(described), tensors)
+
+
+def write_pair(folder: Path, config: bytes, tensors: bytes) -> None:
+    """The two files of an adapter as one: whoever reads them, and whenever the power goes, it is the old two or the new
+    two. The tensors are put down under the name of their digest; the move of the configuration, which names the digest,
+    makes them the adapter's; then they take their own name. Raises CheckpointError if the folder cannot be written."""
+    pending = _pending(folder, _digest(tensors))
+    temporary: list[Path] = []
     try:
-        atomic_write(folder / MODEL, tensors)
-        atomic_write(folder / CONFIG, described)
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone_in(folder):
+            try:
+                temporary = [write_beside(folder / MODEL, tensors), write_beside(folder / CONFIG, config)]
+                for name in (MODEL, CONFIG):
+                    if (folder / name).is_dir():
+                        raise IsADirectoryError(0, f"{name} is a folder there")
+                temporary[0].replace(pending)
+                try:
+                    temporary[1].replace(folder / CONFIG)
+                except OSError:
+                    pending.unlink()
+                    raise
+                pending.replace(folder / MODEL)
+                sync_folder(folder)
+                for left in folder.glob(f"{MODEL}.*.pending"):  # of a process that was killed
+                    left.unlink()
+            finally:
+                for file in temporary:
+                    file.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def _digest(tensors: bytes) -> str:
+    return hashlib.sha256(tensors).hexdigest()
+
+
+def _pending(folder: Path, digest: str) -> Path:
+    """Where the tensors of a configuration are until they have taken their own name."""
+    return folder / f"{MODEL}.{digest[:16]}.pending"
 
 
 def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
@@ -70,33 +113,96 @@ def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
         from safetensors.torch import load
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    config, model = read_config(folder), folder / MODEL
+    model = folder / MODEL
     try:
-        return config, load(model.read_bytes())
+        for _ in range(3):  # where another process writes it meanwhile, both files are read again
+            data = _read_card(folder)
+            config, digest = _config(folder, data), data.get(DIGEST)
+            pending = _pending(folder, digest) if isinstance(digest, str) and digest.isalnum() else model
+            tensors = read_bytes(pending if pending.is_file() else model)
+            if _digest(tensors) == digest:
+                break
+        state: dict[str, Tensor] = load(tensors)
+        check_finite(state, str(model))
+        return config, state
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no saved adapter: it has no {MODEL}") from error
-    except SafetensorError as error:
-        raise CheckpointError(f"{model} is damaged: {error}") from error
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{model} is damaged: {line(error)}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """The card alone. Raises CheckpointError as `read` does."""
+    """The configuration alone. Raises CheckpointError as `read` does."""
+    return _config(folder, _read_card(folder))
+
+
+def _read_card(folder: Path) -> dict[str, Any]:
     config = folder / CONFIG
     try:
-        data = json.loads(config.read_text(encoding="utf-8"))
+        data = read_json(config, CONFIG_BYTES)
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no saved adapter: it has no {CONFIG}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{config} is damaged: {error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{config} is damaged: {line(error)}") from error
     except OSError as error:
         raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format", data.get("peft_type", "none")) if isinstance(data, dict) else "none"
         raise CheckpointError(f"{config} is not of this library: its format is {found!r}, expected {FORMAT!r}")
+    return data
+
+
+def _config(folder: Path, data: Mapping[str, Any]) -> AdapterConfig:
+    """The configuration, every part of it of its type and within its bounds."""
     held = {f.name: data[f.name] for f in fields(AdapterConfig) if f.name in data}  # the rest is of the file
-    return from_plain(AdapterConfig, held, str(config), CheckpointError)
+    found = from_plain(AdapterConfig, held, str(folder / CONFIG), CheckpointError)
+    try:
+        _check_values(held)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / CONFIG} is damaged: {line(error)}") from error
+    return found
+
+
+def _check_values(data: Mapping[str, Any]) -> None:
+    """Raises ValueError for what no adapter of ours says."""
+    if data["method"] is not None and not isinstance(data["method"], str):
+        raise ValueError(f"method is {data['method']!r}: expected a name, or none")
+    if not isinstance(data["pool"], str) or not isinstance(data["kind"], str):
+        raise ValueError("pool and kind: expected names")
+    count, classes = data["num_classes"], data["classes"]
+    if count is not None:
+        number(count, 1, MOST_CLASSES, "num_classes", whole=True)
+    if classes is not None and (
+        not isinstance(classes, list)
+        or len(classes) != count
+        or not all(isinstance(name, str | int | float) for name in classes)
+    ):
+        raise ValueError(f"classes: expected a list of {count} names")
+    if data["preprocessing"] is not None and not isinstance(data["preprocessing"], dict):
+        raise ValueError("preprocessing: expected an object, or none")
+    backbone = data["backbone"]
+    for name in ("width", "depth"):
+        number(backbone.get(name), 1, 2**31, f"the backbone's {name}", whole=True)
+    if not isinstance(backbone.get("name"), str) or not backbone["name"]:
+        raise ValueError("the backbone has no name")
+    told = backbone.get("fingerprint")
+    if told is not None:
+        if not isinstance(told, list) or len(told) > 64:
+            raise ValueError("the backbone's fingerprint: expected 32 numbers")
+        for value in told:
+            number(value, -1e38, 1e38, "a number of the backbone's fingerprint")
+    _check_sizes(data["spec"])
+
+
+def _check_sizes(value: Any) -> None:
+    """Whole numbers of a method are sizes: none of them is a million."""
+    if isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            _check_sizes(one)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number(value, -MOST_SIZE, MOST_SIZE, "a size of the method", whole=True)
 
 
 def changes_the_base(folder: Path) -> bool:
@@ -105,11 +211,15 @@ def changes_the_base(folder: Path) -> bool:
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:
-    """A folder as it is, or the local copy of a hub repository. Raises CheckpointError if neither is there."""
-    if Path(path).exists() or not _hub_id(str(path)):
-        if not Path(path).is_dir():
-            raise CheckpointError(f"no saved adapter at {path}: expected a folder with {CONFIG} and {MODEL}")
-        return Path(path)
+    """A folder as it is, or the local copy of a hub repository (`hub:owner/name[@revision]`). Raises CheckpointError if
+    neither is there."""
+    found = located(str(path)) if str(path).startswith(HUB) else Path(path)
+    if isinstance(found, Path):
+        if not found.is_dir():
+            meant = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path))
+            hint = f" (for the hub, write {HUB}{path})" if meant else ""
+            raise CheckpointError(f"no saved adapter at {path}: expected a folder with {CONFIG} and {MODEL}{hint}")
+        return found
     try:
         from huggingface_hub import hf_hub_download
     except ImportError as error:
@@ -117,7 +227,7 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     try:
         with hub():
             for file in (MODEL, CONFIG):
-                local = hf_hub_download(str(path), file, revision=revision)
+                local = hf_hub_download(found.repo, file, revision=revision or found.revision)
     except Exception as error:
         raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {line(error)}") from error
     return Path(local).parent
@@ -182,25 +292,37 @@ def check_adapter(tuned: "Tuned", folder: Path) -> None:
 def load_adapter(
     tuned: "Tuned", path: str | Path, name: str, method: Method | None = None, revision: str | None = None
 ) -> None:
-    """Add a saved adapter; see `Tuned.load_adapter`."""
+    """Add a saved adapter; see `Tuned.load_adapter`. All that can be refused is, before anything is changed."""
     folder, active = fetch(path, revision), tuned.active_adapters
     check_adapter(tuned, folder)
     config, state = read(folder)
+    own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    whole = {key.removeprefix("backbone."): value for key, value in state.items() if key not in own}
     try:
+        spec = method if method is not None else from_dict(config.spec)
+        if isinstance(spec, Full):
+            wrong = _mismatch(tuned.backbone.state_dict(), whole)
+        else:
+            wrong = "backbone weights are not expected" if whole else ""
+        if method is None and not wrong:
+            wrong = _misfit(tuned, spec, config, own)
+        if wrong:
+            raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
         tuned.add_adapter(
             name,
-            method if method is not None else from_dict(config.spec),
+            spec,
             config.num_classes,
             pool=config.pool,
             classes=config.classes,
             preprocessing=config.preprocessing,
             kind=config.kind,
         )
-    except MethodError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+    except CheckpointError:
+        raise
+    except (RestuningError, ValueError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {line(error)}") from error
     adapter = tuned.adapter(name)
     adapter.config = config
-    own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
     wrong = _mismatch(adapter.state_dict(), own)
     if wrong:
         tuned.delete_adapter(name)
@@ -208,7 +330,20 @@ def load_adapter(
         raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
     adapter.load_state_dict(own)
     if adapter.full:
-        tuned.backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k not in own})
+        tuned.backbone.load_state_dict(whole)
+
+
+def _misfit(tuned: "Tuned", spec: Method, config: AdapterConfig, found: Mapping[str, Tensor]) -> str:
+    """The first difference between tensors that were read and those that the method has, in words. The method is built
+    on the meta device: a size that is a lie takes no memory."""
+    from restuning.hooks.tail import tail_of
+    from restuning.model.adapter import AdapterModule
+
+    pool = "none" if config.kind == "per-token" else config.pool
+    pool = tail_of(tuned.backbone, tuned.sites, pool if grid_of(spec) is None else "flat").pool
+    with torch.device("meta"):
+        expected = AdapterModule(tuned.backbone, tuned.sites, spec, pool, config.num_classes, config)
+    return _mismatch(expected.state_dict(), found)
 
 
 def _mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
@@ -237,7 +372,3 @@ def same_weights(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
     if a is None or b is None:
         return True
     return len(a) == len(b) and torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-4)
-
-
-def _hub_id(path: str) -> bool:
-    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")

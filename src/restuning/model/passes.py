@@ -6,14 +6,17 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from restuning.backbones.sites import Site
+from restuning.errors import MethodError, line
 from restuning.hooks.law import Attachment
 from restuning.hooks.memory import FrozenOpMemory
 from restuning.hooks.points import NamedTuners, backbone_lock
 from restuning.hooks.recompute import checkpoints
-from restuning.hooks.taps import Taps, check_square, tap
+from restuning.hooks.taps import Taps, check_square, check_widths, tap
 from restuning.side.features import FeatureRequest, Features
+from restuning.tuners.base import as_tuner
 
 if TYPE_CHECKING:
     from restuning.model.tuned import Tuned
@@ -45,13 +48,60 @@ def features_of(
             yield taps
 
     quiet: AbstractContextManager[Any] = torch.no_grad() if frozen else frozen_op_memory(tuned)
+    check_inputs(tuned, args, kwargs)
     with backbone_lock(backbone), quiet, on() as taps:
-        backbone(*args, **kwargs)
+        try:
+            backbone(*args, **kwargs)
+        except (RuntimeError, IndexError) as error:
+            raise _in_words(tuned, inside, error) from error
     check_square(taps, sites)
+    check_widths(taps, sites)
     trained = any(p.requires_grad for at_site in inside.values() for _, tuner in at_site for p in tuner.parameters())
     if trained and torch.is_grad_enabled() and checkpoints(backbone):
         tuned.replay.watch(taps.features.tensors(), partial(on, recomputing=True))
     return taps.features
+
+
+def check_inputs(tuned: "Tuned", args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """
+    Args:
+        tuned: whose backbone is called.
+        args, kwargs: of the backbone's forward.
+
+    Raises:
+        MethodError: the backbone would fail in no words, or its output would be NaN: a batch of no rows over stages, a
+            text beyond the learnt positions, a row of padding alone.
+    """
+    first = next((value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
+    if first is not None and first.ndim and not len(first) and not tuned.sites.uniform:
+        raise MethodError("a batch of no rows: stages need one at least")
+    if tuned.family != "text":
+        return
+    ids, most = kwargs.get("input_ids", first), positions_of(tuned.backbone)
+    if most is not None and isinstance(ids, torch.Tensor) and ids.ndim > 1 and ids.shape[1] > most:
+        raise MethodError(f"a text of {ids.shape[1]} tokens: {type(tuned.backbone).__name__} reads at most {most}")
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.numel():
+        empty = (~mask.bool().any(-1)).nonzero()
+        if len(empty):
+            raise MethodError(f"row {int(empty[0])} is padding alone: a text has one token at least")
+
+
+def positions_of(backbone: nn.Module) -> int | None:
+    """The tokens that learnt positions reach, if the backbone has such."""
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    if type(table) is not nn.Embedding:
+        return None
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def _in_words(tuned: "Tuned", inside: Mapping[Site, NamedTuners], error: RuntimeError | IndexError) -> Exception:
+    """The error itself, but where tuners inside the backbone add tokens, keys or values that it cannot take."""
+    tuners = (tuner for named in inside.values() for _, tuner in named)
+    kinds = sorted({type(tuner).__name__ for tuner in tuners if as_tuner(tuner).only_on})
+    if not kinds or isinstance(error, torch.OutOfMemoryError):
+        return error
+    return MethodError(f"{type(tuned.backbone).__name__} cannot be run with {', '.join(kinds)}: {line(error)}")
 
 
 def frozen_op_memory(tuned: "Tuned") -> AbstractContextManager[Any]:

@@ -1,6 +1,5 @@
 """LoRA files as PEFT writes them, read and written."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,13 +8,14 @@ from torch import Tensor
 
 from restuning.backbones.anatomy import PARTS
 from restuning.backbones.sites import Sites
-from restuning.errors import CheckpointError, MethodError, MissingExtra, line
+from restuning.errors import CheckpointError, MethodError, MissingExtra, RestuningError, line
 from restuning.methods.spec import Method, Mix, Residual
-from restuning.model.files import CONFIG, MODEL, fetch
+from restuning.model.files import CONFIG, CONFIG_BYTES, MODEL, MOST_SIZE, check_finite, fetch, write_pair
 from restuning.model.tuned import Tuned
 from restuning.tuners import Lora
 from restuning.tuners.lora import ConvLoraTuner, LoraTuner
-from restuning.utils.files import atomic_write
+from restuning.utils.files import as_json
+from restuning.utils.reading import number, read_bytes, read_json
 
 _PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
 """Settings of PEFT's that change what is computed, and the values at which they do not."""
@@ -45,7 +45,10 @@ def load_peft(
     )
     method: Method = parts[0] if len(parts) == 1 else Mix(parts)
     active = tuned.active_adapters
-    tuned.add_adapter(name, method, num_classes, pool=pool)
+    try:
+        tuned.add_adapter(name, method, num_classes, pool=pool)
+    except (RestuningError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: {line(error)}") from error
     for place, site in tuned.adapter(name).sites.items():
         tuner: Any = tuned.adapter(name).tuners[place]
         a, b = found[site.writes.path]
@@ -104,11 +107,8 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != alphas[first]},
     }
     folder = Path(path)
-    try:
-        atomic_write(folder / MODEL, save(state))
-        atomic_write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    except OSError as error:
-        raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+    check_finite(state, "the adapter")
+    write_pair(folder, as_json(config), save(state))
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -117,13 +117,21 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        state = load((folder / MODEL).read_bytes())
+        config = read_json(folder / CONFIG, CONFIG_BYTES)
+        state = load(read_bytes(folder / MODEL))
     except Exception as error:
         raise CheckpointError(f"{folder} cannot be read as a PEFT adapter: {line(error)}") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise CheckpointError(f"{folder}: PEFT adapter of type {kind!r}, expected 'LORA'")
+    try:
+        _check_values(config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {CONFIG}: {line(error)}") from error
+    check_finite(state, str(folder / MODEL))
+    for key, value in state.items():
+        if value.ndim not in (2, 4) or not value.is_floating_point() or not value.numel():
+            raise CheckpointError(f"{folder}: {key} is {tuple(value.shape)} of {value.dtype}: no half of a LoRA")
     for key, value in _PLAIN.items():
         if config.get(key) not in (None, value):
             raise CheckpointError(f"{folder}: PEFT's {key}={config[key]!r} is not plain LoRA")
@@ -133,6 +141,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "expected a file that PEFT converted to plain LoRA"
         )
     return config, state
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Raises ValueError for what PEFT does not write."""
+    number(config.get("lora_alpha"), -1e6, 1e6, "lora_alpha")
+    if config.get("r") is not None:
+        number(config["r"], 1, MOST_SIZE, "r", whole=True)
+    if config.get("lora_dropout") is not None:
+        number(config["lora_dropout"], 0, 0.999, "lora_dropout")
+    for name in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{name} is {patterns!r}: expected an object")
+        for key, value in patterns.items():
+            if not re.fullmatch(_PATTERN, key) or len(re.findall(r"[*+]", key)) > 3:
+                raise ValueError(
+                    f"{name}: {key[:60]!r} is no path of modules: expected names, points, | and three * at most"
+                )
+            number(value, -1e6, 1e6, f"{name} of {key}")
+
+
+_PATTERN = r"[\w.\\|^$*+\[\]-]{1,1000}"
+"""What a key of PEFT's patterns may hold. PEFT takes any regular expression; one of nested repetitions never returns:
+there are no groups here, and few repetitions."""
 
 
 def _found(
@@ -165,6 +197,9 @@ def _found(
         raise CheckpointError(f"{folder}: {f'{single[0]} lacks a half' if single else 'no tensors'}")
     for path, both in halves.items():
         info = next(s.info for s in sites.all if s.writes.path == path and s.op in PARTS)
+        if len(both["A"]) != both["B"].shape[1]:
+            ranks = f"{len(both['A'])} and {both['B'].shape[1]}"
+            raise CheckpointError(f"{folder}: LoRA of {path} has halves of ranks {ranks}")
         if (both["A"].shape[1], len(both["B"])) != (info.in_features, info.out_features):
             raise CheckpointError(
                 f"{folder}: LoRA of {path} is for widths {both['A'].shape[1]} and {len(both['B'])}; "
@@ -175,4 +210,7 @@ def _found(
 
 def _pattern(patterns: dict[str, Any] | None, place: str) -> Any:
     """As PEFT looks it up: keys are regular expressions of the last part of a path."""
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", place)), None)
+    try:
+        return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", place)), None)
+    except re.error as error:
+        raise CheckpointError(f"a pattern of PEFT's that cannot be read: {line(error)}") from error

@@ -196,6 +196,15 @@ class Tuned(nn.Module):
             MethodError: a name that is not there, not as many names as rows, pooled outputs mixed with outputs of every
                 token, labels for several adapters.
         """
+        if torch.compiler.is_compiling():
+            # a graph that breaks inside the hooks would leave autograd off: torch.compile(tuned) runs as it is
+            plain: Any = torch._dynamo.disable(self._forward)  # type: ignore[no-untyped-call]
+            return plain(args, kwargs, labels, adapter_names)
+        return self._forward(args, kwargs, labels, adapter_names)
+
+    def _forward(
+        self, args: Any, kwargs: Any, labels: Tensor | None, adapter_names: Sequence[str | None] | None
+    ) -> Any:
         self.replay.leave()  # of a backward pass that was interrupted
         args, kwargs = arguments(args, kwargs)
         if self._disabled:

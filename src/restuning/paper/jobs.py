@@ -41,6 +41,7 @@ from restuning.training.evaluate import loader, predict_logits, to_device
 from restuning.tuners import Adapter, Prefix, Prompt
 from restuning.utils.files import as_json, atomic_write, locked
 from restuning.utils.profiling import peak_bytes, saved_bytes
+from restuning.utils.reading import read_json
 
 BANKS, JOBS = "banks", "jobs"
 T = TypeVar("T")
@@ -227,7 +228,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 training=TrainConfig(epochs=max(job.epochs), seed=seed, label_smoothing=job.label_smoothing),
             )
             if (folder / RESULT).exists():
-                result, peak = json.loads((folder / RESULT).read_text()), None
+                result, peak = read_json(folder / RESULT), None
             else:
                 again = (folder / RUN).exists()
                 result, peak = _measured(partial(execute, run, folder, resume=again, progress=progress))

@@ -19,6 +19,7 @@ from restuning.methods.spec import grid_of
 from restuning.paper.experiments import Data, Experiment, Row
 from restuning.paper.jobs import Done, Job, blank, finish, method_of, one_seed, reads_all, reads_features
 from restuning.paper.results import RESULTS, key_of, read
+from restuning.training.config import TrainConfig
 from restuning.utils.files import as_json, atomic_write, locked
 from restuning.utils.options import BACKBONE, DTYPES, ImageSize, Option, Weights
 
@@ -40,6 +41,19 @@ class Settings:
     epochs: Annotated[tuple[int, ...] | None, Option("in place of the experiment's")] = None
     seeds: Annotated[tuple[int, ...] | None, Option("in place of the experiment's")] = None
     dtype: Annotated[str, Option("of the banks", choices=DTYPES)] = "float32"
+
+    def __post_init__(self) -> None:
+        """Raises RestuningError before any work begins for what training would refuse after a bank is built."""
+        for epochs in self.epochs or ():
+            TrainConfig(epochs=epochs)
+        for lr in self.lrs or ():
+            TrainConfig(lr=lr)
+        for seed in self.seeds or ():
+            TrainConfig(seed=seed)
+        if self.dtype not in DTYPES:
+            raise RestuningError(f"unknown dtype {self.dtype!r}: expected one of {', '.join(DTYPES)}")
+        if self.image_size is not None and self.image_size < 1:
+            raise RestuningError(f"image size {self.image_size}: expected a positive number of pixels")
 
 
 @dataclass(frozen=True)

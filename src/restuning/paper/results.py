@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from restuning._version import __version__
 from restuning.errors import RestuningError
+from restuning.utils.reading import parse_json
 
 RESULTS = "results.jsonl"
 KEY = ("experiment", "row", "column", "seed")
@@ -62,7 +63,7 @@ def read(path: Path) -> list[Record]:
 def _parsed(path: Path, data: bytes) -> Iterable[Record]:
     for n, line in enumerate(data.splitlines(), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             missing = [name for name in KEY if name not in record]
         except (ValueError, TypeError) as error:
             raise RestuningError(f"{path}, line {n}: no record ({error})") from error

@@ -1,7 +1,7 @@
 """Runs and banks: build one by names, and the settings that one decides."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,8 @@ from restuning.side import Bypass, BypassQuery, LinearAll
 from restuning.side.features import MEAN
 from restuning.training.components import Components, fit_components, widths_of
 from restuning.training.logging import bar
+from restuning.utils.files import check_outside
+from restuning.utils.hub import pinned
 from restuning.utils.options import (
     BACKBONE,
     DATA,
@@ -100,6 +102,9 @@ def build_bank(
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers in `out` (see `restuning.features.bank.build`).
     Returns its manifest. say: told the bytes of an item and how many there are, before anything is written."""
+    read = Path(settings.data.partition("?")[0].split(":")[-1])
+    check_outside(out, "the output folder", *([read] if str(read) != "." and read.is_dir() else []))
+    settings = replace(settings, backbone=pinned(settings.backbone))
     model = load_backbone(settings.backbone, settings.weights, settings.image_size)
     tokens, count, file = _components(settings.tokens)
     tokens, dtype = ("all", "int8") if tokens == "int8" else (tokens, settings.dtype)

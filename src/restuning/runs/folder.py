@@ -8,13 +8,20 @@ from typing import Any, Protocol
 
 from restuning.errors import RestuningError
 from restuning.runs.settings import RESULT, RUN, read_run
-from restuning.utils.files import as_json, atomic_write, contents, locked
+from restuning.utils.files import as_json, atomic_write, check_outside, contents, locked
 
 
 class Settings(Protocol):
     """What decides a run's outcome, as plain data."""
 
     def to_dict(self) -> dict[str, Any]: ...
+
+
+def _inputs(settings: dict[str, Any]) -> list[Path]:
+    """The folders that a run reads."""
+    named = [settings.get(name) for name in ("data", "bank", "base", "latents")]
+    texts = [str(one).partition("?")[0].split(":")[-1] for one in named if one]
+    return [Path(one) for one in texts if one not in ("", ".") and Path(one).is_dir()]
 
 
 @contextlib.contextmanager
@@ -24,6 +31,7 @@ def run_directory(
     """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one; done:
     the file that a finished one has."""
     made = not out.exists()
+    check_outside(out, "the output folder", *_inputs(run.to_dict()))
     with locked(out):
         record = out / RUN
         there = contents(out)
@@ -44,7 +52,7 @@ def run_directory(
             yield
         except OSError as error:
             raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
-        except RestuningError:
+        except Exception:
             own = {RUN, ".lock"}
             if new and all(p.is_dir() or p.name in own for p in out.rglob("*")):
                 for name in own:  # a run that never started leaves nothing behind

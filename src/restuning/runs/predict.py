@@ -2,21 +2,22 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from restuning.data import Preprocess, Texts, load_images, prepared
+from restuning.data import Preprocess, Texts, check, load_images, prepared, without_bad
 from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.model.answers import answers
 from restuning.model.predictor import Outputs, Predictor
 from restuning.model.tuned import Tuned
 from restuning.runs.load import load_tuned, transform_of
 from restuning.training.evaluate import loader, padded
-from restuning.utils.files import atomic_write
+from restuning.utils.files import atomic_write, check_output
+from restuning.utils.reading import read_text
 
 
 def predict(
@@ -27,6 +28,7 @@ def predict(
     embeddings: Path | None = None,
     device: str | None = None,
     batch_size: int = 32,
+    skip_bad: bool = False,
 ) -> list[dict[str, Any]]:
     """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
     with their classes under per-token.
@@ -34,17 +36,24 @@ def predict(
     given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
     parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
     shape run as one; others take a pass for each of their kinds. embeddings: a .safetensors file for what the heads
-    read, (items, d) for each adapter. device: as `device_of` has it.
+    read, (items, d) for each adapter. device: as `device_of` has it. skip_bad: images that cannot be decoded are left
+    out, and named.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
+    if embeddings is not None:
+        check_output(embeddings, "--embeddings", *([Path(given)] if Path(given).is_dir() else []))
     place = device_of(device)
     tuned, names = _load(adapters, weights)
     configs = {name: tuned.adapter_config(name) for name in names}
     how = transform_of(adapters[0], configs["default"].preprocessing)
     by_word = configs["default"].kind == "per-token"
     items = load_images(Path(given)) if isinstance(how, Preprocess) else texts_of(given, by_word)
+    if isinstance(how, Preprocess):
+        items = without_bad(items) if skip_bad else items
+        if len(items) > 1:
+            check(items)
     examples = prepared(items, how, cache=False)
     predictor = Predictor.of(tuned.to(place))
     found: dict[tuple[str, int], dict[str, Any]] = {}
@@ -62,6 +71,7 @@ def predict(
                 read[name].append(x.cpu())
         words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
         for part in outputs:
+            check_finite(part, names)
             found |= {(name, done + i): row for name, i, row in answers(part, configs.__getitem__, top, words)}
         done += len(labels)
     if embeddings is not None:
@@ -77,6 +87,13 @@ def predict(
         for i, path in enumerate(items.names)
         for name, folder in names.items()
     ]
+
+
+def check_finite(outputs: Outputs, names: Mapping[str, Path]) -> None:
+    """Raises CheckpointError for outputs that are not numbers; −inf is beyond an adapter's own classes."""
+    if outputs.values.isnan().any() or outputs.values.isposinf().any():
+        folders = ", ".join(str(names[name]) for name, _ in outputs.tasks)
+        raise CheckpointError(f"{folders}: its outputs are not finite numbers")
 
 
 def device_of(name: str | None = None) -> torch.device:
@@ -95,8 +112,8 @@ def texts_of(given: str, words: bool) -> Texts:
     """One text, or those of a .txt file; split into words where labels are by token."""
     if given.endswith(".txt"):
         try:
-            lines = [one for one in Path(given).read_text(encoding="utf-8").splitlines() if one.strip()]
-        except (OSError, UnicodeDecodeError) as error:
+            lines = [one for one in read_text(given).splitlines() if one.strip()]
+        except (OSError, ValueError) as error:
             raise DataError(f"{given} cannot be read as UTF-8 text: {line(error)}") from error
     elif os.path.exists(given):
         raise DataError(f"{given} is no .txt file, and this adapter reads texts")

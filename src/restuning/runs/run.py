@@ -1,7 +1,6 @@
 """A recorded run: its settings as data, and the one procedure that turns them into a saved adapter and a result."""
 
 import contextlib
-import json
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -13,6 +12,7 @@ from restuning.data import (
     check,
     load_task,
     split,
+    without_bad,
 )
 from restuning.data.objective import Objective, balanced, objective, sort_key
 from restuning.errors import Diverged, RestuningError
@@ -34,6 +34,8 @@ from restuning.training.evaluate import Examples, evaluate
 from restuning.training.loop import fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.hub import pinned
+from restuning.utils.reading import read_json
 
 
 def execute(
@@ -55,6 +57,9 @@ def execute(
         raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
     if run.bank is not None:
         _agree(run, run.bank)
+    else:
+        tokenizer = None if run.tokenizer is None else pinned(run.tokenizer, "tokenizer_config.json")
+        run = replace(run, backbone=pinned(run.backbone), tokenizer=tokenizer)
     barrier()
     with run_directory(out, run, resume) if is_main_process() else contextlib.nullcontext():
         processes = barrier()
@@ -65,6 +70,9 @@ def execute(
         load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
         whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
         if bank is None:
+            if run.skip_bad:
+                val = None if whole.val is None else without_bad(whole.val)
+                whole = replace(whole, train=without_bad(whole.train), val=val, test=without_bad(whole.test))
             for items in filter(None, (whole.train, whole.val, whole.test)):
                 check(items)
             task: _Prepared = _FromItems(run, whole, shard)
@@ -79,6 +87,8 @@ def execute(
             held = whole
             if whole.val is None or run.val_size:
                 held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
+                if run.skip_bad and bank is None:
+                    held = replace(held, train=without_bad(held.train), val=held.val and without_bad(held.val))
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: sort_key(trials[str(rate)]))
         model, tuned = task.model(whole.train)
@@ -124,7 +134,7 @@ def _choose(
 ) -> dict[str, float | None]:
     """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
-    trials: dict[str, float | None] = json.loads(file.read_text()) if resume and file.exists() else {}
+    trials: dict[str, float | None] = read_json(file) if resume and file.exists() else {}
     assert held.val is not None
     for lr in run.lrs:
         if str(lr) in trials:

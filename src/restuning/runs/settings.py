@@ -38,6 +38,7 @@ RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 @dataclass(frozen=True)
 class Run:
     """Everything that decides a run's outcome. `bank`: a folder of kept features, read in place of items and backbone.
+    `skip_bad`: images that cannot be decoded are left out, and told; else they are refused.
 
     Several rates in `lrs`: chosen on the data's own validation split; where there is none (or with `val_size`) on
     training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
@@ -65,6 +66,7 @@ class Run:
     class_weights: Annotated[
         Literal["balanced"] | None, Option("weigh classes in the loss so that each counts as much")
     ] = None
+    skip_bad: Annotated[bool, Option("leave out images that cannot be decoded, and tell them")] = False
     keep_features: Annotated[
         bool, Option("run the backbone in every epoch even where its features could be kept in memory")
     ] = True

@@ -29,6 +29,7 @@ from restuning.training.config import TrainConfig
 from restuning.training.evaluate import padded
 from restuning.utils.files import as_json, atomic_write, contents, locked
 from restuning.utils.options import Option, Pool, Shots, TrainSize, ValSize
+from restuning.utils.reading import read_json
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 
@@ -90,7 +91,7 @@ def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]
         on_bank(settings.run(method, seed), _task(settings, bank, seed, hold=True), bank)()
     with locked(out):
         _record(settings, out, resume)
-        done: dict[str, Any] = json.loads((out / SWEEP).read_text())["methods"] if (out / SWEEP).exists() else {}
+        done: dict[str, Any] = read_json(out / SWEEP)["methods"] if (out / SWEEP).exists() else {}
         result: dict[str, Any] = {}
         for method in settings.methods:
             done[method] = done.get(method) or _method(settings, bank, method, out)
@@ -105,7 +106,7 @@ def _record(settings: Sweep, out: Path, resume: bool) -> None:
         raise RestuningError(f"{out} holds a sweep: continue it with --resume, or choose another folder")
     if not record.exists() and contents(out):
         raise RestuningError(f"{out} is not empty and holds no sweep: choose another folder")
-    if record.exists() and json.loads(record.read_text()) != json.loads(as_json(asdict(settings))):
+    if record.exists() and read_json(record) != json.loads(as_json(asdict(settings))):
         raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
     atomic_write(record, as_json(asdict(settings)))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Tokens
-from restuning.errors import MethodError
+from restuning.errors import MethodError, line
 from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid
 from restuning.side.features import Features
 
@@ -56,7 +56,12 @@ class Ladder(SideConfig):
             raise MethodError(f"a ladder of width {width} / {self.reduction}: expected a multiple of its {heads} heads")
         net = LadderNet(info.blocks, width, side, heads, max(info.hidden // self.reduction, 1))
         if self.needs_weights and info.weights is not None:
-            prune(net, info.weights(), lambda weight: weight.detach().abs())
+            try:
+                prune(net, info.weights(), lambda weight: weight.detach().abs())
+            except (RuntimeError, IndexError) as error:
+                raise MethodError(
+                    f"{info.name} cannot be pruned into a ladder ({line(error)}): use init='random'"
+                ) from error
         return net
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from restuning.errors import CheckpointError, RestuningError
 from restuning.utils.files import atomic_write
+from restuning.utils.reading import check_regular
 
 FORMAT = "restuning.train/1"
 
@@ -33,6 +34,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """The state in a file, on the CPU; CheckpointError if the file is damaged or something else."""
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as file:  # torch.load does not compare the checksums
             damaged = file.testzip()
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
@@ -61,18 +63,20 @@ def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold Ctrl-C back until the block is done: half a step must never be what is saved."""
+    """Hold Ctrl-C and SIGTERM back until the block is done: half a step must never be what is saved."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: held.append(number))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda number, frame: held.append(number)) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
     if held:
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(held[0])
 
 
 def described(tensors: dict[str, Tensor]) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """Plain data, as JSON holds it, to settings: by msgspec, which is needed only where something is read."""
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from restuning.errors import MissingExtra, RestuningError
+from restuning.errors import MissingExtra, RestuningError, line
+from restuning.utils.reading import read_json
 
 T = TypeVar("T")
 
@@ -43,11 +43,11 @@ def read_plain(path: Path, kind: type[T], change: Callable[[Any], Any] = lambda 
     """A JSON file as a dataclass. change: made to its data first. Raises RestuningError, one line, where it is not
     there or does not fit."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError as error:
         raise RestuningError(f"no recorded run at {path}: expected a {path.name}") from error
-    except ValueError as error:
-        raise RestuningError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RestuningError(f"{path} is damaged: {line(error)}") from error
     return from_plain(kind, change(data) if isinstance(data, dict) else data, str(path))
 
 

@@ -38,6 +38,7 @@ from restuning.side.features import Features, TokenSelection
 from restuning.training.components import Components
 from restuning.training.evaluate import Examples, HasEpoch, by_length
 from restuning.utils.files import as_json, atomic_write, locked
+from restuning.utils.reading import read_json
 
 
 def build(
@@ -142,7 +143,7 @@ def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]
     if not (out / PARTIAL).exists():
         return {}
     try:
-        before = json.loads((out / PARTIAL).read_text(encoding="utf-8"))
+        before = read_json(out / PARTIAL)
         shards = {shard["file"]: Shard(**shard) for shard in before.pop("shards")}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{out / PARTIAL} is damaged: {line(error)}") from error

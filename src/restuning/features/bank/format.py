@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from restuning.data import Items
-from restuning.errors import MissingExtra
+from restuning.data.objective import KINDS
+from restuning.errors import CheckpointError, MissingExtra
 from restuning.side.features import Features, TokenSelection
 from restuning.utils.files import atomic_write
+from restuning.utils.reading import inside, number, open_regular
 
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
@@ -65,6 +67,49 @@ class Shard:
     sha256: str
 
 
+def check_manifest(path: Path, found: Any) -> None:
+    """Raises CheckpointError for another format, ValueError, KeyError or TypeError for what no bank of ours says."""
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        kind = found.get("format") if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{path} is of another format: {kind!r}, expected {FORMAT!r}")
+    data, backbone, layers = found["data"], found["backbone"], found["layers"]
+    if not isinstance(layers, list) or not layers:
+        raise ValueError(f"layers are {layers!r}: expected numbers of blocks")
+    for layer in layers:
+        number(layer, -100_000, 100_000, "a layer", whole=True)
+    for shard in found["shards"]:
+        inside(path, shard["file"])
+        if shard["split"] not in data["splits"] or not isinstance(shard["sha256"], str):
+            raise ValueError(f"a shard of the split {shard['split']!r}")
+        number(shard["rows"], 1, SHARD_ROWS, "a shard's rows", whole=True)
+        number(shard["bytes"], 1, 2**50, "a shard's bytes", whole=True)
+        number(shard["view"], 0, 2**31, "a shard's view", whole=True)
+    for name, split in data["splits"].items():
+        rows = sum(s["rows"] for s in found["shards"] if s["split"] == name and s["view"] == 0)
+        if name not in ("train", "val", "test") or number(split["count"], 1, 2**50, "count", whole=True) != rows:
+            raise ValueError(f"the {name} split has {split['count']} items, its shards {rows} rows")
+    if "train" not in data["splits"] or found["dtype"] not in DTYPES:
+        raise ValueError(f"no training split, or dtype {found['dtype']!r}")
+    if not isinstance(data["classes"], list) or not all(
+        isinstance(name, str | int | float) for name in data["classes"]
+    ):
+        raise ValueError("classes: expected a list of names")
+    if not isinstance(data["spec"], str) or data.get("kind", KINDS[0]) not in KINDS:
+        raise ValueError("the data have no name, or no kind that is known")
+    number(data.get("held", 0), 0, 2**50, "held", whole=True)
+    number(found["views"], 1, 2**31, "views", whole=True)
+    number(backbone["width"], 1, 2**31, "the backbone's width", whole=True)
+    number(backbone["depth"], 1, 2**31, "the backbone's depth", whole=True)
+    if not isinstance(backbone["name"], str) or not isinstance(found["source"], dict):
+        raise ValueError("the backbone has no name")
+    view = found["view"]
+    if view.get("components") is not None:
+        number(view["components"], 1, 100_000, "components", whole=True)
+    if view["tokens"] not in ("all", "first", "last", "mean", "pooled", "components"):
+        number(view["tokens"], 1, 4096, "the cells a side of a grid", whole=True)
+    number(view["prefix"], 0, 4096, "prefix", whole=True)
+
+
 def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
@@ -91,7 +136,7 @@ def _intact(out: Path, shard: Shard) -> bool:
 
 
 def _hash_of_file(path: Path) -> str:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -5,7 +5,6 @@ the training items, one tensor a layer, (rows, tokens, width), and `labels`. `ta
 features in the backbone; `manifest.json`, written last, records what all of it is made of.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from restuning.data import Items, Source
-from restuning.errors import CheckpointError, DataError, line
+from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.features.bank.format import (
     COMPONENTS,
-    FORMAT,
     MANIFEST,
     MASK,
     PARTIAL,
@@ -26,14 +24,17 @@ from restuning.features.bank.format import (
     Shard,
     _hash_of_file,
     _wide,
+    check_manifest,
     unnumbered,
 )
 from restuning.features.memory import CachedFeatures
 from restuning.methods.spec import Method, side_of, with_components
+from restuning.model.files import check_finite
 from restuning.model.tuned import Tuned
 from restuning.side.features import ALL, Features, TokenSelection
 from restuning.training.components import Components
 from restuning.training.evaluate import padded
+from restuning.utils.reading import check_regular, read_json
 
 _NAMES = {MASK: "the attention mask", PIXELS: "the pixels"}
 
@@ -48,21 +49,22 @@ class Bank:
     def __init__(self, path: str | Path, verify: bool = True) -> None:
         self.path = Path(path)
         try:
-            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            found = read_json(self.path / MANIFEST)
+            check_manifest(self.path, found)
             self.shards = [Shard(**shard) for shard in found["shards"]]
             self.tokens = TokenSelection(**found["view"])
             self.numbers: list[int] = list(found["layers"])
             self.layers = [number for number in self.numbers if number >= 0]
             splits = found["data"]["splits"]
             self.preprocessing: dict[str, Any] = dict(found["preprocessing"])
+        except RestuningError:
+            raise
         except FileNotFoundError as error:
             unfinished = (self.path / PARTIAL).exists()
             why = "it is not finished, continue with --resume" if unfinished else f"it has no {MANIFEST}"
             raise CheckpointError(f"{path} is no bank: {why}") from error
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{self.path / MANIFEST} is damaged: {line(error)}") from error
-        if found.get("format") != FORMAT:
-            raise CheckpointError(f"{path} is of another format: {found.get('format')!r}, expected {FORMAT!r}")
         self.manifest: dict[str, Any] = found
         self.splits: dict[str, int] = {name: int(split["count"]) for name, split in splits.items()}
         for file, size, digest in [
@@ -157,7 +159,11 @@ class Bank:
             raise CheckpointError(
                 f"{self.path} holds features of {made['name']} (width {made['width']}, {made['depth']} blocks)"
             )
-        tail = load_file(self.path / TAIL)
+        try:
+            tail = load_file(self.path / TAIL)
+        except Exception as error:
+            raise CheckpointError(f"{self.path / TAIL} is damaged: {line(error)}") from error
+        check_finite(tail, str(self.path / TAIL))
         for module_path, module in here.named_modules():
             for store in (module._parameters, module._buffers):
                 for name, old in list(store.items()):
@@ -174,10 +180,32 @@ class Bank:
     def shard(self, file: str) -> dict[str, Tensor]:
         """A shard's tensors, memory-mapped."""
         if file not in self._open:
-            from safetensors.torch import load_file
-
-            self._open[file] = load_file(self.path / file)
+            self._open[file] = self._tensors(file)
         return self._open[file]
+
+    def _tensors(self, file: str) -> dict[str, Tensor]:
+        """Those of a shard, as many rows of each as the manifest says. Raises CheckpointError."""
+        from safetensors.torch import load_file
+
+        shard = next(s for s in self.shards if s.file == file)
+        try:
+            check_regular(self.path / file)
+            tensors: dict[str, Tensor] = load_file(self.path / file)
+        except Exception as error:
+            raise CheckpointError(f"{self.path / file} is damaged: {line(error)}") from error
+        for name in ("labels", *map(str, self.numbers)):
+            x = tensors.get(name)
+            if x is None or not x.ndim or len(x) != shard.rows or (name.isdecimal() and x.ndim != 3):
+                there = "missing" if x is None else tuple(x.shape)
+                raise CheckpointError(f"{self.path / file} is damaged: {name} is {there}, expected {shard.rows} rows")
+        data, labels = self.manifest["data"], tensors["labels"]
+        if data.get("kind", Source.kind) == "single-label" and (
+            labels.is_floating_point()
+            or labels.ndim != 1
+            or not 0 <= int(labels.min()) <= int(labels.max()) < len(data["classes"])
+        ):
+            raise CheckpointError(f"{self.path / file} is damaged: labels beyond its {len(data['classes'])} classes")
+        return tensors
 
 
 class Rows:

@@ -1,7 +1,6 @@
 """Pictures of a table, marks apart by marks and dashes, so that they read in black and white."""
 
 import io
-import json
 from collections.abc import Iterator
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from restuning.errors import RestuningError
 from restuning.paper.report.tables import Table, curves, gates, points
 from restuning.utils.figures import multitask, pyplot
+from restuning.utils.reading import parse_json
 
 MARKS, DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
 GREYS = ("0.0", "0.4", "0.65")
@@ -41,7 +41,7 @@ def many_tasks(file: Path) -> Picture:
     """The same, of what `restuning bench multitask` wrote. Raises RestuningError for a file of something else."""
     plt = pyplot()
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = [parse_json(line) for line in file.read_text(encoding="utf-8").splitlines()]
         figure = multitask(plt, records)
     except (ValueError, KeyError, IndexError, TypeError, StopIteration) as error:
         raise RestuningError(f"{file} is damaged, or not of restuning bench multitask") from error
