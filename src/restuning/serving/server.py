@@ -25,7 +25,8 @@ def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url
 
     from restuning.runs.predict import device_of
     from restuning.serving.adapters import Adapters
-    from restuning.serving.app import LOG, Server, make_app
+    from restuning.serving.app import Server, make_app
+    from restuning.serving.guard import LOG
 
     listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
