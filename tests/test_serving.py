@@ -600,9 +600,9 @@ def test_malformed_requests_are_refused(few: tuple[str, Server]) -> None:
 
 def test_a_body_is_refused_before_it_is_read_on(few: tuple[str, Server]) -> None:
     url, server = few
-    info = int(url.rsplit(":", 1)[1])
+    port = int(url.rsplit(":", 1)[1])
     for head in (f"Content-Length: {10**12}", "Transfer-Encoding: chunked"):
-        with socket.create_connection(("127.0.0.1", info), timeout=20) as link:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
             link.sendall(f"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n{head}\r\n\r\n".encode())
             if "chunked" in head:
                 chunk = b"8000\r\n" + bytes(0x8000) + b"\r\n"

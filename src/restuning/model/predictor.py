@@ -20,6 +20,7 @@ from restuning.hooks.taps import check_square, tap
 from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
+from restuning.model.groups import Group, padded_width
 from restuning.model.mixed import CHUNK, kind_of
 from restuning.model.stack import PerRow, Stack
 from restuning.model.tuned import Tuned
@@ -55,25 +56,6 @@ class Answer:
     passes: int
 
 
-@dataclass(frozen=True, eq=False)
-class _Group:
-    """Adapters of one kind that read features only, at most CHUNK of them; stack: None for one that cannot be stacked.
-    Its place in a group never moves while an adapter is there, so that its outputs do not either."""
-
-    key: str
-    readers: Mapping[str, Reader]
-    stack: Stack | None = None
-
-    @classmethod
-    def of(cls, key: str, readers: Mapping[str, Reader], backbone: nn.Module) -> "_Group":
-        first = next(iter(readers.values()))
-        if not first.adapter.stackable or not any(True for _ in first.parameters()):
-            return cls(key, readers)
-        # a stack that runs puts its tensors into the first of its readers, which older snapshots share
-        with torch.no_grad(), backbone_lock(backbone):
-            return cls(key, readers, Stack(list(readers.values()), _wide(first.adapter)))
-
-
 @dataclass
 class _Loader:
     """Makes adapters from files, one at a time: a tuned model of its own, of which no snapshot is told."""
@@ -94,7 +76,7 @@ class Predictor:
     readers: Mapping[str, Reader]
     _sites: Sites
     _kinds: Mapping[str, str]
-    _groups: Sequence[_Group]
+    _groups: Sequence[Group]
     _loader: _Loader
 
     @classmethod
@@ -150,12 +132,12 @@ class Predictor:
     def without(self, name: str) -> "Predictor":
         """The next snapshot, without an adapter. Raises MethodError for a name that is not there."""
         self._find(name)
-        groups: list[_Group] = []
+        groups: list[Group] = []
         for group in self._groups:
             if name not in group.readers:
                 groups.append(group)
             elif left := {key: reader for key, reader in group.readers.items() if key != name}:
-                groups.append(_Group.of(group.key, left, self.backbone))
+                groups.append(Group.of(group.key, left, self.backbone))
         return replace(
             self,
             readers=MappingProxyType({key: reader for key, reader in self.readers.items() if key != name}),
@@ -168,17 +150,17 @@ class Predictor:
         groups, keys = list(self._groups), dict[str, list[str]]()
         for name, reader in readers.items():
             if reader.adapter.reads_features:
-                keys.setdefault(f"{_wide(reader.adapter)} {kinds[name]}", []).append(name)
+                keys.setdefault(f"{padded_width(reader.adapter)} {kinds[name]}", []).append(name)
         for key, names in keys.items():
             for i, group in enumerate(groups):
                 if group.key == key and (room := CHUNK - len(group.readers)) > 0:
                     more, names = names[:room], names[room:]
                     if more:
-                        groups[i] = _Group.of(
+                        groups[i] = Group.of(
                             key, {**group.readers, **{name: readers[name] for name in more}}, self.backbone
                         )
             for i in range(0, len(names), CHUNK):
-                groups.append(_Group.of(key, {name: readers[name] for name in names[i : i + CHUNK]}, self.backbone))
+                groups.append(Group.of(key, {name: readers[name] for name in names[i : i + CHUNK]}, self.backbone))
         return replace(
             self,
             readers=MappingProxyType({**self.readers, **readers}),
@@ -379,12 +361,6 @@ class _OneTask(nn.Module):
 def _frozen(reader: Reader) -> Reader:
     reader.adapter.requires_grad_(False).eval()
     return reader
-
-
-def _wide(adapter: AdapterModule) -> int:
-    """To how many classes its head is padded: a power of two, so that a stack computes the same for an adapter whatever
-    others are in it."""
-    return 1 << max(3, ((adapter.config.num_classes or 1) - 1).bit_length())
 
 
 def _batch(inputs: Inputs) -> int:

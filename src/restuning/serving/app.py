@@ -2,18 +2,12 @@
 
 import asyncio
 import base64
-import hmac
 import json
-import logging
-import re
 import struct
-import time
-import uuid
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
-from hashlib import sha256
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -27,6 +21,7 @@ from restuning.errors import DataError, RestuningError
 from restuning.serving.adapters import Adapters
 from restuning.serving.batches import Answered, Batcher, Job
 from restuning.serving.decoding import Decoders
+from restuning.serving.guard import LOG, Guard, error_response, now_text
 from restuning.serving.metrics import Metrics
 from restuning.serving.requests import (
     AdapterRequest,
@@ -40,13 +35,9 @@ from restuning.serving.requests import (
 from restuning.serving.settings import FORMATS, Refused, ServeSettings
 
 T = TypeVar("T")
-LOG = logging.getLogger("restuning.serving")
 _PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 )
-
-OPEN = ("/health", "/ready")
-"""Routes that ask for no key."""
 
 
 class Server:
@@ -92,7 +83,9 @@ class Server:
             except RestuningError as error:
                 events = [("", f"refused: {error}")]
             for name, event in events:
-                LOG.info(json.dumps({"time": _now(), "level": "info", "event": "adapter", "name": name, "what": event}))
+                LOG.info(
+                    json.dumps({"time": now_text(), "level": "info", "event": "adapter", "name": name, "what": event})
+                )
                 if event == "removed":
                     self.metrics.forget(name)
             self.metrics.adapters.set(len(self.adapters.current.readings))
@@ -203,15 +196,15 @@ def make_app(server: Server) -> Any:
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:
-        return _error(request, error.status, str(error), error.retry_after)
+        return error_response(request, error.status, str(error), error.retry_after)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return _error(request, error.status_code, str(error.detail))
+        return error_response(request, error.status_code, str(error.detail))
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return _error(request, 500, "the server failed; its log says how, by the request's id")
+        return error_response(request, 500, "the server failed; its log says how, by the request's id")
 
     @app.get("/health", tags=["operations"])
     async def health() -> Any:
@@ -298,59 +291,7 @@ def make_app(server: Server) -> Any:
         server.metrics.forget(name)
         return {"removed": name}
 
-    return _Guard(app, server)
-
-
-class _Guard:
-    """Around all routes: the request's id, the key, a line of JSON in the log, and the count of requests."""
-
-    def __init__(self, app: FastAPI, server: Server) -> None:
-        self.app, self.server = app, server
-        key = server.settings.api_key
-        self.key = None if key is None else sha256(key.encode()).digest()
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                return
-            await self.app(scope, receive, send)
-            return
-        start, status = time.perf_counter(), 0
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        given = headers.get(b"x-request-id", "")
-        scope["restuning_id"] = name = given if re.fullmatch(r"[\w-]{1,64}", given, re.ASCII) else uuid.uuid4().hex
-
-        async def tell(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name.encode())]
-            await send(message)
-
-        failure: Exception | None = None
-        try:
-            if self._may(scope["path"], headers):
-                await self.app(scope, receive, tell)
-            else:
-                request = Request(scope, receive)
-                await _error(request, 401, "expected the server's key: Authorization: Bearer KEY")(scope, receive, tell)
-        except Exception as error:  # a client has been told 500 by then
-            failure = error
-        took = time.perf_counter() - start
-        route = getattr(scope.get("route"), "path", "other")
-        self.server.metrics.requests.labels(route, str(status)).inc()
-        said = {"time": _now(), "level": "error" if failure else "info", "id": name, "method": scope["method"]}
-        said |= {"path": scope["path"][:200], "status": status, "seconds": round(took, 6)}
-        if failure is not None:
-            said["error"] = f"{type(failure).__name__}: {failure}"[:500]
-        LOG.log(logging.ERROR if failure else logging.INFO, json.dumps(said))
-
-    def _may(self, path: str, headers: dict[bytes, str]) -> bool:
-        if self.key is None or path in OPEN:
-            return True
-        scheme, _, bearer = headers.get(b"authorization", "").partition(" ")
-        given = bearer.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key", "")
-        return hmac.compare_digest(sha256(given.encode("latin-1")).digest(), self.key)
+    return Guard(app, server)
 
 
 async def _all(calls: Sequence[Awaitable[Answered]]) -> list[Answered]:
@@ -407,12 +348,6 @@ def _json(data: Any) -> Response:
     return Response(json.dumps(data, allow_nan=False), media_type="application/json")
 
 
-def _error(request: Request, status: int, reason: str, retry_after: int | None = None) -> Response:
-    headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-    about = {"status": status, "reason": reason, "request_id": request.scope.get("restuning_id")}
-    return JSONResponse({"error": about}, status, headers)
-
-
 def _takes(model: type[Any], items: bool = False) -> dict[str, Any]:
     """What OpenAPI says of a body that a route reads itself."""
     content: dict[str, Any] = {"application/json": {"schema": model.model_json_schema()}}
@@ -423,7 +358,3 @@ def _takes(model: type[Any], items: bool = False) -> dict[str, Any]:
         content["multipart/form-data"] = {"schema": {"type": "object", "properties": fields}}
         content["image/*"] = {"schema": image}
     return {"requestBody": {"content": content, "required": True}}
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + "Z"

@@ -122,7 +122,7 @@ def _serve(settings: Bench) -> Measured:
 
 
 async def _load(
-    info: int, paths: Sequence[str], picture: bytes, clients: int, seconds: float
+    port: int, paths: Sequence[str], picture: bytes, clients: int, seconds: float
 ) -> tuple[list[float], float]:
     """Seconds of every request, of so many clients each with one request at a time, and of all."""
     about = f"Host: x\r\nContent-Type: image/jpeg\r\nContent-Length: {len(picture)}\r\n\r\n"
@@ -131,7 +131,7 @@ async def _load(
     begin = time.perf_counter()
 
     async def client(n: int) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", info)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
         while (start := time.perf_counter()) - begin < seconds:
             writer.write(heads[n % len(heads)] + picture)
             head = await reader.readuntil(b"\r\n\r\n")

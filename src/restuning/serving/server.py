@@ -25,15 +25,16 @@ def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url
 
     from restuning.runs.predict import device_of
     from restuning.serving.adapters import Adapters
-    from restuning.serving.app import LOG, Server, make_app
+    from restuning.serving.app import Server, make_app
+    from restuning.serving.guard import LOG
 
     listener = socket.socket(socket.AF_INET6 if ":" in settings.host else socket.AF_INET)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listener.bind((settings.host, settings.info))  # before the weights are read: this fails at once
+        listener.bind((settings.host, settings.port))  # before the weights are read: this fails at once
     except OSError as error:
         listener.close()
-        raise RestuningError(f"cannot listen on {settings.host}:{settings.info}: {error.strerror or error}") from error
+        raise RestuningError(f"cannot listen on {settings.host}:{settings.port}: {error.strerror or error}") from error
     try:
         server = Server(settings, Adapters(settings, device_of(settings.device)))
     except Exception:
@@ -43,12 +44,12 @@ def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url
     handler.setFormatter(logging.Formatter("%(message)s"))
     LOG.handlers[:], LOG.propagate = [handler], False
     LOG.setLevel(logging.INFO)
-    host, info = listener.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
 
     class Listening(uvicorn.Server):
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            listening(f"http://[{host}]:{info}" if ":" in host else f"http://{host}:{info}")
+            listening(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
 
         def handle_exit(self, sig: int, frame: object) -> None:
             server.draining = True

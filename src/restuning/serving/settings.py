@@ -74,8 +74,8 @@ class ServeSettings:
             raise RestuningError(f"max-wait-ms {self.max_wait_ms}: expected 0 to 10000")
         if self.max_items > self.max_queue:
             raise RestuningError(f"max-items {self.max_items}: expected at most max-queue, {self.max_queue}")
-        if not 0 <= self.info < 65536:
-            raise RestuningError(f"port {self.info}: expected 0 to 65535")
+        if not 0 <= self.port < 65536:
+            raise RestuningError(f"port {self.port}: expected 0 to 65535")
         if self.precision not in ("no", "bf16", "fp16"):
             raise RestuningError(f"precision {self.precision!r}: expected no, bf16 or fp16")
         if (self.watch or self.allow_changes) and self.root is None:
