@@ -40,13 +40,27 @@ class Site:
 
 
 @dataclass(frozen=True)
+class Found:
+    """What a trace found of a backbone that no row of the table fits.
+
+    share: of the parameters, those inside the blocks (words are not counted, which are looked up). sure: `high`,
+    `medium` or `low`. notes: what could not be found, a line each.
+    """
+
+    share: float
+    sure: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sites(Sequence[Site]):
     """All sites of a backbone, block by block, and what its tail needs to know.
 
     stages: the layers at which stages end. stems: the modules that say the layers x_1 … x_L, the blocks as a rule, of
     which the first reads x_0. features: the port of every layer x_0 … x_L, as something that reads it and says as much.
     port: that of what the head reads. norm, post and pooler: the
-    modules before and after pooling, and in its place.
+    modules before and after pooling, and in its place. points: where the layers x_0 … x_L are seen, if not at the
+    stems' ends. found: of sites that no row of the table has, what a trace says of them.
     """
 
     anatomy: Anatomy
@@ -62,6 +76,8 @@ class Sites(Sequence[Site]):
     join: str | None
     pool: str
     prefix: int
+    points: tuple[Point, ...] = ()
+    found: Found | None = None
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -74,6 +90,8 @@ class Sites(Sequence[Site]):
 
     def layer(self, layer: int) -> Point:
         """Where a layer can be seen: 0 is what the first stem reads, l what stem l says."""
+        if self.points:
+            return self.points[layer]
         return Point(self.stems[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
 
     def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:

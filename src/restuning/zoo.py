@@ -1,0 +1,233 @@
+"""One small random model of every family that timm, transformers and torchvision have."""
+
+import copy
+import difflib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from restuning.errors import MissingExtra, RestuningError, line
+
+LIBRARIES = ("timm", "transformers", "torchvision")
+
+LARGE = 120_000_000
+"""Parameters above which a model is not built for a check."""
+
+
+class Unbuilt(RestuningError):
+    """A family of which no small model can be built."""
+
+
+def families(library: str) -> dict[str, str]:
+    """Family → what it reads: `image` or `text`. Raises RestuningError for a library that is not known."""
+    if library == "timm":
+        return dict.fromkeys(_timm().list_modules(), "image")
+    if library == "torchvision":
+        return dict.fromkeys(sorted(_torchvision_names()), "image")
+    if library == "transformers":
+        return _transformers_families()
+    raise RestuningError(f"unknown library {library!r}: expected one of {', '.join(LIBRARIES)}")
+
+
+def build(library: str, family: str) -> nn.Module:
+    """A small random model of a family, in eval mode, without a classifier where it can be had without one.
+
+    Raises RestuningError for a family that is not known, Unbuilt where none is small enough or can be built at all.
+    """
+    known = families(library)
+    if family not in known:
+        near = difflib.get_close_matches(family, known, 3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise RestuningError(f"unknown family {family!r} of {library}{hint}")
+    made: Callable[[str], nn.Module] = {"timm": _of_timm, "torchvision": _of_torchvision}.get(library, _of_transformers)
+    with warnings.catch_warnings(), _seeded():
+        warnings.simplefilter("ignore")
+        model = made(family).eval()
+        with torch.no_grad():  # away from the zeros and ones that hide mistakes
+            for p in model.parameters():
+                if p.is_floating_point():
+                    p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+# ---- timm
+
+_SMALL = ("test_", "atto", "femto", "pico", "nano", "_xxs", "xxtiny", "xtiny", "_xs", "tiny", "micro", "mini", "_s0", "small", "18", "b0", "_0")
+
+
+def _timm() -> Any:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra("timm", "timm") from error
+    return timm
+
+
+def _of_timm(family: str) -> nn.Module:
+    timm = _timm()
+    names = timm.list_models(module=family) or timm.list_models(module=family, include_tags=True)
+
+    def rank(name: str) -> tuple[int, int]:
+        return next((i for i, part in enumerate(_SMALL) if part in name), len(_SMALL)), len(name)
+
+    sizes = {}
+    for name in sorted(names, key=rank)[:4]:
+        try:
+            with torch.device("meta"):
+                sizes[name] = sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())
+        except Exception:  # some cannot be described
+            sizes[name] = LARGE - 1
+    name = min(sizes, key=lambda name: sizes[name])
+    model: nn.Module = timm.create_model(name, num_classes=0)
+    return model
+
+
+# ---- torchvision
+
+
+def _torchvision_names() -> dict[str, str]:
+    """Family (the file that it is in) → its smallest-looking classifier."""
+    try:
+        from torchvision import models
+    except ImportError as error:
+        raise MissingExtra("torchvision", "timm") from error
+    found: dict[str, str] = {}
+    for name in models.list_models(module=models):
+        family = models.get_model_builder(name).__module__.rpartition(".")[2]
+        best = found.get(family)
+        if best is None or (len(name), name) < (len(best), best):
+            found[family] = name
+    return found | {"vision_transformer": "vit_b_32"}
+
+
+def _of_torchvision(family: str) -> nn.Module:
+    from torchvision import models
+
+    more = {"init_weights": False, "aux_logits": False} if family in ("inception", "googlenet") else {}
+    model: nn.Module = models.get_model(_torchvision_names()[family], weights=None, **more)
+    return model
+
+
+# ---- transformers
+
+
+def _transformers_families() -> dict[str, str]:
+    try:
+        from transformers.models.auto import modeling_auto as auto
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers") from error
+    alone = auto.MODEL_MAPPING_NAMES
+    image = {*auto.MODEL_FOR_IMAGE_MAPPING_NAMES, *auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES}
+    text = {
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        *auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    found = {name: "text" for name in sorted(text) if name in alone and name not in image}
+    return found | {name: "image" for name in sorted(image) if name in alone}
+
+
+WORD_SIZES: dict[str, Any] = {
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 99),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 64),
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers"), 3),
+    **dict.fromkeys(("num_attention_heads", "num_heads", "n_head", "n_heads"), 4),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 256),
+    **dict.fromkeys(("head_dim", "d_kv"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    "num_decoder_layers": 3,
+}
+"""Sizes that make a configuration small, by the names that configurations give them."""
+
+FEWER = {key: WORD_SIZES[key] for key in ("vocab_size", "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size_per_layer_input")}
+
+
+def _of_transformers(family: str) -> nn.Module:
+    from transformers import AutoModel
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    why = ""
+    try:
+        for sizes in (WORD_SIZES, FEWER, {}):
+            try:
+                config = shrunk(CONFIG_MAPPING[family], sizes)
+                with torch.device("meta"):
+                    described = AutoModel.from_config(copy.deepcopy(config))
+                size = sum(p.numel() for p in described.parameters())
+                if size > LARGE:
+                    why = why or f"{size:,} parameters at its smallest: larger than is built for a check"
+                    continue
+                model: nn.Module = AutoModel.from_config(config).float()
+                _works(model)
+            except Exception as error:
+                why = f"{type(error).__name__}: {line(error)}"
+                continue
+            return model
+    finally:
+        logging.set_verbosity(verbosity)
+    raise Unbuilt(f"no small {family} can be built: {why}")
+
+
+def _works(model: nn.Module) -> None:
+    from restuning.wiring.auto import inputs_of
+
+    last: Exception | None = None
+    for inputs in inputs_of(model):
+        try:
+            with torch.no_grad():
+                model.eval()(**inputs)
+            return
+        except Exception as error:
+            last = error
+    if last is not None:
+        raise last
+
+
+def shrunk(kind: Any, sizes: Mapping[str, Any]) -> Any:
+    """A configuration of a kind, with those of `sizes` that it has. Lists, and numbers below these sizes, are left."""
+    plain = kind()
+
+    def smaller(config: Any) -> dict[str, Any]:
+        renamed = {value: key for key, value in getattr(type(config), "attribute_map", {}).items()}
+        return {
+            key: value
+            for key, value in sizes.items()
+            if type(getattr(config, key, None)) is int and getattr(config, key) > value and key not in renamed
+        }
+
+    small = smaller(plain)
+    known = {}
+    for key, value in small.items():
+        own = getattr(type(plain), "attribute_map", {}).get(key, key)
+        known[own] = value
+    layers = [known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known]
+    pad = {"pad_token_id": 0} if (plain.to_dict().get("pad_token_id") or 0) >= 99 and "vocab_size" in known else {}
+    special = {
+        key: min(i + 1, 98)
+        for i, key in enumerate(("bos_token_id", "eos_token_id"))
+        if isinstance(getattr(plain, key, None), int) and getattr(plain, key) >= 99 and "vocab_size" in known
+    }
+    typed = getattr(plain, "layer_types", None)
+    if isinstance(typed, list) and layers:
+        kinds = list(dict.fromkeys(typed))
+        known["layer_types"] = (kinds * layers[0])[: layers[0]]
+    return kind(**known, **pad, **special)
