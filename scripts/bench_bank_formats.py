@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from restuning.measure import in_turn, spread
+from restuning.utils.profiling import in_turn, spread
 
 LAYERS, WIDTH, BATCH, BATCHES = 13, 768, 32, 64
 

@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from bench_vit_tiny import commit
 
-from restuning.adapt import Tuned
 from restuning.data.captions import load_captions
 from restuning.diffusion.base import denoiser_of, load_base, scheduler_of
 from restuning.diffusion.generation import Asked, draw, grid, pictures
 from restuning.diffusion.latents import keep_latents
 from restuning.diffusion.quality import score
 from restuning.diffusion.training import Denoiser, DiffusionRun, execute, held_out_loss
-from restuning.recipe import TrainConfig
-from restuning.run import RESULT, RUN, versions
+from restuning.model.tuned import Tuned
+from restuning.runs.settings import RESULT, RUN, versions
+from restuning.training.config import TrainConfig
 
 METHODS = ("full", "lora", "adapter", "prefix", "prompt", "res-tuning", "bypass")
 RATES = dict.fromkeys(METHODS, (0.001, 0.003)) | {

@@ -15,9 +15,10 @@ import torch
 from bench_vit_tiny import TASKS, commit, folder
 
 import restuning as rt
-from restuning.measure import saved_bytes
-from restuning.recipe import TrainConfig
-from restuning.run import RESULT, RUN, Run, execute
+from restuning.runs.run import execute
+from restuning.runs.settings import RESULT, RUN, Run
+from restuning.training.config import TrainConfig
+from restuning.utils.profiling import saved_bytes
 
 BESIDE = (50, (0.005, 0.001))  # a side path, from features kept in memory: epochs, learning rates
 INSIDE = (6, (0.005, 0.001))  # a pass through the backbone and back in every step
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("docs/results"))
     parser.add_argument("--methods", nargs="+", choices=PLAN, default=list(PLAN))
     args = parser.parse_args()
-    assert set(PLAN) == set(rt.methods), set(rt.methods) ^ set(PLAN)
+    assert set(PLAN) == set(rt.METHODS), set(rt.METHODS) ^ set(PLAN)
     for method in args.methods:
         for task in CHOSEN:
             epochs, rates = PLAN[method]

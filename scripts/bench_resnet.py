@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 from bench_vit_tiny import commit
 
-from restuning.adapt import adapt
-from restuning.backbones import STAGES, load_backbone
-from restuning.measure import saved_bytes
-from restuning.recipe import TrainConfig
-from restuning.run import RESULT, RUN, Run, execute
+from restuning.backbones.load import STAGES, load_backbone
+from restuning.model.tuned import adapt
+from restuning.runs.run import execute
+from restuning.runs.settings import RESULT, RUN, Run
+from restuning.training.config import TrainConfig
+from restuning.utils.profiling import saved_bytes
 
 TASKS = {  # where, pixels a side, training and test images
     "EuroSAT": ("tar:{}/eurosat/eurosat_rgb64_every6th.tar", 64, 3000, 1500),

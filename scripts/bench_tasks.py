@@ -16,13 +16,13 @@ import bench_emoji
 import torch
 from bench_vit_tiny import commit
 
-from restuning.adapt import Tuned
 from restuning.data.captions import load_captions
 from restuning.diffusion.base import denoiser_of, load_base, pictures_of, texts_of, told
 from restuning.diffusion.generation import SHARES, Asked, painted
 from restuning.diffusion.training import execute
-from restuning.measure import in_turn, spread
-from restuning.run import RESULT, RUN, versions
+from restuning.model.tuned import Tuned
+from restuning.runs.settings import RESULT, RUN, versions
+from restuning.utils.profiling import in_turn, spread
 
 SEEDS, PROMPTS, ROUNDS = range(10), 2, 5
 

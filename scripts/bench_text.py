@@ -19,16 +19,18 @@ import torch
 from bench_vit_tiny import commit
 from torch import nn
 
-from restuning.adapt import adapt
-from restuning.backbones import MINILM, load_backbone, reading_of
-from restuning.bank import Bank, FromBank, FromFeatures
-from restuning.bank.store import MANIFEST
+from restuning.backbones.load import MINILM, load_backbone, reading_of
 from restuning.data import load_task, prepared
-from restuning.evaluate import Examples, loader
-from restuning.measure import in_turn, saved_bytes, spread
-from restuning.recipe import TrainConfig, data_order
-from restuning.run import RESULT, RUN, Run, build_bank, execute
-from restuning.sweep import Sweep, sweep
+from restuning.features.bank import Bank, FromBank, FromFeatures
+from restuning.features.bank.format import MANIFEST
+from restuning.model.tuned import adapt
+from restuning.runs.banks import build_bank
+from restuning.runs.run import execute
+from restuning.runs.settings import RESULT, RUN, Run
+from restuning.runs.sweep import Sweep, sweep
+from restuning.training.config import TrainConfig, data_order
+from restuning.training.evaluate import Examples, loader
+from restuning.utils.profiling import in_turn, saved_bytes, spread
 
 BATCH, MAX_LENGTH, DONE = 32, 128, "done.json"
 

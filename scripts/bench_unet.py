@@ -20,10 +20,11 @@ from bench_vit_tiny import commit
 from diffusers import UNet2DConditionModel
 from torch.nn import functional as F
 
-from restuning.adapt import Tuned
-from restuning.denoise import output_of
-from restuning.measure import count, in_turn, peak_bytes, saved_bytes, spread
-from restuning.run import versions
+from restuning.model.count import count
+from restuning.model.denoiser import output_of
+from restuning.model.tuned import Tuned
+from restuning.runs.settings import versions
+from restuning.utils.profiling import in_turn, peak_bytes, saved_bytes, spread
 
 PAPER = {  # Table 6: FID on COCO, memory in GB, hours an epoch
     "full": (14.85, 72.77, 1.98),

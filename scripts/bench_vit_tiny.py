@@ -11,8 +11,9 @@ import json
 import subprocess
 from pathlib import Path
 
-from restuning.recipe import TrainConfig
-from restuning.run import RESULT, RUN, Run, execute
+from restuning.runs.run import execute
+from restuning.runs.settings import RESULT, RUN, Run
+from restuning.training.config import TrainConfig
 
 RATES = (0.01, 0.005, 0.001)
 TASKS = {

@@ -15,8 +15,9 @@ import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
 
-from restuning.recipe import TrainConfig
-from restuning.run import Run, execute
+from restuning.runs.run import execute
+from restuning.runs.settings import Run
+from restuning.training.config import TrainConfig
 
 TASKS = {"digits": "digits", "sprites:location": "sprite location", "sprites:orientation": "sprite orientation"}
 METHODS = {  # method: epochs and learning rate; the first two train from kept features

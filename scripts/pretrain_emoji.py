@@ -31,7 +31,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import make_grid
 from transformers import AutoTokenizer, BertModel
 
-from restuning.hub import MINILM, packaged
+from restuning.utils.hub import MINILM, packaged
 
 HELD_OUT = ("flags", "nature", "travel")  # whole categories, to tune on: every fourth picture is for tests
 TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "a small drawing of {}")

@@ -1,6 +1,6 @@
 """Pre-train the bundled backbone `restuning-micro` by distillation from an ImageNet ViT-Ti/16, and measure it.
 
-python scripts/pretrain_micro.py [--data ../shared/data] [--epochs 6]     writes src/restuning/assets
+python scripts/pretrain_micro.py [--data ../shared/data] [--epochs 6]     writes src/restuning/backbones/assets
 python scripts/pretrain_micro.py --evaluate                                linear probes on data it never saw
 
 Pictures: Caltech-101 and EmojiOne (both CC BY 4.0), and pictures drawn by formulas here. None of EuroSAT, of the
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.transforms import v2
 
-ASSETS = Path(__file__).parent.parent / "src/restuning/assets"
+ASSETS = Path(__file__).parent.parent / "src/restuning/backbones/assets"
 SHAPE = {"img_size": 64, "patch_size": 8, "embed_dim": 128, "depth": 8, "num_heads": 4, "num_classes": 0}
 TEACHER, MIDDLE, STUDENT_MIDDLE = "vit_tiny_patch16_224", 6, 4  # the outputs of these blocks are matched too
 FORMULA_PICTURES, VIEWS = 4000, {"caltech": 3, "emoji": 2, "formula": 1}
@@ -208,7 +208,7 @@ def evaluate(data: Path) -> None:
     from sklearn.preprocessing import StandardScaler
 
     import restuning as rt
-    from restuning.backbones import preprocessing_of
+    from restuning.backbones.load import preprocessing_of
     from restuning.data import Prepared, load_task
 
     torch.manual_seed(0)

@@ -1,11 +1,23 @@
-"""Shapes are types: the annotations of tuners, wiring and side paths are checked while the tests run."""
+"""Shapes are types: the annotations of tuners, hooks and side networks are checked while the tests run."""
 
 import signal
 
 from jaxtyping import install_import_hook
 
 with install_import_hook(
-    [f"restuning.{name}" for name in ("tuners", "side", "wiring.sites", "wiring.attach", "wiring.live", "wiring.tail")],
+    [
+        f"restuning.{name}"
+        for name in (
+            "tuners",
+            "side",
+            "backbones.sites",
+            "hooks.law",
+            "hooks.points",
+            "hooks.prompts",
+            "hooks.taps",
+            "hooks.tail",
+        )
+    ],
     "beartype.beartype",
 ):
     import restuning  # noqa: F401

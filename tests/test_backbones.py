@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tiny import HF, TEXT
 
 import restuning as rt
-from restuning import backbones
-from restuning.backbones import describe_backbone, preprocessing_of
+from restuning.backbones import load as backbones
+from restuning.backbones.load import describe_backbone, preprocessing_of
 from restuning.errors import CheckpointError, RestuningError, SiteError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -20,15 +20,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import restuning as rt
-from restuning.backbones import describe_backbone
-from restuning.bank import Bank, FromBank, FromFeatures, build, store
-from restuning.cli import main
+from restuning.backbones.load import describe_backbone
+from restuning.cli.main import main
 from restuning.data import Preprocess, load_task
 from restuning.errors import CheckpointError, RestuningError
-from restuning.wiring.live import ALL, FIRST, View
+from restuning.features.bank import Bank, FromBank, FromFeatures, build
+from restuning.features.bank import read as store
+from restuning.side.features import ALL, FIRST, View
 
 DATA = ["--data", "digits", "--train-size", "120", "--test-size", "40", "--quiet"]
-READERS = [m for m in rt.methods if m != "full" and adapt(TINY["timm-vit"], small(m), 2).reads_features]
+READERS = [m for m in rt.METHODS if m != "full" and adapt(TINY["timm-vit"], small(m), 2).reads_features]
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +281,7 @@ def test_what_does_not_fit(bank: Path, tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned = rt.adapt(rt.load_backbone("restuning-micro"), "bypass-none")
     task = load_task("digits", train_size=40, test_size=20)
-    from restuning.backbones import preprocessing_of
+    from restuning.backbones.load import preprocessing_of
 
     preprocess = preprocessing_of(tuned.backbone)
     monkeypatch.setattr(store, "SHARD_ROWS", 10)
@@ -311,7 +312,7 @@ def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
         backbone.pos_embed.mul_(1e6)
     tuned = rt.adapt(backbone, "bypass-none")
     task = load_task("digits", train_size=20, test_size=10)
-    from restuning.backbones import preprocessing_of
+    from restuning.backbones.load import preprocessing_of
 
     with pytest.raises(RestuningError, match=r"layer 0 has values that torch.float16 cannot hold"):
         build(tuned, task, preprocessing_of(backbone), tmp_path / "x", dtype="float16")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from restuning.backbones import MICRO
-from restuning.bench import BENCHES, Bench, Measured, bench
-from restuning.cli import main
+from restuning.backbones.load import MICRO
+from restuning.bench.bench import BENCHES, Bench, Measured, bench
+from restuning.cli.main import main
 from restuning.errors import RestuningError
-from restuning.measure import in_turn, spread
+from restuning.utils.profiling import in_turn, spread
 
 SMALL: dict[str, list[str]] = {
     "memory": ["--method", "full", "linear", "bypass", "peft-lora-equal", "swift-bypass"],

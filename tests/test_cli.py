@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import restuning as rt
-from restuning.cli import main
+from restuning.cli.main import main
 
 FAST = ["--epochs", "2", "--batch-size", "8", "--quiet"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import restuning as rt
-from restuning.backbones import describe_backbone
-from restuning.cli import main
-from restuning.paper import PRINTED
+from restuning.backbones.load import describe_backbone
+from restuning.cli.main import main
+from restuning.paper.counts import PRINTED
 
 PAPER = Path(__file__).parents[2] / "shared" / "design" / "paper_tables.json"
 
@@ -53,7 +53,7 @@ def test_table_3(vit, method: str, expected: int) -> None:
     [(5, 298_204, 0.30), (10, 482_644, 0.48), (20, 851_524, 0.85), (50, 1_958_164, 1.96), (100, 3_802_564, 3.80)],
 )
 def test_table_13_dual(vit, width: int, expected: int, printed: float) -> None:
-    found = trained(vit, rt.resize(rt.methods["res-tuning"], width))
+    found = trained(vit, rt.resize(rt.METHODS["res-tuning"], width))
     assert found == expected == 24 * (1537 * width + 768 + 768) + HEAD
     assert round(found / 1e6, 2) == printed
 
@@ -69,8 +69,8 @@ def test_table_13_bypass_fits_when_one_side_stays_at_10(vit, width: int, printed
     [(1, 0.111, 0.109), (3, 0.178, 0.174), (6, 0.280, 0.271), (9, 0.381, 0.367), (12, 0.483, 0.464)],
 )
 def test_table_14(vit, k: int, dual: float, bypass: float) -> None:
-    assert round(trained(vit, rt.on_blocks(rt.methods["res-tuning"], range(k))) / 1e6, 3) == dual
-    assert round(trained(vit, rt.on_blocks(rt.methods["bypass"], range(k))) / 1e6, 3) == bypass
+    assert round(trained(vit, rt.on_blocks(rt.METHODS["res-tuning"], range(k))) / 1e6, 3) == dual
+    assert round(trained(vit, rt.on_blocks(rt.METHODS["bypass"], range(k))) / 1e6, 3) == bypass
 
 
 @pytest.mark.parametrize("op", ["mha", "ffn", "block"])
@@ -115,7 +115,7 @@ def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["params", "--backbone", "vit_base_patch16_224", "--classes", "100", "--json"]) == 0
     counts = json.loads(capsys.readouterr().out)
     assert {name: counts[name]["trainable"] for name in GOLDEN} == GOLDEN
-    assert set(counts) == set(rt.methods)
+    assert set(counts) == set(rt.METHODS)
     assert counts["noah"]["tuners"] <= 360_000
     heads = {"bypass-mean": 2, "bypass-grid2": 5, "bypass-grid4": 17, "ladder-grid4": 17}
     for name, c in counts.items():

@@ -15,10 +15,10 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import restuning as rt
 from restuning.errors import MethodError
-from restuning.measure import saved_bytes
+from restuning.utils.profiling import saved_bytes
 
 BACKBONES = ("timm-vit", "timm-deit", "timm-eva", "hf-vit", "hf-dinov2", "hf-clip", "bert", "open-clip", "gemma3")
-INSIDE = {m for m, method in rt.methods.items() if isinstance(method, rt.Residual | rt.Mix)} - {"linear"}
+INSIDE = {m for m, method in rt.METHODS.items() if isinstance(method, rt.Residual | rt.Mix)} - {"linear"}
 EXTRA = {
     "unbound-shallow": rt.Residual({"block": rt.PromptTuning(3, span="rest", unbound=True)}, blocks=(0,)),
     "unbound-deep": rt.Residual({"block": rt.PromptTuning(3, unbound=True)}),
@@ -190,7 +190,7 @@ def graphs(compiled: list[int]) -> Any:
     return backend
 
 
-IN_ONE_GRAPH = [("timm-vit", method) for method in rt.methods] + [
+IN_ONE_GRAPH = [("timm-vit", method) for method in rt.METHODS] + [
     (name, method)
     for name in ("hf-vit", "hf-clip", "bert", "timm-eva02", "own")
     for method in ("res-tuning", "prefix", "vpt-deep", "dtl", "bypass")
@@ -268,7 +268,7 @@ def test_a_copy_is_its_own() -> None:
     torch.testing.assert_close(gradients(other, inputs)[0], y, rtol=1e-9, atol=1e-9)
 
 
-AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.methods if m not in REFUSED.get(n, {})]
+AUTOCAST = [(n, m) for n in ("timm-vit", "hf-vit", "bert") for m in rt.METHODS if m not in REFUSED.get(n, {})]
 AUTOCAST += [(n, m) for n in ("open-clip", "gemma3") for m in ("lora", "prefix", "bypass")]
 
 
@@ -314,5 +314,5 @@ def test_nothing_below_the_first_tuner_is_kept() -> None:
         tuned = rt.adapt(backbone, method, 5).train()
         return saved_bytes(lambda: tuned(torch.randn(3, 3, 16, 16)), tuned.parameters())
 
-    last = {depth: kept(depth, rt.on_blocks(rt.methods["res-tuning"], (depth - 1,))) for depth in (1, 3, 6)}
+    last = {depth: kept(depth, rt.on_blocks(rt.METHODS["res-tuning"], (depth - 1,))) for depth in (1, 3, 6)}
     assert last[1] == last[3] == last[6] < kept(3, "res-tuning") < kept(3, "full")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import restuning as rt
 from restuning.errors import MethodError, SiteError
-from restuning.wiring.live import LAST, last
+from restuning.side.features import LAST, last
 
 FAMILIES: dict[str, Any] = {
     "llama": lambda: hf.LlamaModel(hf.LlamaConfig(**GROUPED)),

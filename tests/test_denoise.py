@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import restuning as rt
+from restuning.backbones.sites import find_sites
 from restuning.errors import CheckpointError, MethodError
-from restuning.measure import saved_bytes
-from restuning.methods import find_method, resize
-from restuning.wiring.sites import find_sites
+from restuning.methods.named import find_method
+from restuning.methods.spec import resize
+from restuning.utils.profiling import saved_bytes
 
 diffusers = pytest.importorskip("diffusers")
 

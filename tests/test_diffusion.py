@@ -11,10 +11,11 @@ from torch import nn
 from two import in_two
 
 import restuning as rt
-from restuning.cli import main
+from restuning.cli.main import main
 from restuning.errors import CheckpointError, DataError, MethodError, RestuningError
-from restuning.methods import find_method, resize
-from restuning.recipe import TrainConfig
+from restuning.methods.named import find_method
+from restuning.methods.spec import resize
+from restuning.training.config import TrainConfig
 
 diffusers = pytest.importorskip("diffusers")
 

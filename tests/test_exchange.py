@@ -162,8 +162,8 @@ def test_prefix_is_pefts_prefix_tuning() -> None:
 
 MERGES = {
     "lora": rt.Residual({"qkv": rt.Lora(3, alpha=5.0), "fc1": rt.Lora(2)}),
-    "ssf": rt.methods["ssf"],
-    "bitfit": rt.methods["bitfit"],
+    "ssf": rt.METHODS["ssf"],
+    "bitfit": rt.METHODS["bitfit"],
     "all": rt.Mix((rt.Residual({"affine": rt.Ssf()}), rt.Residual({"qkv": rt.Lora(2), "affine": rt.Bias()}))),
 }
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from restuning.cli import _parser
+from restuning.cli.main import _parser
 from restuning.data import KINDS
 from restuning.errors import RestuningError
-from restuning.experiments import EXPERIMENTS, SUITES, find
-from restuning.methods import find_method, on_blocks, resize
+from restuning.methods.named import find_method
+from restuning.methods.spec import on_blocks, resize
+from restuning.paper.experiments import EXPERIMENTS, SUITES, find
 
 PAPER = Path(__file__).parents[2] / "shared/design/paper_tables.json"
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import restuning as rt
 from restuning.errors import MethodError, SiteError
-from restuning.wiring.unbind import on_call, opened
+from restuning.hooks.attention import on_call, opened
 
 LORA_AND_PREFIX = {"qkv": rt.Lora(2), "proj": rt.Lora(3), "attention": rt.PrefixTuning(3)}
 

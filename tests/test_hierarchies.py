@@ -19,15 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restuning as rt
-from restuning.backbones import STAGES, describe_backbone
-from restuning.bank import Bank, FromFeatures, build
+from restuning.backbones.load import STAGES, describe_backbone
+from restuning.bench.peers import subject
 from restuning.data import Preprocess, load_task
 from restuning.errors import CheckpointError, MethodError, RestuningError, SiteError
-from restuning.measure import saved_bytes
-from restuning.methods import FAMILIES, find_method
-from restuning.peers import subject
+from restuning.features.bank import Bank, FromFeatures, build
+from restuning.methods.named import FAMILIES, find_method
+from restuning.side.features import ALL, MEAN
 from restuning.tuners.lora import ConvLoraTuner
-from restuning.wiring.live import ALL, MEAN
+from restuning.utils.profiling import saved_bytes
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "resnet18_in1k_stage123" / "model.safetensors"
 each = pytest.mark.parametrize("name", HIERARCHIES)
@@ -399,9 +399,9 @@ def test_names_mean_what_a_family_has() -> None:
         spec = find_method("res-tuning", tuned.family)
         assert tuned.card().method == "res-tuning" and tuned.adapters["default"].method == spec
         assert json.loads(json.dumps(tuned.card().spec)) == tuned.card().spec
-    alone = {name for names in FAMILIES.values() for name in names} - rt.methods.keys()
+    alone = {name for names in FAMILIES.values() for name in names} - rt.METHODS.keys()
     assert alone == {"prompt", "scedit"}  # the U-Net's
-    assert find_method("res-tuning", "another") == rt.methods["res-tuning"]
+    assert find_method("res-tuning", "another") == rt.METHODS["res-tuning"]
 
 
 # ---- memory

@@ -14,12 +14,12 @@ from tiny import HIERARCHIES, MORE, REFUSED, TINY, Tiny, small
 from torch import Tensor, nn
 
 import restuning as rt
+from restuning.backbones.families import ANATOMIES
 from restuning.errors import RestuningError
-from restuning.measure import saved_bytes
-from restuning.methods import from_dict, to_dict
-from restuning.wiring.anatomies import ANATOMIES
-from restuning.wiring.attach import MASK, tap
-from restuning.wiring.live import ALL
+from restuning.hooks.taps import MASK, tap
+from restuning.methods.files import from_dict, to_dict
+from restuning.side.features import ALL
+from restuning.utils.profiling import saved_bytes
 
 
 class Mixer(nn.Module):
@@ -299,7 +299,7 @@ def test_unload_gives_the_backbone_back_as_it_came(tiny: Tiny) -> None:
     assert torch.equal(before, after)
 
 
-EVERY = [(name, method) for name in TINY for method in rt.methods if tried(name, method)]
+EVERY = [(name, method) for name in TINY for method in rt.METHODS if tried(name, method)]
 EVERY += [(name, m) for name in MORE for m in ("lora", "prefix", "ssf", "noah", "lst", "bypass", "res-tuning-tri")]
 
 
@@ -445,7 +445,7 @@ def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
     assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}
 
 
-PADDED = [m for m in rt.methods if m not in REFUSED["bert"]]
+PADDED = [m for m in rt.METHODS if m not in REFUSED["bert"]]
 
 
 @pytest.mark.parametrize("method", PADDED)

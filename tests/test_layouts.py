@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from restuning.cli import main
+from restuning.cli.main import main
 from restuning.data import load_source, load_task
 from restuning.data.inspect import inspect
+from restuning.data.known import KNOWN, VTAB, Known
 from restuning.errors import DataError
-from restuning.known import KNOWN, VTAB, Known
 
 PARTS = {"train800": 8, "val200": 2, "train800val200": 10, "test": 6}
 TINY = Known("vtab/tiny", "tiny", "vtab", 3, 10, 6, lossless=True)
@@ -60,8 +60,8 @@ def test_vtab_chooses_on_val200_and_trains_again_on_all(vtab: Path) -> None:
 
 
 def test_a_bank_knows_val200(vtab: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from restuning.bank import Bank
     from restuning.data import split
+    from restuning.features.bank import Bank
 
     assert main(["bank", "--data", f"vtab:{vtab}", "--out", str(tmp_path / "bank"), "--quiet"]) == 0
     held = split("bank", Bank(tmp_path / "bank").source(), None, 2, None, seed=5)

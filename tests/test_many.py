@@ -10,18 +10,18 @@ from tiny import HIERARCHIES, REFUSED, TINY, small
 from torch import Tensor, nn
 
 import restuning as rt
-from restuning import many
 from restuning.errors import MethodError
+from restuning.model import mixed as many
 
 ALIKE = HIERARCHIES.keys() - {"timm-convnext", "timm-resnet", "timm-swin"}
 PAIRS = [
     (name, method)
     for name in TINY
-    for method in rt.methods
+    for method in rt.METHODS
     if name not in ALIKE and method not in ("full", *REFUSED.get(name, {}))
 ]
 
-BESIDE = ("linear", "side-tuning", "lst", *(name for name in rt.methods if name.startswith(("bypass", "ladder"))))
+BESIDE = ("linear", "side-tuning", "lst", *(name for name in rt.METHODS if name.startswith(("bypass", "ladder"))))
 
 
 def shaken(tuned: rt.Tuned) -> rt.Tuned:
@@ -102,7 +102,7 @@ def test_tasks_on_one_pass_say_what_they_say_alone(name: str, method: str) -> No
 def test_tasks_come_and_go_and_change(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods, widths and class counts of their own, in stacks; an addition moves one stack, a change is seen."""
     monkeypatch.setattr(many, "CHUNK", 2)
-    tuned, inputs = several("timm-vit", rt.resize(rt.methods["bypass"], 3)), TINY["timm-vit"].inputs(2, torch.float64)
+    tuned, inputs = several("timm-vit", rt.resize(rt.METHODS["bypass"], 3)), TINY["timm-vit"].inputs(2, torch.float64)
     for i, (method, classes) in enumerate({"bypass-none": 3, "linear": 4, "lst": 5}.items()):
         tuned.add_adapter(f"more{i}", small(method), classes)
     shaken(tuned)
@@ -169,7 +169,7 @@ def test_adapters_without_parameters() -> None:
         tuned(inputs["x"][:0], adapter_names=[])
 
 
-@pytest.mark.parametrize("method", [m for m in rt.methods if m != "full"])
+@pytest.mark.parametrize("method", [m for m in rt.METHODS if m != "full"])
 def test_autocast_of_many(method: str) -> None:
     tuned, inputs = several("timm-vit", small(method), (5, 5), torch.float32), TINY["timm-vit"].inputs(4)
     rows = ["task0", "task1", "task1", "task0"]

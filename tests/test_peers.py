@@ -108,7 +108,7 @@ def test_4_keyword_calls_tuples_and_model_outputs(name: str) -> None:
 def test_4_mappings_are_not_written_into() -> None:
     from transformers.modeling_outputs import BaseModelOutput
 
-    from restuning.wiring.attach import _say
+    from restuning.hooks.points import _say
 
     said = BaseModelOutput(last_hidden_state=torch.zeros(1), attentions=(torch.ones(1),))
     new = _say(said, torch.ones(1))

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from two import in_two
 
-from restuning.cli import main
+from restuning.cli.main import main
 
 DATA = ["--data", "digits", "--train-size", "45", "--test-size", "40", "--quiet", "--batch-size", "8", "--epochs", "2"]
 

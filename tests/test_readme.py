@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from restuning.backbones import describe_backbone
-from restuning.cli import _parser
+from restuning.backbones.load import describe_backbone
+from restuning.cli.main import _parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +37,7 @@ def test_the_table_of_methods_is_what_params_prints() -> None:
 
     vit = describe_backbone("vit_base_patch16_224")
     rows = dict(re.findall(r"^\| `([\w-]+)` \|.*\| ([\d,]+) \|$", README, re.M))
-    assert set(rows) == set(rt.methods)
+    assert set(rows) == set(rt.METHODS)
     for method, printed in rows.items():
         tuned = rt.adapt(vit, method, 100)
         assert f"{rt.count(tuned)['trainable']:,}" == printed

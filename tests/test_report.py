@@ -9,10 +9,10 @@ from xml.dom import minidom
 import pytest
 
 import restuning
-from restuning.cli import main
-from restuning.experiments import EXPERIMENTS
-from restuning.report.tables import table
-from restuning.results import RESULTS, append
+from restuning.cli.main import main
+from restuning.paper.experiments import EXPERIMENTS
+from restuning.paper.report.tables import table
+from restuning.paper.results import RESULTS, append
 
 WITHOUT_TORCH = """
 import sys, types
@@ -20,7 +20,7 @@ package = types.ModuleType("restuning")
 package.__path__ = [sys.argv[1]]
 sys.modules["restuning"] = package
 from pathlib import Path
-from restuning.report import write
+from restuning.paper.report import write
 print(write(Path(sys.argv[2]), Path(sys.argv[3])), "torch" in sys.modules)
 """
 
@@ -60,7 +60,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_ours_beside_the_papers_with_both_means(results: Path, tmp_path: Path) -> None:
-    from restuning.results import read
+    from restuning.paper.results import read
 
     found = table(EXPERIMENTS["tab4"], [r for r in read(results) if r["experiment"] == "tab4"])
     cells = dict(zip(EXPERIMENTS["tab4"].columns, dict(found.lines)["Res-Tuning"], strict=True))

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 import restuning as rt
-from restuning import jobs as module
-from restuning.cli import main
-from restuning.cluster import on_ray
+from restuning.cli.main import main
 from restuning.errors import Busy, RestuningError
-from restuning.experiments import EXPERIMENTS, Data, Experiment, Row
-from restuning.files import locked
-from restuning.methods import to_dict
-from restuning.reproduce import EVERYTHING, Only, Settings, claim, cost, plan, reproduce
-from restuning.results import RESULTS, key_of, read
+from restuning.methods.files import to_dict
+from restuning.paper import jobs as module
+from restuning.paper.experiments import EXPERIMENTS, Data, Experiment, Row
+from restuning.paper.ray import on_ray
+from restuning.paper.reproduce import EVERYTHING, Only, Settings, claim, cost, plan, reproduce
+from restuning.paper.results import RESULTS, key_of, read
+from restuning.utils.files import locked
 
 DIGITS = "part:60,40:digits"
 TINY = Experiment(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from restuning.errors import RestuningError
-from restuning.results import RESULTS, append, read, where
+from restuning.paper.results import RESULTS, append, read, where
 
 
 def record(row: str, seed: int, **more: object) -> dict[str, object]:

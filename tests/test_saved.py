@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from tiny import TINY
 
 import restuning as rt
-from restuning import files
 from restuning.errors import CheckpointError, MethodError
-from restuning.saved import fingerprint_of
+from restuning.model.files import fingerprint_of
+from restuning.utils import files
 
 VIT = TINY["timm-vit"]
 

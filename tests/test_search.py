@@ -9,10 +9,10 @@ import torch
 from tiny import TINY
 
 import restuning as rt
-from restuning.cli import main
+from restuning.cli.main import main
 from restuning.errors import MethodError
-from restuning.methods import from_dict, to_dict
-from restuning.search import KINDS, Space, Supernet, to_method
+from restuning.methods.files import from_dict, to_dict
+from restuning.runs.search import KINDS, Space, Supernet, to_method
 
 COSTS = {kind: {0: 0, 1: 11, 5: 55, 10: 110} for kind in KINDS}
 

@@ -12,10 +12,10 @@ from two import in_two
 
 import restuning as rt
 from restuning.errors import MethodError, RestuningError
-from restuning.processes import is_first, meet, together
-from restuning.recipe import TrainConfig
-from restuning.train import fit
-from restuning.wiring.shards import shared_out
+from restuning.hooks.fsdp import shared_out
+from restuning.training.config import TrainConfig
+from restuning.training.loop import fit
+from restuning.utils.distributed import is_first, meet, together
 
 CASES = [
     ("timm-vit", "res-tuning"),

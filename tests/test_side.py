@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import restuning as rt
-from restuning.cli import main
+from restuning.cli.main import main
 from restuning.errors import MethodError
-from restuning.initialise import fisher, initialise, needs_data
-from restuning.methods import to_dict
+from restuning.methods.files import to_dict
+from restuning.training.initialise import fisher, initialise, needs_data
 
 VIT = TINY["timm-vit"]
 
@@ -170,7 +170,7 @@ def test_dtl_written_out(plus: bool) -> None:
 
 
 def test_blocks_before_dtls_first_write_keep_no_gradient() -> None:
-    from restuning.measure import saved_bytes
+    from restuning.utils.profiling import saved_bytes
 
     size = {}
     for last in (1, 2):
@@ -244,7 +244,7 @@ def test_own_side_networks() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [rt.Ladder(16, init="fisher"), rt.SideTuning(rt.SmallCnn(4), distil=1), rt.methods["dtl-plus"]], ids=str
+    "method", [rt.Ladder(16, init="fisher"), rt.SideTuning(rt.SmallCnn(4), distil=1), rt.METHODS["dtl-plus"]], ids=str
 )
 def test_runs_that_begin_from_data(method: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "method.json").write_text(json.dumps(to_dict(method)))

@@ -11,8 +11,8 @@ from tiny import HF, HIERARCHIES, MORE, TEXT, TINY, VIT, Tiny
 from torch import nn
 
 import restuning as rt
+from restuning.backbones.anatomy import AFFINE, PARTS
 from restuning.errors import SiteError
-from restuning.wiring.anatomy import AFFINE, PARTS
 
 EVERY = TINY | MORE
 

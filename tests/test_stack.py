@@ -9,12 +9,12 @@ from tiny import TINY
 from torch import Tensor, nn
 
 import restuning as rt
-from restuning.bank import FromFeatures
-from restuning.bank.stack import Point, scores, train
 from restuning.errors import MethodError
-from restuning.recipe import TrainConfig
-from restuning.stack import Stack
-from restuning.train import fit
+from restuning.features.bank import FromFeatures
+from restuning.features.stacked import Point, scores, train
+from restuning.model.stack import Stack
+from restuning.training.config import TrainConfig
+from restuning.training.loop import fit
 
 TINY_VIT = TINY["timm-vit"]
 CONFIG = TrainConfig(epochs=4, batch_size=8, weight_decay=0.1)

@@ -7,9 +7,10 @@ import pytest
 from safetensors.torch import load_file
 
 import restuning as rt
-from restuning import sweep as module
-from restuning.cli import main
-from restuning.methods import find_method, to_dict
+from restuning.cli.main import main
+from restuning.methods.files import to_dict
+from restuning.methods.named import find_method
+from restuning.runs import sweep as module
 
 DATA = ["--data", "digits", "--train-size", "120", "--test-size", "60", "--quiet"]
 

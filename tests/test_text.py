@@ -17,17 +17,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
 import restuning as rt
-from restuning.backbones import MINILM, reading_of
-from restuning.bank import Bank, FromBank, FromFeatures, build, keep
-from restuning.cli import main
+from restuning.backbones.load import MINILM, reading_of
+from restuning.cli.main import main
 from restuning.data import Tokenise, load_task, prepared
+from restuning.data.objective import IGNORED, balanced, confusion, objective
 from restuning.data.text import Texts
 from restuning.data.tokens import Tokenised
 from restuning.errors import DataError, RestuningError
-from restuning.evaluate import loader, predict_logits
-from restuning.objective import IGNORED, balanced, confusion, objective
-from restuning.recipe import TrainConfig, data_order
-from restuning.train import fit
+from restuning.features.bank import Bank, FromBank, FromFeatures, build, keep
+from restuning.training.config import TrainConfig, data_order
+from restuning.training.evaluate import loader, predict_logits
+from restuning.training.loop import fit
 
 WORDS = [f"word{i}" for i in range(40)]
 GOOD, BAD = WORDS[:10], WORDS[10:20]

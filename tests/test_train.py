@@ -18,12 +18,12 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from restuning import recipe
-from restuning.checkpoint import read_state, write_state
+from restuning.data.objective import objective
 from restuning.errors import CheckpointError, MissingExtra, RestuningError
-from restuning.evaluate import HasEpoch, evaluate, predict_logits
-from restuning.objective import objective
-from restuning.train import TrainConfig, fit
+from restuning.training import config as recipe
+from restuning.training.checkpoint import read_state, write_state
+from restuning.training.evaluate import HasEpoch, evaluate, predict_logits
+from restuning.training.loop import TrainConfig, fit
 
 pytest.importorskip("accelerate")
 

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 import restuning as rt
 from restuning.errors import MethodError, SiteError
-from restuning.wiring import unbind
-from restuning.wiring.live import ALL
+from restuning.hooks import attention as unbind
+from restuning.side.features import ALL
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # four of its last bits
 

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer as TorchvisionViT
 
 import restuning as rt
-from restuning.methods import find_method
+from restuning.methods.named import find_method
 
 torch.backends.mha.set_fastpath_enabled(False)  # it rounds otherwise, and is taken or not as gradients are wanted
 

@@ -1,58 +1,80 @@
-"""Res-Tuning (NeurIPS 2023, arXiv 2310.19859): tuners unbound from a frozen backbone."""
+"""Res-Tuning (NeurIPS 2023, arXiv 2310.19859): tuners unbound from a frozen backbone.
 
+The public API, on one page. A name is imported when it is first used: `import restuning` itself needs nothing.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from restuning._types import Features as Features
-from restuning._types import Kernel as Kernel
-from restuning._types import Port as Port
 from restuning._version import __version__ as __version__
-from restuning.adapt import Tuned as Tuned
-from restuning.adapt import adapt as adapt
-from restuning.errors import RestuningError as RestuningError
-from restuning.measure import count as count
-from restuning.methods import Bypass as Bypass
-from restuning.methods import Full as Full
-from restuning.methods import Ladder as Ladder
-from restuning.methods import Mix as Mix
-from restuning.methods import Residual as Residual
-from restuning.methods import SideTuning as SideTuning
-from restuning.methods import methods as methods
-from restuning.methods import on_blocks as on_blocks
-from restuning.methods import resize as resize
-from restuning.peft import load_peft as load_peft
-from restuning.peft import save_peft as save_peft
-from restuning.side import AlexNet as AlexNet
-from restuning.side import SmallCnn as SmallCnn
-from restuning.tuners import Adapter as Adapter
-from restuning.tuners import Bias as Bias
-from restuning.tuners import Convpass as Convpass
-from restuning.tuners import Dtl as Dtl
-from restuning.tuners import Lora as Lora
-from restuning.tuners import Prefix as Prefix
-from restuning.tuners import PrefixTuning as PrefixTuning
-from restuning.tuners import Prompt as Prompt
-from restuning.tuners import PromptTuning as PromptTuning
-from restuning.tuners import Ssf as Ssf
-from restuning.wiring.anatomy import Anatomy as Anatomy
-from restuning.wiring.anatomy import Op as Op
-from restuning.wiring.anatomy import Weight as Weight
-from restuning.wiring.anatomy import into as into
-from restuning.wiring.anatomy import out_of as out_of
-from restuning.wiring.sites import find_sites as find_sites
 
 if TYPE_CHECKING:
-    from restuning.backbones import load_backbone as load_backbone
+    from restuning._types import Features as Features
+    from restuning._types import Kernel as Kernel
+    from restuning._types import Port as Port
+    from restuning.backbones.anatomy import Anatomy as Anatomy
+    from restuning.backbones.anatomy import Op as Op
+    from restuning.backbones.anatomy import Weight as Weight
+    from restuning.backbones.anatomy import into as into
+    from restuning.backbones.anatomy import out_of as out_of
+    from restuning.backbones.load import load_backbone as load_backbone
+    from restuning.backbones.sites import find_sites as find_sites
     from restuning.data import load_task as load_task
+    from restuning.errors import RestuningError as RestuningError
+    from restuning.methods import METHODS as METHODS
+    from restuning.methods import Bypass as Bypass
+    from restuning.methods import Full as Full
+    from restuning.methods import Ladder as Ladder
+    from restuning.methods import Mix as Mix
+    from restuning.methods import Residual as Residual
+    from restuning.methods import SideTuning as SideTuning
+    from restuning.methods import on_blocks as on_blocks
+    from restuning.methods import resize as resize
+    from restuning.model.count import count as count
+    from restuning.model.peft import load_peft as load_peft
+    from restuning.model.peft import save_peft as save_peft
+    from restuning.model.tuned import Tuned as Tuned
+    from restuning.model.tuned import adapt as adapt
+    from restuning.side import AlexNet as AlexNet
+    from restuning.side import SmallCnn as SmallCnn
+    from restuning.tuners import Adapter as Adapter
+    from restuning.tuners import Bias as Bias
+    from restuning.tuners import Convpass as Convpass
+    from restuning.tuners import Dtl as Dtl
+    from restuning.tuners import Lora as Lora
+    from restuning.tuners import Prefix as Prefix
+    from restuning.tuners import PrefixTuning as PrefixTuning
+    from restuning.tuners import Prompt as Prompt
+    from restuning.tuners import PromptTuning as PromptTuning
+    from restuning.tuners import Ssf as Ssf
+
+_PUBLIC = {
+    "_types": ("Features", "Kernel", "Port"),
+    "backbones.anatomy": ("Anatomy", "Op", "Weight", "into", "out_of"),
+    "backbones.load": ("load_backbone",),
+    "backbones.sites": ("find_sites",),
+    "data": ("load_task",),
+    "errors": ("RestuningError",),
+    "methods": ("METHODS", "Bypass", "Full", "Ladder", "Mix", "Residual", "SideTuning", "on_blocks", "resize"),
+    "model.count": ("count",),
+    "model.peft": ("load_peft", "save_peft"),
+    "model.tuned": ("Tuned", "adapt"),
+    "side": ("AlexNet", "SmallCnn"),
+    "tuners": ("Adapter", "Bias", "Convpass", "Dtl", "Lora", "Prefix", "PrefixTuning", "Prompt", "PromptTuning", "Ssf"),
+}
+"""The public names, by the module that defines them; the imports above say the same to type checkers."""
+
+_MODULE_OF = {name: module for module, names in _PUBLIC.items() for name in names}
+__all__ = ["__version__", *sorted(_MODULE_OF)]
 
 
 def __getattr__(name: str) -> Any:
-    """What needs more than torch is loaded when used."""
-    if name == "load_backbone":
-        from restuning.backbones import load_backbone
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'restuning' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"restuning.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return load_backbone
-    if name == "load_task":
-        from restuning.data import load_task
 
-        return load_task
-    raise AttributeError(f"module 'restuning' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULE_OF])

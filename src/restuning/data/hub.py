@@ -10,7 +10,7 @@ from restuning.data.table import LABELS, Table, settings_of
 from restuning.data.task import Items, Source
 from restuning.data.text import SETTINGS, TEXTS, source_of
 from restuning.errors import DataError, MissingExtra, line
-from restuning.hub import hub
+from restuning.utils.hub import hub
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -4,9 +4,9 @@ import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 
+from restuning.data.known import Known
 from restuning.data.task import Items, Source
 from restuning.errors import DataError
-from restuning.known import Known
 
 JPEG = b"\xff\xd8\xff"
 

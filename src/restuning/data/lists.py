@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from restuning.data.folder import Files
+from restuning.data.known import VTAB
 from restuning.data.table import settings_of
 from restuning.data.task import Source
 from restuning.errors import DataError
-from restuning.known import VTAB
 
 Listed = list[tuple[Path, int]]
 

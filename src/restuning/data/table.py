@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import unquote
 
 from restuning.data.folder import Files
+from restuning.data.objective import KINDS
 from restuning.data.task import Source
 from restuning.errors import DataError
-from restuning.objective import KINDS
 
 SUFFIXES = (".tsv", ".csv", ".jsonl")
 SPLITS = {"train": ("train",), "val": ("dev", "val", "valid", "validation"), "test": ("test",)}

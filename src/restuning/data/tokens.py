@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
+from restuning.data.objective import IGNORED
 from restuning.data.task import Items
 from restuning.errors import DataError, MissingExtra, line
-from restuning.hub import hub, packaged
-from restuning.objective import IGNORED
+from restuning.utils.hub import hub, packaged
 
 
 @dataclass(frozen=True)

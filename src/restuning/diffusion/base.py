@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.errors import DataError, MissingExtra, RestuningError, line
-from restuning.hub import hub
+from restuning.utils.hub import hub
 
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "plms": ("PNDMScheduler", {"skip_prk_steps": True}),

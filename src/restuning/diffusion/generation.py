@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 
 from restuning._version import __version__
-from restuning.adapt import Tuned
-from restuning.denoise import Plug
 from restuning.diffusion.base import (
     check_prompts,
     check_size,
@@ -24,8 +22,10 @@ from restuning.diffusion.base import (
     told,
 )
 from restuning.errors import RestuningError
-from restuning.files import write_whole
-from restuning.saved import changes_the_base, fetch
+from restuning.model.denoiser import Plug
+from restuning.model.files import changes_the_base, fetch
+from restuning.model.tuned import Tuned
+from restuning.utils.files import write_whole
 
 Share = Literal["exact", "base-trajectory", "mean-trajectory"]
 SHARES = ("exact", "base-trajectory", "mean-trajectory")

@@ -14,8 +14,8 @@ from torch import Tensor
 from restuning.data.captioned import Captioned, Square
 from restuning.diffusion.base import check_prompts, check_size, latents_of, texts_of
 from restuning.errors import CheckpointError, RestuningError
-from restuning.files import as_json, locked, write_whole
-from restuning.saved import fingerprint_of
+from restuning.model.files import fingerprint_of
+from restuning.utils.files import as_json, locked, write_whole
 
 MANIFEST, FORMAT, SHARD = "latents.json", "restuning.latents/1", 256
 

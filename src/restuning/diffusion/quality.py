@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.adapt import adapt
-from restuning.backbones import load_backbone, reading_of
+from restuning.backbones.load import load_backbone, reading_of
 from restuning.data import Preprocess
 from restuning.data.captioned import Square
 from restuning.data.captions import load_captions
 from restuning.data.folder import load_images
 from restuning.errors import DataError, MissingExtra, RestuningError, line
+from restuning.model.tuned import adapt
 
 INCEPTION = "inception:"
 

@@ -12,24 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning.adapt import Tuned
 from restuning.data.captioned import Captioned
 from restuning.data.captions import load_captions
 from restuning.data.folder import Files
+from restuning.data.objective import Objective
 from restuning.diffusion.base import check_prompts, denoiser_of, load_base, noise_of, sampler_of, scheduler_of, told
 from restuning.diffusion.generation import Asked, draw, grid, pictures
 from restuning.diffusion.latents import Latents, keep_latents
 from restuning.errors import RestuningError
-from restuning.evaluate import Examples, loader, to_device
-from restuning.files import as_json, write_whole
-from restuning.measure import count, peak_bytes, saved_bytes
-from restuning.methods import Method, find_method, on_blocks, resize
-from restuning.objective import Objective
-from restuning.processes import is_first, meet
-from restuning.progress import History, bar
-from restuning.recipe import TrainConfig, parameter_groups, seed_of
-from restuning.run import RESULT, claimed, versions
-from restuning.train import accelerated, fit
+from restuning.methods.named import find_method
+from restuning.methods.spec import Method, on_blocks, resize
+from restuning.model.count import count
+from restuning.model.tuned import Tuned
+from restuning.runs.folder import claimed
+from restuning.runs.settings import RESULT, versions
+from restuning.training.config import TrainConfig, parameter_groups, seed_of
+from restuning.training.evaluate import Examples, loader, to_device
+from restuning.training.logging import History, bar
+from restuning.training.loop import accelerated, fit
+from restuning.utils.distributed import is_first, meet
+from restuning.utils.files import as_json, write_whole
+from restuning.utils.profiling import peak_bytes, saved_bytes
 
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
 """The paper's: AdamW, lr 1e-4, constant, batch 8, 10 epochs."""

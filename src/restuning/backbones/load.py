@@ -1,0 +1,317 @@
+"""Frozen backbones by name: the bundled one, timm's, transformers'; their weights from a file, a hub, or none."""
+
+import difflib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.backbones.sites import find_sites
+from restuning.data import Preprocess, Reading, Tokenise
+from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
+from restuning.utils.hub import MINILM, hub, packaged
+
+MICRO = "restuning-micro"
+STAGES = "resnet18-stages"
+_ASSETS = Path(__file__).parent / "assets"
+
+
+def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
+    """A backbone without its classifier, in eval mode.
+
+    name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224` or `convnext_base`, `hf:` and a
+    transformers folder or hub id, `all-MiniLM-L6-v2`, a text encoder, from the package that holds it, or
+    `resnet18-stages`, a ResNet-18 of three stages with its batch norms folded into its convolutions. weights: a
+    safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a
+    side, if other than the model's own (position embeddings are interpolated; convolutions see any size).
+    Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
+    """
+    if image_size is not None and image_size < 1:
+        raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
+    if name.startswith("hf:") or name == MINILM:
+        backbone = _transformers(name.removeprefix("hf:"), weights)
+    elif name == MICRO:
+        backbone = _micro()
+        _load(backbone, _ASSETS / f"{MICRO}.safetensors" if weights is None else weights)
+    elif name == STAGES:
+        if weights is None:
+            raise CheckpointError(f"{STAGES} has no weights of its own: give a file with weights=, or weights='random'")
+        backbone = _stages()
+        _load(backbone, weights)
+    else:
+        backbone = _timm(name, pretrained=weights is None)
+        _load(backbone, "random" if weights is None else weights)
+    if image_size is not None:
+        _resize(backbone, image_size)
+    return backbone.eval()
+
+
+def describe_backbone(name: str) -> nn.Module:
+    """The same backbone on the meta device: names, shapes and counts, no weights loaded and no memory used. Beside
+    those names, `roberta-base`, and `sd-v1-5`, Stable Diffusion's U-Net."""
+    with torch.device("meta"):
+        if name in SHAPES:
+            return SHAPES[name]()
+        if name in (MICRO, STAGES):
+            return _micro() if name == MICRO else _stages()
+        hub_like = name.startswith("hf:") or name == MINILM
+        return _transformers(name.removeprefix("hf:"), "random") if hub_like else _timm(name, False)
+
+
+def _roberta() -> nn.Module:
+    try:
+        from transformers import RobertaConfig, RobertaModel
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers") from error
+    model: nn.Module = RobertaModel(RobertaConfig(), add_pooling_layer=False)
+    return model
+
+
+def _unet() -> nn.Module:
+    try:
+        from diffusers import UNet2DConditionModel
+    except ImportError as error:
+        raise MissingExtra("diffusers", "diffusion") from error
+    unet: nn.Module = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    return unet
+
+
+SHAPES: dict[str, Callable[[], nn.Module]] = {"roberta-base": _roberta, "sd-v1-5": _unet}
+"""Backbones that are told by their shapes alone."""
+
+
+def reading_of(
+    backbone: nn.Module,
+    image_size: int | None = None,
+    crop: bool = False,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+) -> Reading:
+    """How the backbone reads its items: images as `preprocessing_of` has it, texts by its own (or the named) tokenizer.
+
+    max_length: tokens that texts are cut to; None: texts longer than it reads are refused.
+    """
+    if find_sites(backbone).anatomy.family != "text":
+        if tokenizer is not None or max_length is not None:
+            raise RestuningError(f"{type(backbone).__name__} reads images: a tokenizer and a max length are for texts")
+        return preprocessing_of(backbone, image_size, crop)
+    if image_size is not None or crop:
+        raise RestuningError(f"{type(backbone).__name__} reads texts: an image size and a crop are for images")
+    config: Any = backbone.config
+    pad, limit = config.pad_token_id, int(config.max_position_embeddings)
+    first = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
+    if config.model_type in OFFSET and first is not None:
+        limit -= first + 1
+    return Tokenise(tokenizer or str(config._name_or_path), limit, int(config.vocab_size), pad, max_length)
+
+
+OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+"""Models whose positions begin after the padding id."""
+
+
+def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: bool = False) -> Preprocess:
+    """How the backbone's own configuration wants its images: size, mean, standard deviation, interpolation.
+
+    The whole image is resized to the size, as in VTAB-1k's protocol, unless `crop` asks for the configured centre crop.
+    """
+    timm, config = getattr(backbone, "pretrained_cfg", None), getattr(backbone, "config", None)
+    if isinstance(timm, Mapping):
+        side = image_size or int(timm["input_size"][-1])
+        return Preprocess(
+            size=(side, side),
+            mean=tuple(timm["mean"]),
+            std=tuple(timm["std"]),
+            interpolation=str(timm["interpolation"]),
+            crop=float(timm.get("crop_pct") or 1.0) if crop else None,
+        )
+    side = image_size or int(getattr(config, "image_size", 224))
+    how, half = _processor(str(getattr(config, "_name_or_path", ""))), (0.5, 0.5, 0.5)
+    return Preprocess(
+        size=(side, side),
+        mean=tuple(how.get("image_mean") or half),
+        std=tuple(how.get("image_std") or half),
+        interpolation=RESAMPLE.get(how.get("resample", 3), "bicubic"),
+        crop=1.0 if crop else None,
+    )
+
+
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+"""As Pillow counts them."""
+
+
+def _processor(path: str) -> dict[str, Any]:
+    """transformers' image processor beside the weights, as data; nothing where there is none. Raises CheckpointError
+    for one that cannot be read."""
+    if not path:
+        return {}
+    from transformers.image_processing_utils import BaseImageProcessor
+
+    local = Path(path).is_dir()
+    try:
+        with nullcontext() if local else hub():
+            found: dict[str, Any] = BaseImageProcessor.get_image_processor_dict(path)[0]
+            return found
+    except (OSError, ValueError) as error:
+        if local and any((Path(path) / name).exists() for name in PROCESSORS):
+            raise CheckpointError(f"{path}: the image processor cannot be read: {line(error)}") from error
+        return {}
+
+
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+
+
+def _micro() -> nn.Module:
+    try:
+        from timm.models.vision_transformer import VisionTransformer
+    except ImportError as error:
+        raise MissingExtra("timm", "timm") from error
+    card = json.loads((_ASSETS / f"{MICRO}.json").read_text(encoding="utf-8"))
+    model: nn.Module = VisionTransformer(**card["architecture"])
+    side = card["architecture"]["img_size"]
+    model.pretrained_cfg = {  # type: ignore[assignment]  # as timm's own builders leave it
+        "architecture": MICRO,
+        "input_size": (3, side, side),
+        "mean": card["mean"],
+        "std": card["std"],
+        "interpolation": card["interpolation"],
+    }
+    return model
+
+
+def _stages() -> nn.Module:
+    """timm's ResNet-18 without its last stage, whose convolutions have biases and whose norms are none."""
+    model: Any = _timm("resnet18", False, norm_layer=lambda *_, **__: nn.Identity(), zero_init_last=False)
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        conv.bias = nn.Parameter(torch.zeros(conv.out_channels))
+    model.layer4, model.num_features = nn.Identity(), model.layer3[-1].conv2.out_channels
+    model.pretrained_cfg = {**model.pretrained_cfg, "architecture": STAGES}
+    return model  # type: ignore[no-any-return]
+
+
+def _timm(name: str, pretrained: bool, **settings: Any) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingExtra("timm", "timm") from error
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [MICRO, STAGES, *timm.list_models()], 3)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise SiteError(
+            f"unknown backbone {name!r}: expected {MICRO}, a timm model, hf:FOLDER, {MINILM} or {STAGES}{hint}"
+        )
+    try:
+        with hub() if pretrained else nullcontext():
+            model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings)
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise CheckpointError(
+            f"the pretrained weights of {name} could not be had from the hub ({line(error)}): "
+            "give a file with weights=, or weights='random'"
+        ) from error
+    return model
+
+
+def _transformers(path: str, weights: str | Path | None) -> nn.Module:
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise MissingExtra("transformers", "transformers") from error
+    folder = packaged(path)
+    try:
+        with _no_bar(), nullcontext() if Path(folder).is_dir() else hub():
+            if weights is None:
+                model = AutoModel.from_pretrained(folder)
+            else:
+                model = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
+    if not getattr(model, "is_quantized", False):
+        model.float()  # a tuner born at one cannot move in bfloat16: half precision is for autocast
+    vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
+    backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
+    config: Any = backbone.config
+    config._name_or_path = path  # a packaged model is known by its name, wherever it is installed
+    if weights is not None:
+        _load(backbone, weights)
+    return backbone
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """While it lasts, transformers draws no bar for what is loaded in a moment."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def _load(backbone: nn.Module, weights: str | Path) -> None:
+    """Weights from a file, strictly, but for the classifier's. Raises CheckpointError that names the keys."""
+    if weights == "random":
+        return
+    state = _state(Path(weights))
+    expected = backbone.state_dict()
+    state = {key: value for key, value in state.items() if key in expected or not _classifier(key)}
+    missing = sorted(expected.keys() - state.keys())
+    extra = sorted(state.keys() - expected.keys())
+    other = sorted(k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape)
+    if missing or extra or other:
+        parts = [
+            f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+            for what, keys in (("missing", missing), ("unexpected", extra), ("of another shape", other))
+            if keys
+        ]
+        raise CheckpointError(f"{weights} does not fit {type(backbone).__name__}: keys {'; '.join(parts)}")
+    backbone.load_state_dict(state)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or of a state dict saved by torch (read without unpickling code)."""
+    if not path.is_file():
+        raise CheckpointError(f"no weights at {path}: expected a .safetensors, .pt or .pth file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read as weights: {line(error)}") from error
+    state = state.get("state_dict", state.get("model", state)) if isinstance(state, Mapping) else state
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict: expected names of tensors")
+    return dict(state)
+
+
+def _classifier(key: str) -> bool:
+    return key.split(".")[0] in {"head", "head_dist", "fc", "classifier"}
+
+
+def _resize(backbone: nn.Module, image_size: int) -> None:
+    if find_sites(backbone).anatomy.convolutional:
+        try:
+            with torch.no_grad():
+                backbone.eval()(torch.zeros(1, 3, image_size, image_size))
+        except RuntimeError as error:
+            raise RestuningError(f"image size {image_size} does not fit the backbone: {line(error)}") from error
+        return
+    resize: Any = getattr(backbone, "set_input_size", None)
+    if resize is None:
+        raise RestuningError(f"{type(backbone).__name__} has a fixed input size: leave out the image size")
+    patch = max(getattr(getattr(backbone, "patch_embed", None), "patch_size", (1,)))
+    if image_size % patch:
+        raise RestuningError(f"image size {image_size} does not fit the backbone: expected a multiple of {patch}")
+    try:
+        resize(img_size=(image_size, image_size))
+    except (AssertionError, ValueError) as error:
+        raise RestuningError(f"image size {image_size} does not fit the backbone: {line(error)}") from error

@@ -1,0 +1,1 @@
+"""What tuning costs, beside full fine-tuning and other libraries."""

@@ -1,0 +1,77 @@
+"""A bank's files: names, shards, checksums."""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.data import Items
+from restuning.errors import MissingExtra
+from restuning.utils.files import write_whole
+
+FORMAT = "restuning.bank/1"
+MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
+SHARD_ROWS = 1024
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    file: str
+    split: str
+    view: int
+    rows: int
+    bytes: int
+    sha256: str
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> bytes:
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    data: bytes = save(dict(tensors))
+    write_whole(path, data)
+    return data
+
+
+def _intact(out: Path, shard: Shard) -> bool:
+    with suppress(OSError):
+        return _hash_of_file(out / shard.file) == shard.sha256
+    return False
+
+
+def _hash_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_weights(backbone: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        data = value.detach().cpu().flatten().contiguous()
+        digest.update(data.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def _hash_of_data(items: Items) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    texts = len(items) > 0 and isinstance(items.item(0), tuple)
+    for i, (name, label) in enumerate(zip(items.names, items.labels, strict=True)):
+        digest.update(f"{name} {label} {items.item(i) if texts else ''}\n".encode())
+    return {"count": len(items), "sha256": digest.hexdigest()}

@@ -1,0 +1,246 @@
+"""A bank on disk: a frozen backbone's live features, tapped once, read at random ever after.
+
+A folder of safetensors shards, memory-mapped when read: `train-0-00000.safetensors` holds rows 0 … of the first view of
+the training items, one tensor a layer, (rows, tokens, width), and `labels`. `tail.safetensors` holds what follows the
+features in the backbone; `manifest.json`, written last, says what all of it is made of.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning._types import Features
+from restuning.data import Items, Source
+from restuning.errors import CheckpointError, DataError, line
+from restuning.features.bank.format import FORMAT, MANIFEST, PARTIAL, TAIL, Shard, _hash_of_file, _wide
+from restuning.features.memory import Kept
+from restuning.methods.spec import Ladder, parts_of
+from restuning.model.tuned import Tuned
+from restuning.side.features import View
+from restuning.training.evaluate import padded
+
+
+class Bank:
+    """A bank that was built: `rows(split)` as a data set, `source()` as labels to draw splits from, `onto(tuned)`.
+
+    Opening it reads every shard once and compares checksums (`verify=False`: sizes alone). Raises CheckpointError
+    for a bank that is not there, not finished, damaged, or of another format.
+    """
+
+    def __init__(self, path: str | Path, verify: bool = True) -> None:
+        self.path = Path(path)
+        try:
+            found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
+            self.shards = [Shard(**shard) for shard in found["shards"]]
+            self.view = View(**found["view"])
+            self.layers: list[int] = list(found["layers"])
+            splits = found["data"]["splits"]
+            self.preprocessing: dict[str, Any] = dict(found["preprocessing"])
+        except FileNotFoundError as error:
+            unfinished = (self.path / PARTIAL).exists()
+            why = "it is not finished, continue with --resume" if unfinished else f"it has no {MANIFEST}"
+            raise CheckpointError(f"{path} is no bank: {why}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{self.path / MANIFEST} is damaged: {line(error)}") from error
+        if found.get("format") != FORMAT:
+            raise CheckpointError(f"{path} is of another format: {found.get('format')!r}, expected {FORMAT!r}")
+        self.manifest: dict[str, Any] = found
+        self.splits: dict[str, int] = {name: int(split["count"]) for name, split in splits.items()}
+        for file, size, digest in [
+            *((shard.file, shard.bytes, shard.sha256) for shard in self.shards),
+            (TAIL, None, found.get("tail_sha256")),
+        ]:
+            self._check(file, size, digest if verify or size is None else None)
+        self._open: dict[str, dict[str, Tensor]] = {}
+
+    def _check(self, file: str, size: int | None, digest: str | None) -> None:
+        try:
+            there = (self.path / file).stat().st_size
+            if size is not None and there != size:
+                raise CheckpointError(f"{self.path / file} is damaged: {there} bytes, expected {size}")
+            if digest is not None and _hash_of_file(self.path / file) != digest:
+                raise CheckpointError(f"{self.path / file} is damaged: its checksum is not the manifest's")
+        except OSError as error:
+            raise CheckpointError(f"{self.path / file} cannot be read: {error.strerror or error}") from error
+
+    @property
+    def bytes(self) -> int:
+        """Of all rows, as they are read: what is kept in half precision is read in single."""
+        half = 2 if self.manifest["dtype"] in ("float16", "bfloat16") else 1
+        return half * sum(shard.bytes for shard in self.shards)
+
+    @property
+    def views(self) -> int:
+        return int(self.manifest["views"])
+
+    def rows(self, split: str, view: int = 0) -> "Rows":
+        return Rows(self, split, view)
+
+    def source(self) -> Source:
+        """Labels and names of its items, from which `restuning.data` draws splits as it does from images and texts."""
+        made = {name: Banked(self.rows(name), name) for name in self.splits}
+        data = self.manifest["data"]
+        kind = data.get("kind", Source.kind)  # older banks hold this one kind
+        held = data.get("held", 0)
+        return Source(tuple(data["classes"]), made["train"], made.get("val"), made.get("test"), kind, held)
+
+    def accepts(self, tuned: Tuned) -> None:
+        """Raises CheckpointError if the active adapters need more of the backbone than what is kept here."""
+        if not tuned.reads_features:
+            raise CheckpointError(f"{self.path} holds features: a method that acts inside the backbone cannot use them")
+        for part in (p for name in tuned.active_adapters for p in parts_of(tuned._find(name).method)):
+            if isinstance(part, Ladder) and part.init != "random":
+                raise CheckpointError(
+                    f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
+                    "weights; use init='random', or train without a bank"
+                )
+        for name in tuned.active_adapters:
+            wanted = tuned._find(name).view
+            if wanted.of(self.view) is None:
+                raise CheckpointError(
+                    f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
+                    f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
+                )
+        missing = sorted(set(tuned._layers(self.view)) - set(self.layers))
+        if missing:
+            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
+
+    def tuned(self, described: nn.Module) -> Tuned:
+        """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to
+        adapt it, train, and go `from_features`; it cannot see an image."""
+        from safetensors.torch import load_file
+
+        made = self.manifest["backbone"]
+        tuned = Tuned(described, backbone_name=made["name"], device="cpu", fingerprint=made["fingerprint"])
+        sites, here = tuned._sites, tuned.backbone
+        if (made["width"], made["depth"]) != (sites.port.writes, len(sites.blocks)):
+            raise CheckpointError(
+                f"{self.path} holds features of {made['name']} (width {made['width']}, {made['depth']} blocks)"
+            )
+        tail = load_file(self.path / TAIL)
+        for module_path, module in here.named_modules():
+            for store in (module._parameters, module._buffers):
+                for name, old in list(store.items()):
+                    path = f"{module_path}.{name}" if module_path else name
+                    if old is not None and path in tail and old.shape == tail[path].shape:
+                        value = tail.pop(path)
+                        store[name] = nn.Parameter(value, requires_grad=False) if store is module._parameters else value
+                    elif old is not None:
+                        del store[name]
+        if tail:
+            raise CheckpointError(f"{self.path / TAIL} holds {', '.join(sorted(tail))}, which the backbone has not")
+        return tuned
+
+    def shard(self, file: str) -> dict[str, Tensor]:
+        """A shard's tensors, memory-mapped."""
+        if file not in self._open:
+            from safetensors.torch import load_file
+
+            self._open[file] = load_file(self.path / file)
+        return self._open[file]
+
+
+class Rows:
+    """Rows of one split and view: item i is (features of `layers`, label); `fetch` reads many at once."""
+
+    def __init__(self, bank: Bank, split: str, view: int = 0) -> None:
+        self.bank = bank
+        self.shards = [s for s in bank.shards if (s.split, s.view) == (split, view)]
+        if not self.shards:
+            raise CheckpointError(f"{bank.path} has no view {view} of the {split} split")
+        self.starts = [0]
+        for shard in self.shards:
+            self.starts.append(self.starts[-1] + shard.rows)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def labels(self) -> list[Any]:
+        return [y for shard in self.shards for y in self.bank.shard(shard.file)["labels"].tolist()]
+
+    def __getitem__(self, i: int) -> tuple[Features, Tensor]:
+        features, labels = self.fetch([i])
+        return tuple(x[0] for x in features), labels[0]
+
+    def fetch(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
+        """Features ((b, tokens, width), …) in float32 and labels (b,) or (b, c)."""
+        where = torch.as_tensor(indices)
+        at = torch.searchsorted(torch.tensor(self.starts[1:]), where, right=True)
+        layers: list[list[Tensor]] = [[] for _ in self.bank.layers]
+        labels, order = [], []
+        for k in sorted(set(at.tolist())):
+            mine = (at == k).nonzero().flatten()
+            tensors, rows = self.bank.shard(self.shards[k].file), where[mine] - self.starts[k]
+            for kept, layer in zip(layers, self.bank.layers, strict=True):
+                kept.append(tensors[str(layer)][rows])
+            labels.append(tensors["labels"][rows])
+            order.append(mine)
+        back = torch.cat(order).argsort()
+        # what is kept in half precision is read in single; double stays double
+        return (
+            tuple(_wide(padded(kept)[back]) for kept in layers),
+            torch.cat(labels)[back],
+        )
+
+
+class FromBank:
+    """Items of a bank's splits as a data set of features; each epoch reads the next of the views."""
+
+    def __init__(self, bank: Bank, items: Items) -> None:
+        places = [name.removesuffix("]").rpartition("[") for name in items.names]
+        self.splits = {split for split, _, _ in places}
+        self.bank, self.epoch = bank, 0
+        self.places = [(split, int(i)) for split, _, i in places]
+        self.labels = list(items.labels)
+        self.rows: dict[tuple[str, int], Rows] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: int) -> tuple[Features, Tensor]:
+        features, labels = self.__getitems__([i])
+        return tuple(x[0] for x in features), labels[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
+        """Many rows at once, as torch's loader asks for them."""
+        parts, order = [], []
+        for split in sorted(self.splits):
+            mine = [k for k, i in enumerate(indices) if self.places[i][0] == split]
+            if mine:
+                parts.append(self._rows(split).fetch([self.places[indices[k]][1] for k in mine]))
+                order += mine
+        again = torch.tensor(order).argsort()
+        layers = zip(*(features for features, _ in parts), strict=True)
+        return tuple(padded(layer)[again] for layer in layers), torch.cat([labels for _, labels in parts])[again]
+
+    def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
+        """What `__getitems__` gives is a batch already."""
+        return batch
+
+    def kept(self) -> Kept:
+        """All of its rows, in memory; of the first view."""
+        return Kept(*self.__getitems__(range(len(self))))
+
+    def _rows(self, split: str) -> Rows:
+        key = split, self.epoch % self.bank.views if split == "train" else 0
+        if key not in self.rows:
+            self.rows[key] = self.bank.rows(*key)
+        return self.rows[key]
+
+
+class Banked(Items):
+    """The items of a bank's split, of which labels and places are known, and pixels or words are not."""
+
+    def __init__(self, rows: Rows, split: str) -> None:
+        self.labels = rows.labels()
+        self.names = [f"{split}[{i}]" for i in range(len(self.labels))]
+
+    def item(self, i: int) -> Any:
+        raise DataError(f"{self.names[i]}: a bank holds features, not what they were made of")

@@ -1,0 +1,134 @@
+"""Training a stack from features: grid points or tasks, side by side."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from restuning._types import Features
+from restuning.data.objective import Objective, objective
+from restuning.errors import MethodError
+from restuning.model.stack import Stack
+from restuning.training.config import TrainConfig, data_order, learning_rate
+
+
+@dataclass(frozen=True)
+class Point:
+    """How one module of a stack is trained: its recipe, and its own rows of the shared features, in order."""
+
+    config: TrainConfig
+    rows: Tensor
+
+    def __post_init__(self) -> None:
+        c = self.config
+        if c.clip is not None or c.patience is not None or c.accumulate != 1 or c.group_by_length:
+            raise MethodError("a stack trains by the plain recipe: no clipping, patience, accumulation or grouping")
+        if c.ema is not None or c.precision != "no":
+            raise MethodError("a stack trains by the plain recipe: no mean of the weights, and in single precision")
+
+
+def train(
+    stack: Stack, features: Features, labels: Tensor, points: Sequence[Point], asked: Objective | None = None
+) -> list[bool]:
+    """Train all modules at once, each exactly as `restuning.train.fit` would train it alone.
+
+    features: ((rows, tokens, width), …) shared by all points; labels: (rows, …), or (N, rows, …) for other tasks on
+    them. asked: the tasks' objective; None: of single labels.
+    Points must have as many examples as one another, and one batch size. Returns which of them ended in finite values.
+    """
+    counts = {(len(p.rows), p.config.batch_size) for p in points}
+    if len(points) != len(stack) or len(counts) != 1:
+        raise MethodError("points of a stack share the number of examples and the batch size")
+    ((examples, batch_size),) = counts
+    steps = -(-examples // batch_size)
+    stack.tensors = {name: t.detach() for name, t in stack.tensors.items()}
+    trained = {n: stack.tensors[n] for n, p in stack.model.named_parameters() if p.requires_grad}
+    optimizer = _AdamW(trained, [p.config for p in points])
+    asked = asked or objective()
+    loss_of = torch.vmap(asked.loss)
+    labels = _of_each(labels, asked, len(points))
+    everyone = torch.arange(len(points), device=labels.device)[:, None]
+    for epoch in range(max(p.config.epochs for p in points)):
+        orders = [data_order(examples, batch_size, p.config.seed, epoch) for p in points]
+        for step in range(steps):
+            at = torch.stack([p.rows[order[step]] for p, order in zip(points, orders, strict=True)]).to(labels.device)
+            lrs = [_rate(p.config, epoch * steps + step, steps) for p in points]
+            together = bool((at == at[0]).all())
+            batch = tuple(x[at[0]] if together else x[at] for x in features)
+            with torch.enable_grad():
+                for t in trained.values():
+                    t.requires_grad_(True)
+                logits = stack(batch, own=not together)
+                loss = loss_of(logits, labels[everyone, at]).sum()
+                grads = torch.autograd.grad(loss, list(trained.values()))
+            optimizer.step(grads, lrs)
+    for t in trained.values():
+        t.requires_grad_(False)
+    finite = torch.ones(len(points), dtype=torch.bool, device=labels.device)
+    for name, t in trained.items():
+        good = t.isfinite() | (t == -torch.inf) if name.endswith("head.bias") else t.isfinite()
+        finite &= good.flatten(1).all(1)
+    return finite.tolist()
+
+
+def _rate(config: TrainConfig, step: int, steps: int) -> float:
+    """The learning rate of `restuning.train`; 0 for a point that has ended."""
+    if step >= config.epochs * steps:
+        return 0.0
+    warmup = min(config.warmup_epochs, 0.2 * config.epochs)
+    return learning_rate(step, config.epochs * steps, warmup * steps, config.lr, config.schedule)
+
+
+class _AdamW:
+    """torch.optim.AdamW, one for each of the stacked modules, on its slices of the stacked tensors."""
+
+    def __init__(self, tensors: dict[str, Tensor], configs: Sequence[TrainConfig]) -> None:
+        self.slices = [[t.detach()[i] for t in tensors.values()] for i in range(len(configs))]
+        self.optimizers = [
+            torch.optim.AdamW(
+                [
+                    # matrices alone decay, as in restuning.recipe
+                    {"params": [t for t in slices if t.ndim >= 2], "weight_decay": config.weight_decay},
+                    {"params": [t for t in slices if t.ndim < 2], "weight_decay": 0.0},
+                ],
+                fused=True,
+            )
+            for slices, config in zip(self.slices, configs, strict=True)
+        ]
+
+    def step(self, grads: Sequence[Tensor], lrs: Sequence[float]) -> None:
+        """A module whose rate is 0 has ended, and stays as it is."""
+        grads = [g.contiguous() for g in grads]  # the fused kernel reads memory in its order, whatever the strides
+        for i, (slices, optimizer, lr) in enumerate(zip(self.slices, self.optimizers, lrs, strict=True)):
+            if lr > 0:
+                for t, g in zip(slices, grads, strict=True):
+                    t.grad = g[i]
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+
+
+@torch.no_grad()
+def scores(
+    stack: Stack,
+    features: Features,
+    labels: Tensor,
+    rows: Sequence[Tensor],
+    asked: Objective | None = None,
+    batch_size: int = 256,
+) -> list[float]:
+    """The objective's first metric of every module on its own rows (equally many) of the shared features."""
+    asked = asked or objective()
+    at, labels = torch.stack(list(rows)).to(labels.device), _of_each(labels, asked, len(stack))
+    parts = []
+    for part in torch.split(at, batch_size, 1):
+        together = bool((part == part[0]).all())
+        parts.append(stack(tuple(x[part[0]] if together else x[part] for x in features), own=not together))
+    return [next(asked.metrics(own, labels[i, at[i]]))[1] for i, own in enumerate(torch.cat(parts, 1))]
+
+
+def _of_each(labels: Tensor, asked: Objective, count: int) -> Tensor:
+    """Labels of the rows, (N, rows, …), where they may be shared by all N."""
+    shared = labels.ndim == (1 if asked.kind == "single-label" else 2)
+    return labels.expand(count, *labels.shape) if shared else labels

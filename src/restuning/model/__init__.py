@@ -1,0 +1,1 @@
+"""A frozen backbone with named adapters: compute, mix, stack, merge, save."""

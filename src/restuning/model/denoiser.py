@@ -1,0 +1,134 @@
+"""Tuning a backbone that denoises: side paths join its last modules, and it is called as it always was."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.backbones.sites import Sites
+from restuning.errors import MethodError
+from restuning.hooks.points import argument, before
+from restuning.hooks.taps import tap
+from restuning.model.adapter import Adaptation
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Each adapter alone. rows: the batch holds as many parts as there are adapters, a part each; else each reads all
+    of it. plain: before them, what the untuned backbone says."""
+
+    rows: bool = False
+    plain: bool = False
+
+
+@contextmanager
+def joined(
+    backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], apart: Apart | None = None
+) -> Iterator[None]:
+    """While it lasts, what the adapters' side paths say of the features is added to what the backbone's last modules
+    read; up to there the backbone runs without autograd if nothing inside it is tuned.
+
+    apart: in place of their sum, each adapter's alone, (n · b, …), adapter by adapter.
+    """
+    sides = [adapter for adapter in adapters if adapter.side is not None]
+    if not sides:
+        yield
+        return
+    assert sites.join is not None
+    grad, frozen = torch.is_grad_enabled(), all(adapter.reads_features for adapter in adapters)
+    layers = {layer for adapter in sides for layer in adapter.path}
+
+    def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        torch.set_grad_enabled(grad)
+        name, x = argument(module, args, kwargs)
+        n, rows = len(sides), apart is not None and apart.rows
+        parts = {layer: kept.chunk(n) if rows else [kept] * n for layer, kept in taps.kept.items()}
+        more = [a.beside([parts[layer][i] for layer in a.path]).to(x.dtype) for i, a in enumerate(sides)]
+        if rows:
+            said = x + torch.cat(more)
+        elif apart:
+            said = torch.cat([*([x] if apart.plain else []), *(x + m for m in more)])
+        else:
+            said = x + sum(more[1:], more[0])
+        return ((said, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: said})
+
+    with (
+        torch.set_grad_enabled(grad and not frozen),
+        tap(backbone, sites, layers) as taps,
+        before(backbone.get_submodule(sites.join), add),
+    ):
+        yield
+
+
+def each_of(
+    backbone: nn.Module, sites: Sites, adapters: Mapping[str, Adaptation], apart: Apart, args: Any, kwargs: Any
+) -> dict[str, Tensor]:
+    """{name: output} of each adapter alone, from one call of the backbone; under "" the untuned backbone's."""
+    wrong = [name for name, adapter in adapters.items() if not serves(sites, adapter)]
+    if wrong:
+        inside = not adapters[wrong[0]].reads_features
+        why = f"{wrong[0]!r} acts inside it" if inside else f"{sites.anatomy.name} tells its last modules more"
+        raise MethodError(f"one call of the backbone cannot serve each adapter alone: {why}")
+    with joined(backbone, sites, list(adapters.values()), apart):
+        said = output_of(backbone(*args, **kwargs))
+    names = [*([""] if apart.plain else []), *adapters]
+    return dict(zip(names, said.chunk(len(names)), strict=True))
+
+
+def serves(sites: Sites, adapter: Adaptation) -> bool:
+    """Whether one call of the backbone can serve this adapter beside others."""
+    return adapter.side is not None and adapter.reads_features and bool(sites.anatomy.stems)
+
+
+def output_of(said: Any) -> Tensor:
+    """The tensor of an output as diffusers gives it."""
+    return said if isinstance(said, Tensor) else said[0]
+
+
+class Plug:
+    """Hooks on a backbone that make every call of it one of the tuned backbone, until `remove()`.
+
+    What is tuned goes to where the sample is, as pipelines that move their parts about put that, and to the backbone's
+    precision where that was cast since and nothing trains. before: the backbone's state to give back.
+    """
+
+    def __init__(self, backbone: nn.Module, tuned: Any, before: Mapping[str, Tensor] | None = None) -> None:
+        self.tuned, self._backbone, self._before = tuned, backbone, before or {}
+        self._running: list[tuple[ExitStack, Callable[[Any], None]]] = []
+        self._handles = [  # bound methods, so that a copy of the backbone has hooks of its own
+            backbone.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True),
+            backbone.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample, own = argument(module, args, kwargs)[1], list(self.tuned.adapters.parameters())
+        if any(p.device != sample.device for p in own):
+            self.tuned.adapters.to(sample.device)
+        follows = not torch.is_grad_enabled() and not torch.is_autocast_enabled(sample.device.type)
+        if follows and any(p.dtype != sample.dtype for p in own):
+            self.tuned.adapters.to(sample.dtype)
+        stack = ExitStack()
+        self._running.append((stack, stack.enter_context(self.tuned.acting())))
+
+    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        stack, spoke = self._running.pop()
+        if out is not None:
+            spoke(out)
+        stack.close()
+
+    def remove(self) -> None:
+        """The backbone as it came."""
+        for handle in self._handles:
+            handle.remove()
+        if self._before:
+            self._backbone.load_state_dict(self._before)
+            self._before = {}
+
+    def __enter__(self) -> "Plug":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()

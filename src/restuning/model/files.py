@@ -1,0 +1,158 @@
+"""What an adapter is on disk: adapter_config.json beside adapter_model.safetensors, and its way to and from a hub."""
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning._version import __version__
+from restuning.errors import CheckpointError, MethodError, MissingExtra, line
+from restuning.utils.files import as_json, write_whole
+from restuning.utils.hub import hub
+
+CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
+FORMAT = "restuning/1"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is written beside the tensors. `spec` is the method as data, `method` its name if it had one."""
+
+    method: str | None
+    spec: Mapping[str, Any]
+    backbone: Mapping[str, Any]
+    pool: str
+    num_classes: int | None
+    classes: Sequence[str] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    kind: str = "single-label"
+
+
+def check_card(card: Card) -> None:
+    """Raises MethodError for what no file can hold."""
+    try:
+        as_json(asdict(card))
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"what is saved beside the adapter is plain data: {error}") from error
+
+
+def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
+    """Both files, each whole or not at all. Raises CheckpointError if the folder cannot be written."""
+    try:
+        from safetensors.torch import save
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    config = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(card)})
+    tensors = save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()})
+    try:
+        write_whole(folder / MODEL, tensors)
+        write_whole(folder / CONFIG, config)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
+
+
+def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
+    """The card and the tensors. Raises CheckpointError that says which file is missing, damaged or foreign."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+    except ImportError as error:
+        raise MissingExtra("safetensors", "cli") from error
+    card, model = card_of(folder), folder / MODEL
+    try:
+        return card, load(model.read_bytes())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no saved adapter: it has no {MODEL}") from error
+    except SafetensorError as error:
+        raise CheckpointError(f"{model} is damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def card_of(folder: Path) -> Card:
+    """The card alone. Raises CheckpointError as `read` does."""
+    config = folder / CONFIG
+    try:
+        data = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder} is no saved adapter: it has no {CONFIG}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{config} is damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format", data.get("peft_type", "none")) if isinstance(data, dict) else "none"
+        raise CheckpointError(f"{config} is not of this library: its format is {found!r}, expected {FORMAT!r}")
+    names = [f.name for f in fields(Card)]
+    data = {"kind": Card.kind, **data}  # older files hold adapters of this one kind
+    missing = [name for name in names if name not in data]
+    missing += [name for name in ("spec", "backbone") if name in data and not isinstance(data[name], dict)]
+    if missing:
+        raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
+    return Card(**{name: data[name] for name in names})
+
+
+def changes_the_base(folder: Path) -> bool:
+    """Whether a saved adapter is full fine-tuning, which holds a backbone's weights."""
+    return card_of(folder).spec.get("kind") == "full"
+
+
+def fetch(path: str | Path, revision: str | None = None) -> Path:
+    """A folder as it is, or the local copy of a hub repository. Raises CheckpointError if neither is there."""
+    if Path(path).exists() or not _hub_id(str(path)):
+        if not Path(path).is_dir():
+            raise CheckpointError(f"no saved adapter at {path}: expected a folder with {CONFIG} and {MODEL}")
+        return Path(path)
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise MissingExtra("huggingface_hub", "hub") from error
+    try:
+        with hub():
+            for file in (MODEL, CONFIG):
+                local = hf_hub_download(str(path), file, revision=revision)
+    except Exception as error:
+        raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {line(error)}") from error
+    return Path(local).parent
+
+
+def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
+    """Save into a temporary folder and upload it. Raises CheckpointError if the hub refuses."""
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise MissingExtra("huggingface_hub", "hub") from error
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        api = HfApi()
+        try:
+            with hub():
+                api.create_repo(repo_id, private=private, exist_ok=True)
+                return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
+        except Exception as error:
+            raise CheckpointError(f"the hub did not take {repo_id}: {line(error)}") from error
+
+
+def fingerprint_of(backbone: nn.Module) -> list[float] | None:
+    """32 of the backbone's weights, evenly spread, by which other weights are told apart; None without weights."""
+    tensors = [p.detach() for p in backbone.parameters() if p.numel() > 1]
+    if not tensors or any(p.is_meta for p in tensors):
+        return None
+    picks = [tensors[i * (len(tensors) - 1) // 31].flatten() for i in range(32)]
+    return [round(float(p[(len(p) - 1) * i // 31]), 8) for i, p in enumerate(picks)]
+
+
+def same_weights(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
+    """Equal up to a cast to half precision; unknown weights are not told apart."""
+    if a is None or b is None:
+        return True
+    return len(a) == len(b) and torch.allclose(torch.tensor(a), torch.tensor(b), rtol=1e-2, atol=1e-4)
+
+
+def _hub_id(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not path.endswith("/")

@@ -1,0 +1,154 @@
+"""The small edition: the paper's comparisons on real and generated data that two CPU cores can carry.
+
+ViT-Ti/16 of ImageNet; 1,000 training images a task, of which 200 choose the rate, the same for every seed and method.
+`{root}` holds `vit_tiny_patch16_224_in1k`, `caltech101` and `eurosat`. What reads features: six tasks on two backbones,
+few shots, altered copies, at 224 pixels. Every method, also what needs the backbone in every step: three tasks, one of
+each of VTAB's groups, at 96 pixels and few epochs.
+"""
+
+from typing import Any
+
+from restuning.paper.experiments.spec import Data, Experiment, Row, residual
+
+_CALTECH = "tar:{root}/caltech101/caltech101_short128_max40.tar"
+_EUROSAT = "tar:{root}/eurosat/eurosat_rgb64_every6th.tar"
+_TI: dict[str, Any] = {
+    "backbone": "vit_tiny_patch16_224",
+    "weights": "{root}/vit_tiny_patch16_224_in1k/model.safetensors",
+}
+
+TASKS = (
+    Data("Caltech-101", f"part:1000,800:{_CALTECH}", "natural", test=800),
+    Data("digits", "part:1000,359:digits", "natural", test=359),
+    Data("EuroSAT", f"part:1000,1000:{_EUROSAT}", "specialised", test=1000),
+    Data("sprite location", "part:1000,1000:sprites:location", "structured", test=1000),
+    Data("sprite orientation", "part:1000,1000:sprites:orientation", "structured", test=1000),
+    Data("counting", "part:1000,1000:sprites:count", "structured", test=1000),
+)
+COLUMNS = (*(task.name for task in TASKS), "Group", "All")
+
+_BOTH: dict[str, Any] = {"horizontal": {"tuner": "adapter"}, "vertical": {"tuner": "adapter"}}
+
+
+def _bypass(**options: Any) -> dict[str, Any]:
+    return {"kind": "bypass", **_BOTH, **options}
+
+
+BESIDE = (
+    Row("linear", "linear", {}),
+    Row("bypass-none", "bypass-none", {}),
+    Row("bypass-horizontal", "bypass-horizontal", {}),
+    Row("bypass-vertical", "bypass-vertical", {}),
+    Row("bypass", "bypass", {}),
+    Row("bypass-mean", "bypass-mean", {}),
+    Row("bypass-grid2", "bypass-grid2", {}),
+    Row("LST on a grid", {"kind": "ladder", "reduction": 16, "init": "random", "grid": 2}, {}),
+)
+"""They read features: one pass of the backbone over a task serves all of them."""
+
+OPTIONS = (
+    Row("bypass, λ from 0.9", _bypass(gate=0.9), {}),
+    Row("bypass, λ by channel", _bypass(gates="channel"), {}),
+    Row("bypass, normed", _bypass(normed=True), {}),
+    Row("bypass, normed, λ from 0.9, by channel", _bypass(normed=True, gate=0.9, gates="channel"), {}),
+    Row("bypass-grid2, normed, λ from 0.9, by channel", _bypass(normed=True, gate=0.9, gates="channel", grid=2), {}),
+)
+"""What was tried where the bypass does not win."""
+
+_HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass-none", "bypass", "bypass-grid2"))
+_THREE = tuple(task for task in TASKS if task.name in ("Caltech-101", "EuroSAT", "sprite location"))
+
+TUNERS = (
+    *BESIDE,
+    *OPTIONS,
+    Row("bypass-grid4", "bypass-grid4", {}),
+    *(
+        Row(f"{name}, head on the mean", method, {}, lrs=(0.005,), pool="mean")
+        for name, method in (
+            ("linear", "linear"),
+            ("bypass", "bypass"),
+            ("lst", "lst"),
+            ("bypass of convolutions", _bypass(horizontal={"tuner": "convpass"}, vertical={"tuner": "convpass"})),
+        )
+    ),
+    Row("lst", "lst", {}, lrs=(0.005,)),
+    Row("dtl", "dtl", {}, lrs=(0.005,), epochs=(16,)),
+    Row("side-tuning", "side-tuning", {}, lrs=(0.001,), epochs=(8,)),
+    *(
+        Row(name, method, {}, lrs=(lr,), epochs=(8,), seeds=(0,))
+        for name, method, lr in (
+            ("res-tuning", "res-tuning", 0.005),
+            ("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter"), 0.005),
+            ("lora", "lora", 0.005),
+            ("adapter", "adapter", 0.005),
+            ("ssf", "ssf", 0.005),
+            ("vpt-deep", "vpt-deep", 0.005),
+            ("full", "full", 0.0002),
+        )
+    ),
+)
+
+_SHOTS = (1, 2, 4, 8, 16)
+_GRID: dict[str, Any] = {"lrs": (0.01, 0.003), "epochs": (30,)}
+
+EXPERIMENTS = (
+    Experiment(
+        "small-features",
+        "The small edition: what reads features, six tasks, 224 pixels",
+        COLUMNS,
+        BESIDE,
+        TASKS,
+        **_TI,
+        **_GRID,
+    ),
+    Experiment(
+        "small-fewshot",
+        "The small edition: few shots of Caltech-101",
+        tuple(f"Caltech-101, {k}" for k in _SHOTS),
+        _HEADS,
+        tuple(Data(f"Caltech-101, {k}", _CALTECH, "Caltech-101", 102 * k, 802, shots=k) for k in _SHOTS),
+        **_TI,
+        lrs=(0.005,),
+        epochs=(50,),
+    ),
+    Experiment(
+        "small-domains",
+        "The small edition: Caltech-101, tested on corrupted, sketched and rotated copies",
+        ("Caltech-101", "corrupted", "sketched", "rotated", "All"),
+        (*_HEADS, *OPTIONS),
+        (
+            Data(
+                "Caltech-101",
+                f"part:1000,800:{_CALTECH}",
+                test=4 * 800,
+                targets={
+                    how: f"altered:{how}:part:1000,800:{_CALTECH}" for how in ("corrupted", "sketched", "rotated")
+                },
+            ),
+        ),
+        **_TI,
+        **_GRID,
+        note="All: the mean of the three altered copies",
+    ),
+    Experiment(
+        "small-micro",
+        "The small edition on restuning-micro, where it was not trained on the task",
+        (*(task.name for task in TASKS[1:]), "Group", "All"),
+        BESIDE,
+        TASKS[1:],
+        backbone="restuning-micro",
+        **_GRID,
+    ),
+    Experiment(
+        "small-tuners",
+        "The small edition: every method, three tasks, 96 pixels",
+        (*(task.name for task in _THREE), "All"),
+        TUNERS,
+        _THREE,
+        **_TI,
+        **_GRID,
+        image_size=96,
+        note="inside the backbone: one seed, one rate, 8 epochs; dtl: one rate, 16 epochs; lst, and heads on the mean "
+        "of the patches: one rate",
+    ),
+)

@@ -1,0 +1,168 @@
+"""The report on disk: report.html, which needs nothing beside it, and report.md with its pictures."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from restuning.errors import RestuningError
+from restuning.paper.experiments import COSTS
+from restuning.paper.report.plots import many_tasks, pictures
+from restuning.paper.report.tables import Cell, Table, tables
+from restuning.paper.results import Record, read
+from restuning.utils.files import write_whole
+
+STYLE = """
+body { font: 15px/1.5 Georgia, serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #111 }
+h1, h2 { font-weight: normal } h2 { margin-top: 3rem; border-top: 1px solid #999; padding-top: 1rem }
+table { border-collapse: collapse; font: 13px/1.3 sans-serif; display: block; overflow-x: auto }
+th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap }
+th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
+thead th { border-bottom: 2px solid #111; vertical-align: bottom } tr.ours td { font-weight: bold }
+tr.difference td { border-bottom: 1px solid #ccc; color: #444; font-style: italic }
+tr.ours:last-child td, tbody { border-bottom: 1px solid #111 }
+code { font-size: 12.5px; background: #f2f2f2; padding: .1rem .3rem } figure { margin: 1.5rem 0 }
+img { max-width: 100% } figcaption, .note { font-size: 13px; color: #444 }
+"""
+
+
+def write(results: Path, out: Path) -> list[str]:
+    """Returns the names of what is in it: experiments, and `multitask` where that benchmark's records are beside them.
+    Raises RestuningError where there is nothing to show, or `out` cannot be written."""
+    records, bench = read(results), (results if results.is_dir() else results.parent) / MULTITASK
+    if not records and not bench.exists():
+        raise RestuningError(f"no results in {results}: expected a results.jsonl, or a folder that has one")
+    found = tables(records)
+    html, text = [f"<h1>{_TITLE}</h1>", f"<p class=note>{escape(_ABOUT)}</p>"], [f"# {_TITLE}", "", _ABOUT, ""]
+    try:
+        for table in found:
+            html += [f"<h2>{escape(table.experiment.about)}</h2>", _html(table)]
+            text += [f"## {table.experiment.about}", "", *_markdown(table), ""]
+            html += [f"<p class=note>{escape(line)}</p>" for line in _notes(table)]
+            text += [f"- {line}" for line in _notes(table)] + [""]
+            html.append(f"<p><code>{escape(table.experiment.said)}</code></p>")
+            text += ["```", table.experiment.said, "```", ""]
+            for picture in pictures(table):
+                _show(out, html, text, *picture)
+        if bench.exists():
+            html.append(f"<h2>{_TASKS}</h2>")
+            text += [f"## {_TASKS}", ""]
+            _show(out, html, text, *many_tasks(bench))
+        head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_TITLE}</title><style>{STYLE}</style>'
+        write_whole(out / "report.html", "\n".join((head, *html, "</html>\n")).encode())
+        write_whole(out / "report.md", ("\n".join(text).rstrip() + "\n").encode())
+    except OSError as error:
+        raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
+    return [table.experiment.name for table in found] + ["multitask"] * bench.exists()
+
+
+def _show(out: Path, html: list[str], text: list[str], name: str, caption: str, svg: bytes) -> None:
+    write_whole(out / f"{name}.svg", svg)
+    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
+    html.append(f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{caption}</figcaption></figure>')
+    text += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
+
+
+MULTITASK = "multitask.jsonl"  # as `restuning bench multitask` writes it
+_TASKS = "Time against tasks"
+_TITLE = "Res-Tuning: ours beside the paper's"
+_ABOUT = (
+    "Scores are test metrics in percent at the last epoch, settings chosen on validation: mean ± standard deviation "
+    "over seeds. Group is the mean of the groups' means, All the mean of the tasks. ✓ and ✗: within the accepted range "
+    "of the paper's value, or not. A cell is empty where there is no result."
+)
+
+
+def _lines(table: Table) -> list[tuple[str, str, list[str]]]:
+    """(class, name, cells): for each row ours and, where the paper has values, the paper's and the difference."""
+    made = []
+    for name, cells in table.lines:
+        columns = table.experiment.columns
+        papers = any(cell.paper is not None for cell in cells)
+        if papers:
+            made.append(("paper", f"{name}, paper", [_number(cell.paper) for cell in cells]))
+        ours = [_ours(column, cell) for column, cell in zip(columns, cells, strict=True)]
+        made.append(("ours", f"{name}, ours" if papers else name, ours))
+        if papers and any(cell.difference is not None for cell in cells):
+            made.append(("difference", "difference", [_difference(cell) for cell in cells]))
+    return made
+
+
+def _html(table: Table) -> str:
+    head = "".join(f"<th>{escape(COSTS.get(c, c))}</th>" for c in table.experiment.columns)
+    body = "".join(
+        f"<tr class={kind}><td>{escape(name)}</td>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>"
+        for kind, name, cells in _lines(table)
+    )
+    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _markdown(table: Table) -> list[str]:
+    columns = [COSTS.get(c, c) for c in table.experiment.columns]
+    bold = {"paper": "{}", "ours": "**{}**", "difference": "*{}*"}
+    rows = [[bold[kind].format(name), *cells] for kind, name, cells in _lines(table)]
+    return [_row(["", *columns]), "|---|" + "--:|" * len(columns), *map(_row, rows)]
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(c.replace('|', chr(92) + '|') for c in cells)} |"
+
+
+def _ours(column: str, cell: Cell) -> str:
+    if cell.ours is None:
+        return ""
+    if column in COSTS or cell.ours.count == 1:
+        return _number(cell.ours.mean)
+    return f"{cell.ours.mean:.2f} ± {cell.ours.spread:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _difference(cell: Cell) -> str:
+    if cell.difference is None:
+        return ""
+    mark = "" if cell.fits is None else " ✓" if cell.fits else " ✗"
+    return f"{cell.difference:+.2f}{mark}".replace("-", "−")
+
+
+def _notes(table: Table) -> list[str]:
+    """What must be said with the numbers: how, on what, what is missing."""
+    e, records = table.experiment, table.records
+
+    def said(key: str) -> str:
+        values = dict.fromkeys(str(r[key]) for r in records if r.get(key) is not None)
+        return ", ".join(values) or "unknown"
+
+    def all_of(key: str) -> str:
+        return ", ".join(dict.fromkeys(f"{v:g}" for r in records for v in r.get(key) or ()))
+
+    wanted = {(row.name, task) for row in e.rows if row.method is not None for task in _columns(table)}
+    there = {(r["row"], r["column"]) for r in records}
+    hours = sum(r.get("seconds") or 0 for r in records) / 3600
+    notes = [
+        f"Backbone {said('backbone')}, {said('image_size').replace('unknown', 'its own')} pixels a side; rates "
+        f"{all_of('lrs')}; epochs {all_of('epochs')}; seeds {', '.join(sorted({str(r['seed']) for r in records}))}; "
+        f"pixels {said('pixels')}.",
+        f"Commit {said('commit')}; {said('device')} ({said('machine')}); {hours:.1f} hours in all; "
+        f"{len(there & wanted)} of {len(wanted)} cells are there.",
+    ]
+    diverged = sorted({f"{r['row']} on {r['column']}" for r in records if r["score"] is None})
+    notes += [f"Diverged: {', '.join(diverged)}."] if diverged else []
+    return notes + ([e.note[0].upper() + e.note[1:] + "."] if e.note else [])
+
+
+def _columns(table: Table) -> list[str]:
+    return [name for task in table.experiment.tasks for name in (task.name, *(task.targets or ()))]
+
+
+def lines(records: Sequence[Record]) -> list[tuple[str, str, str, str]]:
+    """(experiment, row, column, score) for a terminal."""
+    return [
+        (table.experiment.name, row, column, _ours(column, cell))
+        for table in tables(records)
+        for row, cells in table.lines
+        for column, cell in zip(table.experiment.columns, cells, strict=True)
+        if cell.ours is not None and column not in COSTS
+    ]

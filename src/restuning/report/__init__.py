@@ -1,3 +1,0 @@
-"""Results as pages: tables beside the paper's and pictures, from results.jsonl alone; nothing here needs torch."""
-
-from restuning.report.page import write as write

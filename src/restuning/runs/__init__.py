@@ -1,0 +1,1 @@
+"""Recorded runs: settings → a saved adapter and a result."""

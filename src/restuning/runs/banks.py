@@ -1,0 +1,100 @@
+"""Runs and banks: build one by names, and the settings that one decides."""
+
+
+import contextlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from restuning._version import __version__
+from restuning.model.tuned import Tuned, adapt
+from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
+from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
+from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.errors import CheckpointError, Diverged, RestuningError
+from restuning.training.evaluate import Examples, evaluate
+from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.training.initialise import initialise, needs_data
+from restuning.model.count import count
+from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.named import find_method
+from restuning.data.objective import Objective, balanced, objective, worth
+from restuning.utils.distributed import is_first, meet
+from restuning.training.logging import bar
+from restuning.training.config import TrainConfig
+from restuning.training.loop import fit
+from restuning.side.features import MEAN
+
+from restuning.runs.settings import Run
+
+
+def from_bank(path: str | Path) -> dict[str, Any]:
+    """The settings of a run that a bank decides: data, what of it is tested on, and backbone, as they were when it was
+    built."""
+    manifest = Bank(path, verify=False).manifest
+    sizes = {"test_size": manifest.get("test_size")}
+    return {"data": manifest["data"]["spec"], "bank": str(path), **sizes, **manifest["source"]}
+
+
+def _agree(run: Run, bank: str) -> None:
+    """Raises RestuningError for settings that a bank decides, and that are others here."""
+    held = from_bank(bank)
+    other = next((name for name, value in held.items() if getattr(run, name) != value), None)
+    if other is not None:
+        raise RestuningError(f"{bank} is of {other} {held[other]!r}: leave out {getattr(run, other)!r}")
+    if run.augment:
+        raise RestuningError(f"{bank} holds features: augmented ones are built by restuning bank --views")
+
+
+def build_bank(
+    data: str,
+    out: Path,
+    *,
+    backbone: str = MICRO,
+    weights: str | None = None,
+    image_size: int | None = None,
+    crop: bool = False,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    tokens: str | None = None,
+    sizes: Mapping[str, int | None],
+    progress: bool = True,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
+
+    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), or g for CLS and a g × g grid; None:
+    what the backbone's pooling sees.
+    """
+    model = load_backbone(backbone, weights, image_size)
+    if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
+        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")
+    reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
+    how = reading_of(model, **reads)
+    grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
+    # a mean over all tokens of a text has their mask kept too
+    all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
+    pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
+    tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
+    if tokens == "mean" and tuned._live() != MEAN:
+        raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
+    if torch.cuda.is_available():
+        tuned.cuda()
+    task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
+    with bar(100, progress) as show:
+
+        def seen(done: int, of: int) -> None:
+            show(100 * done // of, f"{done} of {of}")
+
+        source = {"backbone": backbone, "weights": weights, **reads}
+        about = {"source": source, "test_size": sizes.get("test_size")}
+        return build(tuned, task, how, out, about=about, seen=seen, **settings)

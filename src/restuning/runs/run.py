@@ -1,0 +1,166 @@
+"""A recorded run: its settings as data, and the one procedure that turns them into a saved adapter and a result."""
+
+import contextlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from restuning._version import __version__
+from restuning.model.tuned import Tuned, adapt
+from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
+from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
+from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.errors import CheckpointError, Diverged, RestuningError
+from restuning.training.evaluate import Examples, evaluate
+from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.training.initialise import initialise, needs_data
+from restuning.model.count import count
+from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.named import find_method
+from restuning.data.objective import Objective, balanced, objective, worth
+from restuning.utils.distributed import is_first, meet
+from restuning.training.logging import bar
+from restuning.training.config import TrainConfig
+from restuning.training.loop import fit
+from restuning.side.features import MEAN
+
+from restuning.runs.settings import RESULT, Run, TRIALS, versions
+from restuning.runs.sources import _FromBank, _FromItems, _Prepared
+from restuning.runs.folder import claimed
+from restuning.runs.banks import _agree
+
+
+def execute(
+    run: Run,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    tensorboard: bool = False,
+    shard: bool = False,
+) -> dict[str, Any]:
+    """Train, test, save: run.json, the adapter and result.json in `out`. Returns what result.json holds. Of several
+    processes (`accelerate launch`), all train and the first one writes; with `shard` each holds a share of the frozen
+    backbone (see `Tuned.shard`), which changes nothing else.
+
+    Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
+    """
+    if shard and isinstance(find_method(run.method), Full):
+        raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
+    if run.bank is not None:
+        _agree(run, run.bank)
+    meet()
+    with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
+        processes = meet()
+        start = time.perf_counter()
+        sizes = {"train_size": run.train_size, "shots": run.shots, "test_size": run.test_size}
+        sizes["seed"] = run.training.seed
+        bank = None if run.bank is None else Bank(run.bank)
+        load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
+        whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
+        if bank is None:
+            for items in filter(None, (whole.train, whole.val, whole.test)):
+                check(items)
+            task: _Prepared = _FromItems(run, whole, shard)
+        elif shard:
+            raise RestuningError("a run from a bank holds no backbone: there is nothing to share out")
+        else:
+            task = _FromBank(run, whole, bank)
+        if run.training.patience is not None and len(run.lrs) > 1 and whole.val is None:
+            raise RestuningError("patience with several rates wants data with a validation split: give one rate")
+        lr, trials = run.lrs[0], dict[str, float | None]()
+        if len(run.lrs) > 1:
+            held = whole
+            if whole.val is None or run.val_size:
+                held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
+            trials = _choose(run, task, held, out, resume, progress)
+            lr = max(run.lrs, key=lambda rate: worth(trials[str(rate)]))
+        model, tuned = task.model(whole.train)
+        examples = task.read(tuned, whole.train, run.augment)
+        history = fit(
+            model,
+            examples,
+            None if whole.val is None else task.read(tuned, whole.val),
+            _training(run, lr, examples),
+            state=out / "state.pt",
+            resume=resume,
+            progress=progress,
+            objective=_objective(run, whole),
+            tracker=out / "tensorboard" if tensorboard else None,
+        )
+        metrics = dict(evaluate(model, task.read(tuned, whole.test), run.training.batch_size, kind=whole.kind))
+        result = {
+            "metric": next(iter(metrics)),
+            **{f"test_{name}": value for name, value in metrics.items()},
+            "lr": lr,
+            "validation_score": trials,
+            "epochs": [asdict(epoch) for epoch in history.epochs],
+            "stopped": history.stopped,
+            "examples": {"train": len(whole.train), "val": len(whole.val or ()), "test": len(whole.test)},
+            "classes": len(whole.classes),
+            "parameters": count(tuned),
+            "kept_features": isinstance(model, FromFeatures),
+            "processes": processes,
+            "seconds": round(time.perf_counter() - start, 1),
+            "versions": versions(),
+            "settings": run.to_dict(),
+        }
+        if is_first():
+            tuned.save_pretrained(out)
+            write_whole(out / RESULT, as_json(result))
+            (out / "state.pt").unlink(missing_ok=True)
+        meet()
+        return result
+
+
+def _choose(
+    run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool
+) -> dict[str, float | None]:
+    """The validation score of every rate, at the last epoch; those already measured are not measured again."""
+    file = out / TRIALS
+    trials: dict[str, float | None] = json.loads(file.read_text()) if resume and file.exists() else {}
+    assert held.val is not None
+    for lr in run.lrs:
+        if str(lr) in trials:
+            continue
+        model, tuned = task.model(held.train)
+        state, examples = out / f"trial-{lr}.pt", task.read(tuned, held.train, run.augment)
+        val = task.read(tuned, held.val)
+        try:
+            fit(
+                model,
+                examples,
+                val,
+                _training(run, lr, examples),
+                state=state,
+                resume=resume,
+                progress=progress,
+                objective=_objective(run, held),
+            )
+            trials[str(lr)] = next(evaluate(model, val, run.training.batch_size, kind=held.kind))[1]
+        except Diverged:  # a rate that is too high is no choice, and no reason to stop
+            trials[str(lr)] = None
+        if is_first():
+            write_whole(file, as_json(trials))
+            state.unlink(missing_ok=True)
+    return trials
+
+
+def _training(run: Run, lr: float, examples: Examples) -> TrainConfig:
+    """Features that are kept have no length any more."""
+    grouped = run.training.group_by_length and not isinstance(examples, Kept | FromBank)
+    return replace(run.training, lr=lr, group_by_length=grouped)
+
+
+def _objective(run: Run, task: Task) -> Objective:
+    weights = balanced(task.kind, task.train.labels, len(task.classes)) if run.class_weights else None
+    return objective(task.kind, weights)

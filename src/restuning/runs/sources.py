@@ -1,0 +1,155 @@
+"""Where a run's examples and models come from: items and a backbone, or a bank."""
+
+
+import contextlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from restuning._version import __version__
+from restuning.model.tuned import Tuned, adapt
+from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
+from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
+from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.errors import CheckpointError, Diverged, RestuningError
+from restuning.training.evaluate import Examples, evaluate
+from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.training.initialise import initialise, needs_data
+from restuning.model.count import count
+from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.named import find_method
+from restuning.data.objective import Objective, balanced, objective, worth
+from restuning.utils.distributed import is_first, meet
+from restuning.training.logging import bar
+from restuning.training.config import TrainConfig
+from restuning.training.loop import fit
+from restuning.side.features import MEAN
+
+from restuning.runs.settings import Run
+
+
+class _Prepared(Protocol):
+    """Models of a run, and items as they read them."""
+
+    def model(self, train: Items) -> tuple[nn.Module, Tuned]:
+        """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
+        ...
+
+    def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples: ...
+
+
+class _FromItems:
+    """Items as pixels or tokens, or (where nothing is tuned inside a frozen backbone, and they never change) the
+    features that the backbone made of them, computed once."""
+
+    def __init__(self, run: Run, whole: Task, shard: bool = False) -> None:
+        self.run, self.whole = run, whole
+        self.backbone = load_backbone(run.backbone, run.weights, run.image_size)
+        self.how = reading_of(self.backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
+        self.fits: bool | None = None
+        self.plain: dict[tuple[str, ...], Examples] = {}
+        self.kept: dict[tuple[str, ...], Examples] = {}
+        state = self.backbone.state_dict()
+        self.came = {k: v.clone() for k, v in state.items()} if isinstance(find_method(run.method), Full) else None
+        self.sharded: Tuned | None = None
+        if shard:
+            self.sharded = Tuned(self.backbone, backbone_name=run.backbone)
+            self.sharded.shard("cuda" if torch.cuda.is_available() else "cpu")
+
+    def model(self, train: Items) -> tuple[nn.Module, Tuned]:
+        torch.manual_seed(self.run.training.seed)
+        if self.came is not None:
+            self.backbone.load_state_dict(self.came)
+        tuned = self.sharded or Tuned(self.backbone, backbone_name=self.run.backbone)
+        for name in list(tuned.adapters):  # of the rate before
+            tuned.delete_adapter(name)
+        _adapted(tuned, self.run, self.whole, self.how)
+        if torch.cuda.is_available():
+            tuned.cuda()
+        if needs_data(tuned):
+            initialise(tuned, self._examples(train), self.run.training.seed)
+        return (FromFeatures(tuned) if self._keeps(tuned) else tuned), tuned
+
+    def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
+        if augment:
+            return prepared(items, self.how, True, self.run.training.seed)
+        if not self._keeps(tuned):
+            return self._examples(items)
+        key = tuple(items.names)
+        if key not in self.kept:
+            self.kept[key] = keep(tuned, self._examples(items), self.run.training.batch_size)
+        return self.kept[key]
+
+    def _examples(self, items: Items) -> Examples:
+        key = tuple(items.names)
+        if key not in self.plain:
+            made = prepared(items, self.how)
+            if isinstance(made, Prepared):  # it keeps its own pixels, for as long as it is used
+                return made
+            self.plain[key] = made
+        return self.plain[key]
+
+    def _keeps(self, tuned: Tuned) -> bool:
+        if not self.run.keep_features or self.run.augment or not tuned.reads_features or self.whole.kind == "per-token":
+            return False
+        if self.fits is None:
+            whole = self.whole
+            items = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
+            self.fits = bytes_each(tuned, self._examples(whole.train)) * items <= LIMIT
+        return self.fits
+
+
+class _FromBank:
+    """Rows of a bank; of the backbone no more than its tail is in memory."""
+
+    def __init__(self, run: Run, whole: Task, bank: Bank) -> None:
+        self.run, self.whole, self.bank = run, whole, bank
+        self.kept: dict[tuple[str, ...], Examples] = {}
+
+    def model(self, train: Items) -> tuple[nn.Module, Tuned]:
+        torch.manual_seed(self.run.training.seed)
+        tuned = self.bank.tuned(describe_backbone(self.run.backbone))
+        _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing))
+        self.bank.accepts(tuned)
+        return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
+
+    def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
+        rows, key = FromBank(self.bank, items), tuple(items.names)
+        if self.bank.views > 1 or 2 * self.bank.bytes > LIMIT:  # a part of it, and all
+            return rows
+        if key not in self.kept:
+            self.kept[key] = rows.kept()
+        return self.kept[key]
+
+
+def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
+    tuned.add_adapter(
+        "default",
+        run.spec(tuned.family),
+        len(whole.classes),
+        pool=run.pool,
+        classes=whole.classes,
+        preprocessing=how.to_dict(),
+        kind=whole.kind,
+    )
+
+
+def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
+    """A maker of the run's newly born models, each on what is left of a backbone without its weights."""
+    prepared = _FromBank(run, whole, bank)
+
+    def born() -> FromFeatures:
+        model, _ = prepared.model(whole.train)
+        assert isinstance(model, FromFeatures)
+        return model
+
+    return born

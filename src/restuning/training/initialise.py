@@ -1,0 +1,79 @@
+"""What begins from data: a ladder pruned by Fisher information, a side network distilled from its backbone."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restuning.data.objective import objective
+from restuning.hooks.taps import tap
+from restuning.methods.spec import Ladder, SideTuning, parts_of
+from restuning.model.adapter import Adaptation, prune_ladder
+from restuning.model.tuned import Tuned, arguments
+from restuning.side import LadderNet, SideNet
+from restuning.training.evaluate import Examples, loader, to_device
+
+FISHER_EXAMPLES = 128
+
+
+def needs_data(tuned: Tuned) -> bool:
+    """Whether the active adapter's method begins from data."""
+    return any(
+        (isinstance(part, Ladder) and part.init == "fisher") or (isinstance(part, SideTuning) and part.distil > 0)
+        for part in parts_of(tuned._find(tuned._active()[0]).method)
+    )
+
+
+def initialise(tuned: Tuned, examples: Examples, seed: int = 0) -> None:
+    """Give the active adapter's side path the beginning that its method asks for; most ask for none.
+
+    examples: (inputs, label) as the backbone takes them, not the features of a bank.
+    """
+    adapter = tuned._find(tuned._active()[0])
+    for part in parts_of(adapter.method):
+        if isinstance(part, Ladder) and part.init == "fisher" and isinstance(adapter.side, LadderNet):
+            information = fisher(tuned, adapter, examples, seed)
+            prune_ladder(adapter.side, tuned.backbone, tuned._sites, information.__getitem__)
+        elif isinstance(part, SideTuning) and isinstance(adapter.side, SideNet):
+            for epoch in range(part.distil):
+                _distil(tuned, adapter, adapter.side, examples, seed + epoch)
+
+
+def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0) -> dict[nn.Parameter, Tensor]:
+    """The empirical Fisher information of the backbone's weights: the mean of the squared gradients of the loss that
+    the adapter's new head has on the frozen features, over at most 128 examples one by one."""
+    backbone = tuned.backbone
+    weights = [p for p in backbone.parameters() if p.ndim == 2]
+    sums = {weight: torch.zeros_like(weight) for weight in weights}
+    modes = [(p, p.requires_grad) for p in weights]
+    picked = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:FISHER_EXAMPLES].tolist()
+    device = weights[0].device
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for inputs, label in loader(examples, sampler=picked):
+            with torch.enable_grad(), tap(backbone, tuned._sites, [adapter.depth], adapter.view) as taps:
+                call, named = arguments((to_device(inputs, device),), {})
+                backbone(*call, **named)
+                logits = adapter.head(tuned._readers[tuned._active()[0]].tail(taps.features[0]))
+                loss = objective(adapter.card.kind).loss(logits, label.to(device))
+            for weight, grad in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
+                if grad is not None:
+                    sums[weight] += grad.square() / len(picked)
+    finally:
+        for weight, mode in modes:
+            weight.requires_grad_(mode)
+    return sums
+
+
+def _distil(tuned: Tuned, adapter: Adaptation, side: SideNet, examples: Examples, seed: int) -> None:
+    """One epoch in which the side network learns the backbone's own pooled features (Zhang et al. 2020)."""
+    optimizer = torch.optim.AdamW(side.net.parameters(), lr=1e-3)
+    device = next(tuned.parameters()).device
+    order = torch.Generator().manual_seed(seed)
+    side.net.train()
+    for inputs, _ in loader(examples, 32, shuffle=True, generator=order):
+        pixels, x = tuned.features(to_device(inputs, device))
+        loss = F.mse_loss(side.net(pixels), tuned._readers[tuned._active()[0]].tail(x).detach())
+        optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        optimizer.step()

@@ -1,0 +1,1 @@
+"""Files, hubs, processes, measurements."""

@@ -1,1 +1,0 @@
-"""Where it goes: sites of a backbone, hooks that add at them, taps that read it."""
