@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from restuning._types import Port
 from restuning.errors import SiteError
-from restuning.wiring.anatomy import PARTS, Anatomy, Point, Weight
-from restuning.wiring.sites import Found, Site, Sites, kernel_of, layout_of
-from restuning.wiring.trace import BATCH, WORDS, Attended, Mapped, Ran, Seen, Trace, quiet, run, tensors, trace
+from restuning.backbones.anatomy import PARTS, Anatomy, Point, Weight
+from restuning.backbones.sites import Found, Site, Sites, kernel_of, layout_of
+from restuning.backbones.trace import BATCH, WORDS, Attended, Mapped, Ran, Seen, Trace, quiet, run, tensors, trace
 
 LEAST = 0.6
 """The share of the parameters that the blocks must hold."""
