@@ -53,8 +53,8 @@ class Kernel:
 class Port:
     """What a tuner may know of the place it is built for: the width that it `reads`, the width that it `writes`, the
     number of attention `heads` of the block (1 where it has none), which `block` it is of how many (`depth`), where
-    the tokens are a grid of patches, how many come before them (`grid`; None: no grid), and, where the operation is a
-    convolution, its `kernel`."""
+    the tokens are a grid of patches, how many come before them (`grid`; None: no grid), where the operation is a
+    convolution, its `kernel`, and where it looks words up in a table, how many `words` that has."""
 
     reads: int
     writes: int
@@ -63,6 +63,7 @@ class Port:
     depth: int = 1
     grid: int | None = None
     kernel: Kernel | None = None
+    words: int | None = None
 
 
 Recipe: TypeAlias = Callable[[Port], nn.Module]
@@ -82,4 +83,5 @@ appended to the stream, and taken off again after the block, or after the last o
 (h, p, d / h) that are merged into the softmax),
 `on_grid = True` to be spared the tokens that others have appended after the grid of patches,
 `on_maps = True` to be given the maps (b, d, h, w) of a convolution, and to return one,
+`bind(weight, bias)` to be handed the frozen affine map's own when it is made, and
 `merges = True` if it has `merged(weight, bias)`, the affine map's with the tuner in it."""

@@ -78,7 +78,10 @@ class Affine:
 
 
 PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2", "conv", "norms", "linear")
-AFFINE = ("embed", *PARTS, "norm")
+AFFINE = ("embed", *PARTS[:-1], "norm")
+LINEAR = ("qkv", "proj", "fc1", "fc2", "conv", "linear")
+"""The parts that are linear maps and convolutions."""
+
 
 BLOCK = Op(into(""), out_of(""))  # the block itself: reads the stream, writes the stream
 

@@ -5,6 +5,7 @@ after another, the sums that end an operation, the softmax inside an attention, 
 follows the blocks is tried out, and kept if it gives the backbone's own output.
 """
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from restuning._types import Port
-from restuning.errors import SiteError
+from restuning.errors import SiteError, TowersError
 from restuning.backbones.anatomy import PARTS, Anatomy, Point, Weight
-from restuning.backbones.sites import Found, Site, Sites, kernel_of, layout_of
+from restuning.backbones.sites import Found, Site, Sites, is_linear, kernel_of, layout_of, sides, words_of
 from restuning.backbones.trace import BATCH, WORDS, Attended, Mapped, Ran, Seen, Trace, quiet, run, tensors, trace
 
 LEAST = 0.6
@@ -46,6 +47,8 @@ def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None, root: str
         try:
             found = _Finder(backbone, one, root).sites()
             break
+        except TowersError:
+            raise
         except SiteError:
             if i + 1 == len(given):
                 raise
@@ -73,8 +76,9 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
 
     if isinstance(timm, Mapping) and "input_size" in timm:
         channels, *size = timm["input_size"]
-        low = () if timm.get("fixed_input_size") or min(size) <= 224 else ((224, 224),)
-        yield from pixels(channels, (*low, (size[0], size[1])), _first_name(backbone))
+        low = () if timm.get("fixed_input_size") or min(size) <= 128 else ((128, 128),)
+        own = _size(getattr(getattr(backbone, "patch_embed", None), "img_size", None))  # where it was built for another
+        yield from pixels(channels, (*((own,) if own else low), (size[0], size[1])), _first_name(backbone))
         return
     if config is not None:
         main = getattr(backbone, "main_input_name", "")
@@ -88,8 +92,9 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
         if main == "input_ids" and words:
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(min(3, int(words) - 1), int(words), (BATCH, WORDS), generator=draw).to(like.device)
-            more = {"decoder_input_ids": ids} if getattr(config, "is_encoder_decoder", False) else {}
-            if hasattr(config, "vision_config") or hasattr(config, "text_config"):
+            takes = inspect.signature(backbone.forward).parameters
+            more = {"decoder_input_ids": ids} if "decoder_input_ids" in takes else {}
+            if "pixel_values" in takes and hasattr(config, "vision_config"):
                 size = _size(getattr(getattr(config, "vision_config", None), "image_size", None)) or (224, 224)
                 image = next(pixels(3, [size], "pixel_values"))
                 yield {"input_ids": ids, **image}
@@ -107,8 +112,6 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
 
 
 def _first_name(backbone: nn.Module) -> str:
-    import inspect
-
     return next(iter(inspect.signature(backbone.forward).parameters))
 
 
@@ -138,13 +141,6 @@ def _kind(module: nn.Module) -> Any:
 
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
-
-
-def _affine(module: nn.Module) -> bool:
-    """Whether it is one affine map on the last dimension, or on the channels of a map."""
-    weight = getattr(module, "weight", None)
-    own = isinstance(weight, Tensor) and weight.ndim in (2, 4) and not isinstance(module, nn.Embedding)
-    return own and (isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ in ("Conv1D", "NonDynamicallyQuantizableLinear"))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -199,7 +195,8 @@ class _Finder:
         if not tower:
             raise SiteError(f"no module {root!r} is called by {type(backbone).__name__}: expected the path of a tower")
         self.tower = tower[0]
-        self.total = _count(self.tower.module)
+        ran = {id(p): p.numel() for c in self.calls for p in c.module.parameters(recurse=False)}
+        self.total = sum(ran.values())
         self.elements: set[Any] = set()
         self.lists: list[tuple[str, list[Ran]]] = []
 
@@ -214,9 +211,11 @@ class _Finder:
 
     def _share(self, blocks: Sequence[Ran]) -> float:
         held = {id(p): p.numel() for ran in blocks for p in ran.module.parameters()}
-        tokens = (m for m in self.tower.module.modules() if isinstance(m, nn.Embedding))
-        other = {id(p): p.numel() for m in tokens for p in m.parameters()}  # words are looked up, not computed with
-        return sum(held.values()) / max(self.total - sum(n for i, n in other.items() if i not in held), 1)
+        ran = {id(p): p.numel() for c in self.calls for p in c.module.parameters(recurse=False)}
+        for module in self.tower.module.modules():
+            if isinstance(module, nn.Embedding):  # words are looked up, not computed with
+                ran.pop(id(module.weight), None)
+        return sum(held.values()) / max(sum((ran | held).values()), 1)
 
     def _blocks(self) -> list[Ran]:
         self._find_lists()
@@ -355,14 +354,24 @@ class _Finder:
             return found
         held = [sum(_count(ran.module) for ran in chain) for chain in chains]
         order = sorted(range(len(chains)), key=lambda i: -held[i])
-        large = [i for i in order if held[i] >= 0.15 * self.total]
+        large = sorted(i for i in order if held[i] >= 0.15 * self.total)
         if len(large) > 1:
-            places = [_common([ran.path for ran in chains[i]]) for i in sorted(large)]
-            raise SiteError(
-                f"{type(self.backbone).__name__} has {len(large)} towers ({', '.join(places)}): name the one that is "
-                "meant, tower="
-            )
+            raise TowersError(type(self.backbone).__name__, self._towers([chains[i][0] for i in large]))
         return chains[order[0]]
+
+    def _towers(self, firsts: Sequence[Ran]) -> tuple[str, ...]:
+        """The outermost modules that hold one of these calls each."""
+        around = []
+        for ran in firsts:
+            holders = []
+            while ran.parent is not None:
+                ran = ran.parent
+                holders.append(ran.path)
+            around.append(holders)
+        return tuple(
+            next((p for p in reversed(own) if all(p not in others for others in around if others is not own)), own[0])
+            for own in around
+        )
 
     def _refusal(self, blocks: Sequence[Ran], share: float) -> str:
         name = type(self.backbone).__name__
@@ -400,6 +409,7 @@ class _Described:
         self.backbone, self.trace = finder.backbone, finder.trace
         self.notes: list[str] = []
         self.text = "input_ids" in finder.inputs
+        self.times = Counter(ran.path for ran in finder.calls)
 
     def sites(self) -> Sites:
         tail = _tail(self.backbone, self.trace, self.blocks, self.finder.inputs, self.prefix(self.blocks[-1]))
@@ -422,7 +432,7 @@ class _Described:
         lengths = [len(list(group)) for _, group in groupby(shapes)]
         stages = tuple(sum(lengths[: i + 1]) for i in range(len(lengths)))
         every = [site for i in range(depth) for site in self._of_block(i, ports[i], outs[i], operations[i])]
-        every = [*self._embed(), *every, *self._norms(tail)]
+        every = [*self._embed(), *every, *self._norms(tail), *words_of(self.backbone)]
         ops = {site.op for site in every}
         attention = self._one_attention(every)
         parts = {site.op: () for site in every if site.op in PARTS}
@@ -502,7 +512,7 @@ class _Described:
         maps = [
             math.prod(o.shape[2:])
             for other in self.finder.calls
-            if other.end < ran.start and _affine(other.module)
+            if other.end < ran.start and is_linear(other.module)
             for o in other.outs[:1]
             if len(o.shape) == 4 and o.shape[0] == BATCH and n - 32 < math.prod(o.shape[2:]) <= n
         ]
@@ -529,11 +539,11 @@ class _Described:
                 yield replace(one, op=name)
 
     def _names(self, found: Sequence[_Operation], ran: Ran) -> list[str]:
-        def affine(one: _Operation) -> list[Ran]:
-            return [c for c in one.calls if _affine(c.module)]
+        def maps_of(one: _Operation) -> list[Ran]:
+            return [c for c in one.calls if is_linear(c.module)]
 
         def feeds(one: _Operation) -> bool:
-            maps = [c.module for c in affine(one)]
+            maps = [c.module for c in maps_of(one)]
             while maps and _depthwise(maps[0]):
                 maps = maps[1:]
             return len(maps) > 1 and _pointwise(maps[0]) and _pointwise(maps[-1])
@@ -543,11 +553,11 @@ class _Described:
         if any(attends):
             started = attends.index(True)
             for i, name in enumerate(names):
-                names[i] = "ffn" if not name and i > started and not _convolves(affine(found[i])) else name
+                names[i] = "ffn" if not name and i > started and not _convolves(maps_of(found[i])) else name
         elif len(found) > 1 and names[-1] == "ffn":
             names = ["mha", *("" for _ in found[2:]), "ffn"]
         elif len(found) == 1 and names == ["ffn"]:
-            maps = [c.module for c in affine(found[0])]
+            maps = [c.module for c in maps_of(found[0])]
             if any(_depthwise(m) for m in maps[1:]):  # an inverted bottleneck is a block of convolutions
                 names = [""]
         kept = {}
@@ -657,7 +667,7 @@ class _Described:
             return None
         to = self._at(inner, writes)
         entry = max(ends, key=lambda tag: (tag in normed, tag))
-        maps = [c for c in calls if _affine(c.module)]
+        maps = [c for c in calls if is_linear(c.module)]
         reads = self._reads(ran, inner, at, entry, calls, normed, to, writes)
         width = (_width(self._at(inner, reads, ran), reads.last), _width(to, writes.last))
         norm = normed.get(entry)
@@ -673,6 +683,11 @@ class _Described:
         seen = call.read if point.side == "in" else call.said
         assert seen is not None
         return seen
+
+    @staticmethod
+    def _time(inner: Sequence[Ran], point: Point, ran: Ran) -> int:
+        call = next(c for c in (*inner, ran) if c.path == point.path)
+        return call.start if point.side == "in" else call.end
 
     def _reads(
         self,
@@ -701,6 +716,8 @@ class _Described:
         if ran.read is not None:
             points.append((ran.read, Point(ran.path, "in", _last(ran.module, ran.read))))
         for seen, point in points:
+            if self._time(inner, point, ran) > self._time(inner, writes, ran):
+                continue
             if seen.streams and (_tokens(seen, point.last) == n or len(seen.shape) == len(to.shape) == 4):
                 return point
         return writes
@@ -715,6 +732,9 @@ class _Described:
             return Site(op, i, f"{i}_{name}", reads, writes, stream, here, weight)
 
         for one in operations:
+            points = (one.reads, one.writes, one.stream)
+            if call is not None and any(self.times[p.path] != self.times[ran.path] for p in points):
+                continue
             here = replace(port, reads=one.width[0], writes=one.width[1])
             yield site(one.op, one.op, one.reads, one.writes, one.stream, here)
         read = ran.read
@@ -736,10 +756,10 @@ class _Described:
         yield from self._parts(i, port, operations, site)
 
     def _parts(self, i: int, port: Port, operations: Sequence[_Operation], site: Any) -> Iterator[Site]:
-        ran = self.blocks[i]
+        ran, call = self.blocks[i], self.calls[i]
         roles: dict[str, str] = {}
         for one in operations:
-            maps = [c for c in one.calls if _affine(c.module)]
+            maps = [c for c in one.calls if is_linear(c.module)]
             norm = next((c for c in one.calls if _is_norm(c.module) and c.end < min((m.start for m in maps), default=0)), None)
             after = [c for c in ran.within() if _is_norm(c.module) and c.read is not None and c.path not in roles]
             if norm is not None:
@@ -752,15 +772,17 @@ class _Described:
             if c.path in seen or c.read is None or c.said is None:
                 continue
             kind = "norms" if _is_norm(c.module) else "conv" if isinstance(c.module, nn.Conv2d) else "linear"
-            if not (_affine(c.module) or (_is_norm(c.module) and getattr(c.module, "weight", None) is not None)):
+            if not (is_linear(c.module) or (_is_norm(c.module) and getattr(c.module, "weight", None) is not None)):
                 continue
             seen.add(c.path)
+            if call is not None and self.times[c.path] != self.times[ran.path]:
+                continue
             role = roles.get(c.path, kind)
             last = not isinstance(c.module, nn.Conv2d) and len(c.read.shape) == 4 and _last_of(c)
             if len(c.read.shape) not in (2, 3, 4) or not c.read.floating:
                 continue
-            width = _sides(c.module, _width(c.read, last), _width(c.said, last))
-            if width is None or (_width(c.read, last), _width(c.said, last)) != width:
+            width = sides(c.module)
+            if (_width(c.read, last), _width(c.said, last)) != width:
                 continue
             kernel = kernel_of(c.module) if isinstance(c.module, nn.Conv2d) else None
             fused = {"drop", "act"} <= {name for name, _ in c.module.named_children()}
@@ -768,7 +790,7 @@ class _Described:
             into = Point(c.path, "in", last)
             here = replace(port, reads=width[0], writes=width[1], kernel=kernel)
             yield site(role, f"{role}_{_short(c.path, ran.path)}", into, out, into, here)
-        for mapped in self.trace.mapped:
+        for mapped in self.trace.mapped if call is None else ():
             if not (ran.start < mapped.at < ran.end) or mapped.weight in seen or not _under(mapped.ran.path, ran.path):
                 continue
             seen.add(mapped.weight)
@@ -805,7 +827,7 @@ class _Described:
         """The affine map that makes the first tokens."""
         first = self.blocks[0]
         before = [c for c in self.finder.calls if c.end < first.start and c.said is not None]
-        maps = [c for c in before if _affine(c.module) and c.said is not None and c.said.shape[0] == BATCH]
+        maps = [c for c in before if is_linear(c.module) and c.said is not None and c.said.shape[0] == BATCH]
         if self.text:
             maps = [c for c in before if _is_norm(c.module) and c.said is not None and c.said.streams]
         if maps:
@@ -855,18 +877,6 @@ def _last_of(ran: Ran) -> bool:
     return layout_of(ran.module) != "first"
 
 
-def _sides(module: nn.Module, reads: int, writes: int) -> tuple[int, int] | None:
-    """Features in and out, by the weight."""
-    weight: Any = module.weight
-    if weight.ndim == 1:
-        return len(weight), len(weight)
-    if isinstance(module, nn.Conv2d):
-        return module.in_channels, module.out_channels
-    if weight.ndim != 2:
-        return None
-    return (weight.shape[0], weight.shape[1]) if type(module).__name__ == "Conv1D" else (weight.shape[1], weight.shape[0])
-
-
 def _short(path: str, block: str) -> str:
     return path.removeprefix(f"{block}.").replace(".", "_")
 
@@ -907,7 +917,7 @@ def _tail(backbone: nn.Module, seen: Trace, blocks: Sequence[Ran], inputs: Mappi
         for handle in handles:
             handle.remove()
     targets = list(_targets(backbone, out, kept, seen))
-    text = "input_ids" in inputs
+    words = _words(backbone, inputs, out) if "input_ids" in inputs else None
     with quiet(backbone):
         sources: list[tuple[Ran | None, Any]] = [(None, kept[blocks[-1].path][-1][1])]
         sources += [(c, kept[c.path][-1][1]) for c in after if kept.get(c.path)]
@@ -919,7 +929,7 @@ def _tail(backbone: nn.Module, seen: Trace, blocks: Sequence[Ran], inputs: Mappi
             source = more or blocks[-1]
             last = _last(source.module, Seen(0, tuple(h.shape), True))
             rest = [c for c in after if c.start > source.end] if more is not seen.root else []
-            found = _fitting(h.permute(0, 3, 1, 2) if last else h, rest, targets, prefix, text)
+            found = _fitting(h.permute(0, 3, 1, 2) if last else h, rest, targets, prefix, words)
             if found is not None:
                 return replace(found, more=more)
     raise SiteError(f"the pooling of {type(backbone).__name__} is not known: its blocks are found, its output is not made of them")
@@ -953,9 +963,10 @@ def _targets(backbone: nn.Module, out: Any, kept: Mapping[str, list[Any]], seen:
         yield ("pooled" if first.ndim == 2 or first.shape[2:] == (1, 1) else "tokens"), first
 
 
-def _fitting(h: Tensor, rest: Sequence[Ran], targets: Sequence[tuple[str, Tensor]], prefix: int, text: bool) -> _Tail | None:
+def _fitting(h: Tensor, rest: Sequence[Ran], targets: Sequence[tuple[str, Tensor]], prefix: int, words: str | None) -> _Tail | None:
     modules = list(_in_tail(rest))[:14]
     x = as_tokens(h)
+    text = words is not None
     image = not text
     for kind, target in targets:
         wanted = target if kind == "tokens" else target.flatten(1)
@@ -969,7 +980,7 @@ def _fitting(h: Tensor, rest: Sequence[Ran], targets: Sequence[tuple[str, Tensor
                 continue
             if kind == "tokens":
                 if k == size and _same(y, as_tokens(target)):
-                    return _pooled_anyhow(norm, x, y, prefix, text, target)
+                    return _pooled_anyhow(norm, y, prefix, words, target)
                 continue
             for pool, skip in _pools(y, prefix, image):
                 try:
@@ -990,10 +1001,27 @@ def _fitting(h: Tensor, rest: Sequence[Ran], targets: Sequence[tuple[str, Tensor
     return None
 
 
-def _pooled_anyhow(norm: Sequence[Ran], x: Tensor, y: Tensor, prefix: int, text: bool, target: Tensor) -> _Tail:
+def _words(backbone: nn.Module, inputs: Mapping[str, Any], out: Any) -> str:
+    """How the tokens of a text are pooled by one who wants one feature of all: by the last where it alone sees all."""
+    first = next((t for t in tensors(out) if t.is_floating_point()), None)
+    if first is not None and first.ndim == 3 and first.shape[1] == WORDS:
+        ids = inputs["input_ids"].clone()
+        ids[:, -1] = torch.where(ids[:, -1] == ids[:, 0], ids[:, 1], ids[:, 0])
+        with quiet(backbone):
+            other = next(t for t in tensors(run(backbone, {**inputs, "input_ids": ids})) if t.is_floating_point())
+        if torch.allclose(first[:, 0], other[:, 0], rtol=1e-4, atol=1e-5):
+            return "last"
+    config: Any = getattr(backbone, "config", None)
+    said = getattr(config, "classifier_pooling", None)
+    if said in ("cls", "mean"):
+        return str(said)
+    return "mean" if getattr(config, "is_encoder_decoder", False) or hasattr(config, "d_kv") else "cls"
+
+
+def _pooled_anyhow(norm: Sequence[Ran], y: Tensor, prefix: int, words: str | None, target: Tensor) -> _Tail:
     """Of a backbone that gives its last tokens: the first where there is one before the patches, else their mean."""
-    pool = "mean" if target.ndim == 4 or (not text and prefix == 0) else "cls"
-    return _Tail(tuple(m.path for m in norm), (), None, pool, prefix if pool == "mean" or not text else 0, y.shape[-1], True)
+    pool = words or ("mean" if target.ndim == 4 or prefix == 0 else "cls")
+    return _Tail(tuple(m.path for m in norm), (), None, pool, 0 if text else prefix, y.shape[-1], True)
 
 
 def _pools(y: Tensor, prefix: int, image: bool) -> Iterator[tuple[str, int]]:

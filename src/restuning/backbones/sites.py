@@ -1,7 +1,7 @@
 """The search for a backbone's operations, by the table of anatomies."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from restuning._types import Kernel, Port
-from restuning.backbones.anatomy import AFFINE, BLOCK, PARTS, Affine, Anatomy, Point, Weight, several
+from restuning.backbones.anatomy import AFFINE, BLOCK, LINEAR, PARTS, Affine, Anatomy, Point, Weight, several
 from restuning.backbones.families import ANATOMIES
 from restuning.errors import SiteError
 
@@ -36,7 +36,10 @@ class Site:
         """The affine map at a part, at `embed` or at `norm`, of a module or of none."""
         path = self.reads.path
         at = self.weight or Weight("", f"{path}.weight", f"{path}.bias")
-        return Affine(attrgetter(at.weight)(backbone), None if at.bias is None else _reached(backbone, at.bias))
+        weight = attrgetter(at.weight)(backbone)
+        turned = self.weight is None and type(backbone.get_submodule(path)).__name__ == "Conv1D"  # (in, out), as GPT-2's
+        bias = None if at.bias is None else _reached(backbone, at.bias)
+        return Affine(weight.T if turned else weight, bias)
 
 
 @dataclass(frozen=True)
@@ -94,20 +97,32 @@ class Sites(Sequence[Site]):
             return self.points[layer]
         return Point(self.stems[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
 
-    def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
-        """The sites of one operation (`affine`: of all affine modules; or a module's own name, such as `query`), in all
-        blocks or in those named; sites of no block are always among them.
+    def at(self, op: str, blocks: Sequence[int] | None = None, exclude: Sequence[str] = ()) -> tuple[Site, ...]:
+        """The sites of one operation, in all blocks or in those named; sites of no block are always among them.
 
-        Raises SiteError for an operation or a block that is not there.
+        Args:
+            op: an operation; `affine`: all affine modules that are told by their role; `all-linear`: all linear maps
+                and convolutions of the blocks; a module's own name, such as `query`, or the end of its path, such as
+                `attn.q_proj`; `re:` and a regular expression that all of a module's path matches.
+            blocks: counted from 0; None: all.
+            exclude: names, ends of paths or `re:` expressions of modules that are left out.
+
+        Raises:
+            SiteError: for an operation or a block that is not there, and where everything is excluded.
         """
-        ops = AFFINE if op == "affine" and self.anatomy.parts else (op,)
-        named = [s for s in self.all if s.op in ops] or [
-            s for s in self.all if s.op in PARTS and s.reads.path.split(".")[-1] == op
-        ]
+        affine = (*AFFINE, "linear") if self.found else AFFINE
+        ops = {"affine": affine, "all-linear": LINEAR}.get(op, (op,)) if self.anatomy.parts else (op,)
+        named = [s for s in self.all if s.op in ops]
+        if op == "all-linear":
+            named = [s for s in named if s.block is not None]
+        named = named or [s for s in self.all if s.op in (*PARTS, "words") and _named(s.reads.path, op)]
         if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
         check_blocks(blocks, len(self.blocks))
-        return tuple(s for s in named if blocks is None or s.block is None or s.block in blocks)
+        kept = [s for s in named if not any(_named(s.reads.path, name) for name in exclude)]
+        if not kept:
+            raise SiteError(f"everything of {op!r} is excluded by {', '.join(exclude)}")
+        return tuple(s for s in kept if blocks is None or s.block is None or s.block in blocks)
 
     def __len__(self) -> int:
         return len(self.all)
@@ -123,6 +138,16 @@ class Sites(Sequence[Site]):
         return iter(self.all)
 
 
+def _named(path: str, name: str) -> bool:
+    """Whether a name means a module: the end of its path, or an expression that all of it matches."""
+    if name.startswith("re:"):
+        try:
+            return re.fullmatch(name[3:], path) is not None
+        except re.error as error:
+            raise SiteError(f"{name!r} is no regular expression: {error}") from error
+    return path == name or path.endswith(f".{name}")
+
+
 def check_blocks(blocks: Sequence[int] | None, count: int, what: str = "block", where: str = "this backbone") -> None:
     """Raises SiteError for those named that are not among the first `count`, and if none is named."""
     wrong = [i for i in blocks or () if not 0 <= i < count]
@@ -130,29 +155,69 @@ def check_blocks(blocks: Sequence[int] | None, count: int, what: str = "block", 
         raise SiteError(f"no {what} {wrong or '(empty list)'}: {where} has {what}s 0 to {count - 1}")
 
 
-def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
-    """The sites of `backbone`, by the first row of ANATOMIES that fits, or by the one given.
+def find_sites(
+    backbone: nn.Module,
+    anatomy: "Anatomy | Sites | None" = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+) -> Sites:
+    """The sites of a backbone, by the first row of ANATOMIES that fits, by the anatomy given, or as a trace finds them.
 
-    Raises SiteError if none fits, or if one fits in two places (a CLIP with both its towers: pass one of them).
+    Args:
+        backbone: the frozen model; of a model with several towers, one of them.
+        anatomy: how it is built, or sites that have been found already; None: the table, and where no row of it fits,
+            one traced forward.
+        inputs: keyword arguments of a forward to trace, three rows; None: as the backbone's own configuration says.
+
+    Raises:
+        SiteError: where a given anatomy does not fit, where one fits in two places (a CLIP with both its towers: pass
+            one of them), or where a trace finds no blocks that hold most of the parameters.
     """
+    if isinstance(anatomy, Sites):
+        return anatomy
     rows = ANATOMIES if anatomy is None else (anatomy,)
-    for row in rows:
-        holders = _holders(backbone, row.blocks)
-        found = [root for root, lists in holders.items() if _fits(backbone, root, lists, row)]
-        if len(found) > 1:
-            places = ", ".join(root or "the backbone itself" for root in found)
-            raise SiteError(f"{row.name} fits in {len(found)} places ({places}): pass the one that is meant")
-        if found:
-            return _describe(backbone, found[0], holders[found[0]], row)
-    looked = "; ".join(
-        f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {', '.join(several(row.norm))}" for row in rows
-    )
+    if inputs is None:
+        for row in rows:
+            holders = _holders(backbone, row.blocks)
+            found = [root for root, lists in holders.items() if _fits(backbone, root, lists, row)]
+            if len(found) > 1:
+                places = ", ".join(root or "the backbone itself" for root in found)
+                raise SiteError(
+                    f"{row.name} fits in {len(found)} places ({places}): pass the one that is meant, or name its tower="
+                )
+            if found:
+                sites = _describe(backbone, found[0], holders[found[0]], row)
+                if anatomy is not None or sites.join is not None or _covers(backbone, sites):
+                    return sites
+    if anatomy is None:
+        from restuning.backbones.auto import find
+
+        return find(backbone, inputs)
     has = sorted({re.sub(r"\d+", "*", n) for n, _ in backbone.named_modules() if n})
     more = f" and {len(has) - 40} more" if len(has) > 40 else ""
     raise SiteError(
-        f"no known anatomy fits {type(backbone).__name__}; looked for {looked}; the model has "
-        f"{', '.join(has[:40])}{more}; describe it with restuning.Anatomy and pass anatomy="
+        f"{anatomy.name} does not fit {type(backbone).__name__}; looked for {anatomy.blocks}.*."
+        f"({', '.join(anatomy.paths())}), {', '.join(several(anatomy.norm))}; the model has {', '.join(has[:40])}{more}"
     )
+
+
+MOST = 0.6
+"""The share of a backbone's parameters that a row of the table must hold, or it has found a part of another family."""
+
+
+def _covers(backbone: nn.Module, sites: Sites) -> bool:
+    """Whether blocks, embedding and tail are most of a backbone; words and a classifier do not count."""
+    paths = (*sites.blocks, *sites.norm, *sites.post, *(s.reads.path for s in sites.all if s.block is None))
+    paths = (*paths, *((sites.pooler,) if sites.pooler else ()))
+    held = {id(p): p.numel() for path in paths for p in backbone.get_submodule(path).parameters()}
+    total = {id(p): p.numel() for p in backbone.parameters()}
+    for path, module in backbone.named_modules():
+        head = isinstance(module, nn.Linear) and {"head", "heads", "fc", "classifier"} & {*path.split(".")}
+        if isinstance(module, nn.Embedding) or head:
+            for p in module.parameters():
+                if id(p) not in held:
+                    total.pop(id(p), None)
+    return sum(held.values()) >= MOST * sum(total.values())
 
 
 def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
@@ -180,7 +245,7 @@ def _holders(backbone: nn.Module, blocks: str | tuple[str, ...]) -> dict[str, li
 def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> bool:
     try:
         for block in (block for path in lists for block in backbone.get_submodule(path).children()):
-            for path in filter(None, (*row.paths(), row.heads)):
+            for path in filter(None, (*row.paths(), row.heads, *(row.keys or ()))):
                 if "|" in path:
                     _first(block, path.split("|"))
                 else:
@@ -230,7 +295,7 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
         stages=tuple(accumulate(map(len, children))),
         stems=stems,
         features=(first, *said),
-        all=tuple(_sites(backbone, root, blocks, row, ports, (*norm, *post))),
+        all=(*_sites(backbone, root, blocks, row, ports, (*norm, *post)), *words_of(backbone)),
         port=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
         norm=norm,
         post=post,
@@ -320,6 +385,7 @@ def _sites(
         """All of a role's kind in it that have weights."""
         return [name for name, m in module(path).named_modules() if _KINDS[role](m)]
 
+    described: list[str] = []
     if row.embed is not None and getattr(module(_join(root, row.embed)), "weight", None) is not None:
         yield part("embed", None, "embed", _join(root, row.embed))
     for i, block in enumerate(blocks):
@@ -340,7 +406,9 @@ def _sites(
             yield Site("attention", i, f"{i}_attention{apart}", call, call, call, keys)
         for role, candidates in row.parts.items():
             for name, path, weight in parts(role, candidates, block):
+                described.append(path)
                 yield part(role, i, f"{i}_{role}{name}", path, weight)
+    yield from _others(backbone, blocks, row, ports, {*described})
     loose = row.loose(backbone.get_submodule(root)) if row.loose else {}
     for op, found in loose.items():
         for i, one in enumerate(found):
@@ -349,6 +417,51 @@ def _sites(
     norms = [_join(path, name) for path in tail for name in kinds(path, "norms")]
     for path in norms:
         yield part("norm", None, "norm" if len(norms) == 1 else f"norm_{path.replace('.', '_')}", path)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is one linear map of the last dimension, or one of the channels of a map."""
+    weight = getattr(module, "weight", None)
+    matrix = weight is not None and weight.ndim in (2, 4)
+    return matrix and (isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D")
+
+
+def sides(module: Any) -> tuple[int, int]:
+    """Features that a linear map or a norm takes and gives."""
+    weight = module.weight
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    if weight.ndim == 1:
+        return len(weight), len(weight)
+    wide = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
+    return int(wide[0]), int(wide[1])
+
+
+def _others(
+    backbone: nn.Module, blocks: Sequence[str], row: Anatomy, ports: Sequence[Port], described: set[str]
+) -> Iterator[Site]:
+    """Linear maps and convolutions in the blocks for which the row has no role."""
+    for i, block in enumerate(blocks):
+        for name, module in backbone.get_submodule(block).named_modules():
+            path = _join(block, name)
+            inside = any(path.startswith(f"{one}.") for one in described)  # of a part, or of nn.MultiheadAttention
+            if not is_linear(module) or path in described or inside or type(module).__name__.startswith("NonDynamically"):
+                continue
+            reads, writes = sides(module)
+            kernel = kernel_of(module) if isinstance(module, nn.Conv2d) else None
+            last = layout_of(module) != "first"
+            into, out = Point(path, "in", last), Point(path, "out", last)
+            here = replace(ports[i], reads=reads, writes=writes, kernel=kernel)
+            yield Site("linear", i, f"{i}_linear_{name.replace('.', '_')}", into, out, into, here)
+
+
+def words_of(backbone: nn.Module) -> Iterator[Site]:
+    """The tables in which words, positions and the like are looked up."""
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding):
+            into, out = Point(path, "in"), Point(path, "out")
+            here = Port(module.embedding_dim, module.embedding_dim, words=module.num_embeddings)
+            yield Site("words", None, f"words_{path.replace('.', '_')}", into, out, into, here)
 
 
 def kernel_of(conv: nn.Conv2d) -> Kernel:

@@ -195,7 +195,7 @@ class _Recorder(TorchFunctionMode):
         elif name == "matmul" and out.ndim == 4:
             b, heads, n, e = args[0].shape
             self.keys[self.seen(out).tag] = (heads, heads * e, b, n)
-        elif name == "softmax" and given:
+        elif name == "softmax" and _scores_tokens(out, args, kwargs):
             owner = here if here.children or here.parent is None or any(True for _ in here.module.children()) else None
             here = owner or here.parent or here
             heads, width, rows, n = self._scores(given[0].tag)
@@ -235,6 +235,16 @@ class _Recorder(TorchFunctionMode):
             if steps < 8:
                 todo += [(parent, steps + 1) for parent in self.parents.get(tag, ())]
         return 0, 0, 0, 0
+
+
+def _scores_tokens(weights: Tensor, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a softmax is over tokens for each token, and not over experts, or over branches."""
+    if weights.ndim not in (3, 4, 5) or weights.shape[-1] < 2 or weights.shape[-2] < 2:
+        return False
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if dim not in (-1, weights.ndim - 1):
+        return False
+    return weights.ndim > 3 or weights.shape[0] > BATCH or weights.shape[-1] == weights.shape[-2]
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -89,6 +89,14 @@ def _of_timm(family: str) -> nn.Module:
         except Exception:  # some cannot be described
             sizes[name] = LARGE - 1
     name = min(sizes, key=lambda name: sizes[name])
+    more: dict[str, Any]
+    for more in ({"img_size": 112, "depth": 3}, {"depth": 3}, {"img_size": 112}):
+        try:
+            smaller: nn.Module = timm.create_model(name, num_classes=0, **more)
+            _works(smaller.eval())
+        except Exception:  # not every family can be told a size
+            continue
+        return smaller
     model: nn.Module = timm.create_model(name, num_classes=0)
     return model
 
@@ -138,6 +146,12 @@ def _transformers_families() -> dict[str, str]:
     return found | {name: "image" for name in sorted(image) if name in alone}
 
 
+EXACT = ("head_dim", "rotary_dim", "qk_rope_head_dim")
+"""Settings that go with the width: they are set even where they are smaller already."""
+
+UNSAID = ("vocab_size", "n_routed_experts", "num_experts", "head_dim", "num_key_value_heads", "num_experts_per_tok")
+"""Settings without which some models cannot be built, and that some configurations leave open."""
+
 WORD_SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 99),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), 64),
@@ -146,7 +160,8 @@ WORD_SIZES: dict[str, Any] = {
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads"), 2),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), 256),
-    **dict.fromkeys(("head_dim", "d_kv"), 16),
+    **dict.fromkeys(("head_dim", "d_kv", "rotary_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), 16),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
@@ -155,7 +170,16 @@ WORD_SIZES: dict[str, Any] = {
 }
 """Sizes that make a configuration small, by the names that configurations give them."""
 
-FEWER = {key: WORD_SIZES[key] for key in ("vocab_size", "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers", "num_decoder_layers", "num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok", "vocab_size_per_layer_input")}
+_LAYERS = ("vocab_size", "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+FEWER = {key: WORD_SIZES[key] for key in (*_LAYERS, "num_decoder_layers", "vocab_size_per_layer_input")}
+NARROW = {
+    **FEWER,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 256),
+    **dict.fromkeys(("intermediate_size", "d_ff", "moe_intermediate_size"), 512),
+    **{key: WORD_SIZES[key] for key in ("q_lora_rank", "kv_lora_rank")},
+    **{key: WORD_SIZES[key] for key in ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")},
+}
+"""Where the sizes do not go together: few layers alone, and these with a narrower stream between heads as they are."""
 
 
 def _of_transformers(family: str) -> nn.Module:
@@ -164,10 +188,10 @@ def _of_transformers(family: str) -> nn.Module:
     from transformers.utils import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
+    logging.set_verbosity(logging.CRITICAL)
     why = ""
     try:
-        for sizes in (WORD_SIZES, FEWER, {}):
+        for sizes in (WORD_SIZES, NARROW, FEWER, {}):
             try:
                 config = shrunk(CONFIG_MAPPING[family], sizes)
                 with torch.device("meta"):
@@ -178,8 +202,10 @@ def _of_transformers(family: str) -> nn.Module:
                     continue
                 model: nn.Module = AutoModel.from_config(config).float()
                 _works(model)
+            except ImportError as error:
+                raise Unbuilt(f"no {family} can be built: {line(error)}") from error
             except Exception as error:
-                why = f"{type(error).__name__}: {line(error)}"
+                why = why if "larger" in why else f"{type(error).__name__}: {line(error)}"
                 continue
             return model
     finally:
@@ -203,31 +229,55 @@ def _works(model: nn.Module) -> None:
 
 
 def shrunk(kind: Any, sizes: Mapping[str, Any]) -> Any:
-    """A configuration of a kind, with those of `sizes` that it has. Lists, and numbers below these sizes, are left."""
-    plain = kind()
+    """A configuration of a kind, with those of `sizes` that it has; smaller numbers and lists are left as they are."""
+    known, nested = _smaller(kind(), sizes)
+    while True:
+        try:
+            return kind(**known, **nested)
+        except (AttributeError, TypeError, ValueError) as error:
+            own = getattr(kind, "attribute_map", {})  # a property cannot be set
+            unset = next((k for k in known if f"'{k}'" in str(error) or f"'{own.get(k)}'" in str(error)), None)
+            if unset is None:
+                raise
+            del known[unset]
 
-    def smaller(config: Any) -> dict[str, Any]:
-        renamed = {value: key for key, value in getattr(type(config), "attribute_map", {}).items()}
-        return {
-            key: value
-            for key, value in sizes.items()
-            if type(getattr(config, key, None)) is int and getattr(config, key) > value and key not in renamed
-        }
 
-    small = smaller(plain)
+def _smaller(plain: Any, sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings, and the configurations in it, that are larger than `sizes`."""
+    own = getattr(type(plain), "attribute_map", {})
+
+    def has(key: str) -> Any:
+        try:
+            return getattr(plain, key, None)
+        except Exception:  # some differ by layer
+            return None
+
     known = {}
-    for key, value in small.items():
-        own = getattr(type(plain), "attribute_map", {}).get(key, key)
-        known[own] = value
-    layers = [known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known]
-    pad = {"pad_token_id": 0} if (plain.to_dict().get("pad_token_id") or 0) >= 99 and "vocab_size" in known else {}
-    special = {
-        key: min(i + 1, 98)
-        for i, key in enumerate(("bos_token_id", "eos_token_id"))
-        if isinstance(getattr(plain, key, None), int) and getattr(plain, key) >= 99 and "vocab_size" in known
-    }
-    typed = getattr(plain, "layer_types", None)
-    if isinstance(typed, list) and layers:
-        kinds = list(dict.fromkeys(typed))
-        known["layer_types"] = (kinds * layers[0])[: layers[0]]
-    return kind(**known, **pad, **special)
+    for key, value in sizes.items():
+        there = has(key)
+        unsaid = there is None and key in UNSAID and hasattr(plain, key)
+        if unsaid or (type(there) is int and there > value and key not in EXACT):
+            known[own.get(key, key)] = value
+    if "hidden_size" in known or "d_model" in known or "n_embd" in known:
+        known |= {key: sizes[key] for key in EXACT if type(has(key)) is int and key in sizes}
+    if "vocab_size" in known:
+        for i, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")):
+            there = has(key)
+            if isinstance(there, int) and there >= known["vocab_size"]:
+                known[key] = i
+            elif isinstance(there, list) and there and max(there) >= known["vocab_size"]:
+                known[key] = [i]
+    layers = next((known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known), None)
+    for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
+        typed = has(key)
+        if isinstance(typed, list) and layers:
+            kinds = list(dict.fromkeys(typed))
+            known[key] = (kinds * layers)[:layers]
+    nested: dict[str, Any] = {}
+    for key in getattr(type(plain), "sub_configs", {}) or {}:
+        inner = has(key)
+        if inner is not None and hasattr(inner, "to_dict"):
+            small, more = _smaller(inner, sizes)
+            if small or more:
+                nested[key] = {**inner.to_dict(), **small, **more}
+    return known, nested

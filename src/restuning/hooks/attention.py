@@ -41,6 +41,8 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
     Equal to the bound form, forward and gradients. The fast path takes output and log-sum-exp from the attention
     kernel; plain arithmetic is the reference, and what eager attention gets.
     """
+    if not pieces and call.said is not None:
+        return call.said
     if not pieces:
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
@@ -221,7 +223,7 @@ class _Seen(TorchFunctionMode):
             self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
             self.weights, self.scores = out, None
         elif out.shape == args[0].shape or name == "view":  # windows take their masks in five dimensions
-            if len(args) > 1 and isinstance(args[1], int | float):
+            if len(args) > 1 and isinstance(args[1], int | float) and args[1]:
                 self.scale *= {"mul": args[1], "mul_": args[1], "div": 1 / args[1], "div_": 1 / args[1]}.get(name, 1.0)
             elif len(args) > 1 and isinstance(args[1], Tensor) and name in ("add", "add_"):
                 self.mask = args[1]

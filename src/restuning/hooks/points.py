@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import count
 from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -84,10 +85,12 @@ def _after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
 def _on_read(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
     module = backbone.get_submodule(point.path)
     if point.side == "in":
-        return partial(
-            before, module, lambda m, args, kwargs: read(_seen(argument(m, args, kwargs)[1], point)), first=first
-        )
-    return partial(_after, module, lambda m, args, out: read(_seen(_said(out), point)))
+
+        def see(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read(_seen(argument(m, args, kwargs)[1], point))
+
+        return partial(_at_call, point.call, partial(before, module, first=first), see)
+    return partial(_at_call, point.call, partial(_after, module), lambda m, args, out: read(_seen(_said(out), point)))
 
 
 def _on_write(backbone: nn.Module, point: Point, write: Callable[[Tensor], Tensor]) -> Hook:
@@ -99,8 +102,22 @@ def _on_write(backbone: nn.Module, point: Point, write: Callable[[Tensor], Tenso
             y = _written(write, y, point)
             return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
 
-        return partial(before, module, change)
-    return partial(_after, module, lambda m, args, out: _say(out, _written(write, _said(out), point)))
+        return partial(_at_call, point.call, partial(before, module), change)
+
+    def say(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        return _say(out, _written(write, _said(out), point))
+
+    return partial(_at_call, point.call, partial(_after, module), say)
+
+
+def _at_call(
+    call: int | None, on: Callable[[Callable[..., Any]], AbstractContextManager[None]], hook: Callable[..., Any]
+) -> AbstractContextManager[None]:
+    """`hook`, put on a module by `on`: at every call of the module, or at the call-th of a pass alone."""
+    if call is None:
+        return on(hook)
+    calls = count()
+    return on(lambda *given: hook(*given) if next(calls) == call else None)
 
 
 def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:

@@ -32,12 +32,16 @@ class Residual:
     """OP(x) + tuner(x, OP(x)) (Eq. 7): operation → recipe of a tuner.
 
     Operations are `mha`, `ffn`, `block`, the affine modules `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `conv`,
-    `norms`, `embed`, `norm` (`affine`: all of them), and the `attention` itself, as far as the backbone has them.
+    `norms`, `embed`, `norm` (`affine`: all of them), and the `attention` itself, as far as the backbone has them;
+    `all-linear`, every linear map and convolution of the blocks; `words`, the tables of embeddings; a module by its
+    name or the end of its path, and `re:` with a regular expression that its whole path matches.
     blocks: the blocks that carry tuners, counted from 0; None: all. No tuners at all is linear probing.
+    exclude: modules that are left out, named in the same ways.
     """
 
     tuners: Mapping[str, Recipe] = field(default_factory=dict)
     blocks: Sequence[int] | None = None
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for op, recipe in self.tuners.items():

@@ -41,8 +41,8 @@ class Adaptation(nn.Module):
         for part in parts_of(method):
             if isinstance(part, Residual):
                 for op, recipe in part.tuners.items():
-                    for site in sites.at(op, part.blocks):
-                        self._add(sites, site, recipe)
+                    for site in sites.at(op, part.blocks, part.exclude):
+                        self._add(backbone, sites, site, recipe)
             elif isinstance(part, Bypass):
                 self.path = sites.stages if _over_stages(sites, part) else self.path
                 self.side = _bypass(sites, part, self.path)
@@ -55,7 +55,8 @@ class Adaptation(nn.Module):
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
                 self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
         alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
-        averaged &= sites.uniform or not isinstance(self.side, BypassNet)
+        one_grid = sites.uniform or not isinstance(self.side, BypassNet)  # between others tokens are averaged
+        alone, averaged = alone and one_grid, averaged and one_grid
         if grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
             self.view = ALL
         padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
@@ -67,7 +68,7 @@ class Adaptation(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def _add(self, sites: Sites, site: Site, recipe: Recipe) -> None:
+    def _add(self, backbone: nn.Module, sites: Sites, site: Site, recipe: Recipe) -> None:
         name, copies = site.name, sum(other == site for other in self.sites.values())
         name = name if not copies else f"{name}_{copies + 1}"
         tuner = _made(recipe, site.port, site.op)
@@ -83,6 +84,9 @@ class Adaptation(nn.Module):
             )
         if getattr(tuner, "unbound", False) and len(several(sites.anatomy.attention)) != 1:
             raise MethodError(f"unbound prompts need one attention a block, which {sites.anatomy.name} does not name")
+        if hasattr(tuner, "bind"):
+            affine = site.affine(backbone)
+            tuner.bind(affine.weight, affine.bias)
         self.sites[name], self.tuners[name] = site, tuner
 
     @property

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import Features
-from restuning.backbones.anatomy import AFFINE, Anatomy
+from restuning.backbones.anatomy import AFFINE, PARTS, Anatomy
 from restuning.backbones.sites import Site, find_sites
 from restuning.data.objective import objective
 from restuning.errors import CheckpointError, MethodError
@@ -209,7 +209,7 @@ class Tuned(nn.Module):
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
         for place, site in adapter.sites.items():
             tuner: Any = adapter.tuners[place]
-            if not getattr(tuner, "merges", False) or site.op not in AFFINE:
+            if not getattr(tuner, "merges", False) or site.op not in (*AFFINE, *PARTS, "words"):
                 raise MethodError(
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"

@@ -1,0 +1,334 @@
+"""Every family of backbones tried: what is found, and which methods are right on it, by one small random model each."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.backbones.auto import inputs_of
+from restuning.backbones.sites import Sites, find_sites
+from restuning.backbones.trace import quiet, tensors
+from restuning.backbones.zoo import Unbuilt, build, families
+from restuning.errors import RestuningError, TowersError, line
+from restuning.hooks.attention import merged, on_call
+from restuning.hooks.law import attach, gathered
+from restuning.hooks.points import as_tokens
+from restuning.hooks.taps import tap
+
+from restuning.methods.spec import Bypass, Method, Residual, resize
+from restuning.model.tuned import Tuned, adapt
+from restuning.tuners import Adapter, Lora, PrefixTuning
+
+METHODS = ("linear", "bypass", "block adapter", "lora", "res-tuning", "prefix")
+
+RIGHT = "right"
+
+
+@dataclass
+class Checked:
+    """One family: how it was found (`table`, `trace`, or `refused` and `why`), and each method: `right`, or `refused: …`
+    with the reason, or `wrong: …`, which no family may be."""
+
+    library: str
+    family: str
+    kind: str
+    found: str = "refused"
+    why: str = ""
+    model: str = ""
+    parameters: int = 0
+    tower: str = ""
+    anatomy: str = ""
+    share: float | None = None
+    sure: str = ""
+    blocks: int = 0
+    stages: int = 0
+    pool: str = ""
+    notes: Sequence[str] = ()
+    methods: dict[str, str] = field(default_factory=dict)
+
+    def data(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class _Wrong(Exception):
+    """A check that does not hold."""
+
+
+def check_families(library: str, names: Sequence[str] = ()) -> Iterator[Checked]:
+    """Try the families of a library (`names`: these alone), one after another. Raises RestuningError for unknown ones."""
+    known = families(library)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        build(library, unknown[0])  # says which are near
+    for name in names or known:
+        yield check_family(library, name, known[name])
+
+
+def check_family(library: str, family: str, kind: str) -> Checked:
+    """One family; see `Checked`."""
+    found = Checked(library, family, kind)
+    try:
+        backbone = build(library, family)
+    except Unbuilt as error:
+        found.found, found.why = "not built", str(error)
+        return found
+    found.parameters = sum(p.numel() for p in backbone.parameters())
+    found.model = type(backbone).__name__
+    try:
+        try:
+            sites = find_sites(backbone)
+        except TowersError as error:
+            found.tower = error.towers[0]
+            backbone = backbone.get_submodule(found.tower)
+            sites = find_sites(backbone)
+        inputs = _inputs(backbone)
+    except RestuningError as error:
+        found.why = str(error)
+        return found
+    except Exception as error:
+        found.found, found.why = "wrong", f"{type(error).__name__}: {line(error)}"
+        return found
+    found.found = "trace" if sites.found else "table"
+    found.anatomy, found.pool, found.blocks = sites.anatomy.name, sites.pool, len(sites.blocks)
+    found.stages = len(sites.stages)
+    if sites.found:
+        found.share, found.sure, found.notes = sites.found.share, sites.found.sure, sites.found.notes
+    for method in METHODS:
+        found.methods[method] = _outcome(lambda method=method: _check(method, backbone, sites, inputs))
+    return found
+
+
+def _outcome(check: Callable[[], None]) -> str:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            check()
+        except RestuningError as error:
+            return f"refused: {error}"
+        except Exception as error:  # of whatever kind: a family must be right or refused in words
+            return f"wrong: {type(error).__name__}: {line(error)}"
+    return RIGHT
+
+
+def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
+    """The first inputs that the backbone takes."""
+    last: Exception | None = None
+    for inputs in inputs_of(backbone):
+        try:
+            with quiet(backbone):
+                backbone(**inputs)
+            return inputs
+        except Exception as error:
+            last = error
+    raise RestuningError(f"no input is known for {type(backbone).__name__}: {line(last) if last else ''}")
+
+
+def _check(name: str, backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor]) -> None:
+    """All that must hold of a method on a backbone. Raises RestuningError where it is refused, _Wrong and others."""
+    state = {key: value.clone() for key, value in backbone.state_dict().items()}
+    flags = [p.requires_grad for p in backbone.parameters()]
+    own, before = _hooked(backbone, sites, inputs)
+    spec = _spec(name, sites)
+    bare = adapt(backbone, spec, anatomy=sites, pool=None)
+    try:
+        if name == "linear":
+            _features_are_hooks(backbone, sites, inputs, own)
+            with torch.no_grad():
+                _pooled_is_its_own(bare(**inputs), before, bare.card().pool, sites)
+        if name not in ("linear", "bypass", "prefix"):
+            with torch.no_grad():
+                after = bare.features(**inputs)[-1]
+            want = _view(bare, own[-1])
+            loose = any(site.weight for site in bare._find("default").sites.values())
+            _require(_equal(after, want, loose), "the output at initialisation is not the backbone's")
+        if name == "prefix":
+            _attention_is_understood(backbone, sites, inputs, before)
+        if name == "bypass":
+            _features_carry_no_gradient(bare, inputs)
+    finally:
+        bare.unload()
+    tuned = adapt(backbone, spec, 3, anatomy=sites)
+    try:
+        _shake(tuned)
+        if name == "block adapter":
+            _law_holds(tuned, sites, inputs, own)
+        out = tuned(**inputs)
+        out.float().square().sum().backward()
+        _require(all(p.grad is None for p in backbone.parameters()), "the backbone was given a gradient")
+        learns = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in tuned.adapters.parameters()]
+        _require(any(learns[:-2]) if name != "linear" else all(learns), "nothing is learnt: the tuners have no gradient")
+        with torch.no_grad():
+            out = tuned(**inputs)
+        with tempfile.TemporaryDirectory() as folder:
+            tuned.save_pretrained(folder)
+            tuned.unload()
+            again = Tuned.from_pretrained(backbone, folder, anatomy=sites)
+            with torch.no_grad():
+                _require(torch.equal(again(**inputs), out), "a saved and loaded adapter gives another output")
+            again.unload()
+    finally:
+        tuned.unload()
+    _, after_all = _hooked(backbone, sites, inputs)
+    pairs = zip(tensors(before), tensors(after_all), strict=True)
+    _require(all(torch.equal(a, b) for a, b in pairs), "the backbone's output is another after unload")
+    now = backbone.state_dict()
+    _require(all(torch.equal(value, now[key]) for key, value in state.items()), "a weight has changed")
+    _require(flags == [p.requires_grad for p in backbone.parameters()], "requires_grad is another after unload")
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
+    _require(hooks == 0 or hooks == _HOOKS.get(id(backbone), 0), "hooks are left after unload")
+
+
+_HOOKS: dict[int, int] = {}
+"""Hooks that a backbone came with."""
+
+
+def _require(holds: bool, why: str) -> None:
+    if not holds:
+        raise _Wrong(why)
+
+
+def _spec(name: str, sites: Sites) -> Method:
+    from restuning.methods.named import find_method
+
+    if name == "bypass":
+        return Bypass(Adapter(4), Adapter(4))
+    if name == "block adapter":
+        return Residual({"block": Adapter(4)})
+    if name == "prefix":
+        return Residual({"attention": PrefixTuning(3)})
+    if name == "lora":
+        return Residual({"all-linear": Lora(2)})
+    return resize(find_method(name, sites.anatomy.family), 4)
+
+
+def _shake(tuned: Tuned) -> None:
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in tuned.adapters.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=draw))
+
+
+def _hooked(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor]) -> tuple[list[Tensor], Any]:
+    """What comes out of every block, by hooks of our own, and the output. The first entry is what goes in."""
+    outs: dict[str, list[Any]] = {}
+    ins: list[Any] = []
+    start = sites.layer(0)
+    with ExitStack() as stack:
+        for path in {*sites.blocks}:
+
+            def after(m: nn.Module, args: Any, out: Any, path: str = path) -> None:
+                outs.setdefault(path, []).append(out)
+
+            stack.callback(backbone.get_submodule(path).register_forward_hook(after).remove)
+
+        def first_in(m: nn.Module, args: Any, kwargs: Any) -> None:
+            ins.append(next(tensors((args, kwargs))))
+
+        def first_out(m: nn.Module, args: Any, out: Any) -> None:
+            ins.append(next(tensors(out)))
+
+        module = backbone.get_submodule(start.path)
+        handle = (
+            module.register_forward_pre_hook(first_in, with_kwargs=True)
+            if start.side == "in"
+            else module.register_forward_hook(first_out)
+        )
+        stack.callback(handle.remove)
+        with quiet(backbone):
+            out = backbone(**inputs)
+    nth: dict[str, int] = {}
+    layers = [_tokens_of(ins[0], sites, 0)]
+    for i, path in enumerate(sites.blocks):
+        k = nth.get(path, 0)
+        nth[path] = k + 1
+        value = outs[path][k if len(outs[path]) > k else -1]
+        layers.append(_tokens_of(next(tensors(value)), sites, i + 1))
+    return layers, copy.deepcopy(out)
+
+
+def _tokens_of(x: Tensor, sites: Sites, layer: int) -> Tensor:
+    """As tokens (b, n, d), by the width that the sites name."""
+    if x.ndim != 4:
+        return x[:, None] if x.ndim == 2 else x
+    width = sites.features[layer].writes
+    last = x.shape[-1] == width and (x.shape[1] != width or sites.layer(layer).last)
+    return x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
+
+
+def _features_are_hooks(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor], own: Sequence[Tensor]) -> None:
+    with quiet(backbone), tap(backbone, sites, range(len(sites.blocks) + 1)) as taps:
+        backbone(**inputs)
+    for layer, (a, b) in enumerate(zip(taps.features, own, strict=True)):
+        _require(torch.equal(a, b), f"feature {layer} is not what hooks of the check's own see")
+
+
+def _view(tuned: Tuned, x: Tensor) -> Tensor:
+    return tuned._live()(x)
+
+
+def _equal(a: Tensor, b: Tensor, loose: bool = False) -> bool:
+    return torch.allclose(a, b, rtol=1e-4, atol=1e-5) if loose else torch.equal(a, b)
+
+
+def _pooled_is_its_own(pooled: Tensor, out: Any, pool: str, sites: Sites) -> None:
+    """The model's own pooled output, or the pooling that is named, of the model's own last tokens."""
+    wanted = []
+    if isinstance(out, Mapping):
+        wanted += [t.flatten(1) for t in (out.get("pooler_output"),) if isinstance(t, Tensor)]
+        out = out.get("last_hidden_state", next(tensors(out)))
+    first = next(t for t in tensors(out) if t.is_floating_point())
+    if first.ndim == 2 or first.shape[2:] == (1, 1):
+        wanted.append(first.flatten(1))
+    else:
+        tokens = as_tokens(first)
+        skip = sites.prefix if tokens.shape[1] > sites.prefix else 0
+        by_name = {"cls": tokens[:, 0], "last": tokens[:, -1], "mean": tokens[:, skip:].mean(1)}
+        if tokens.shape[-1] != pooled.shape[-1] and first.ndim == 4:
+            by_name = {"mean": first.flatten(1, 2).mean(1)}
+        wanted += [by_name[pool]] if pool in by_name else []
+    same = any(w.shape == pooled.shape and torch.allclose(w, pooled, rtol=1e-3, atol=1e-4 * float(w.abs().max() + 1e-6)) for w in wanted)
+    _require(same, f"the pooled feature ({pool}) is not the model's own")
+
+
+def _features_carry_no_gradient(tuned: Tuned, inputs: Mapping[str, Tensor]) -> None:
+    with torch.enable_grad():
+        features = tuned.features(**inputs)
+    _require(not any(x.requires_grad for x in features), "features of a side path carry a gradient")
+
+
+def _law_holds(tuned: Tuned, sites: Sites, inputs: Mapping[str, Tensor], own: Sequence[Tensor]) -> None:
+    """The first block's output is its own plus what the tuner adds, which is worked out here."""
+    backbone = tuned.backbone
+    site = next(s for s in sites.at("block") if s.block == 0)
+    tuner = tuned.adapters["default"].tuners[site.name]  # type: ignore[index, union-attr]
+    with torch.no_grad():
+        layers = [0, 1] if site.reads.side == "in" else [1, 1]
+        x, y = (own[layer] for layer in layers)
+        if site.reads.side == "in" and sites.layer(0).side != "in":
+            return
+        if x.shape[1] != y.shape[1]:
+            return  # pooled on the way: the tuner's own tests say how
+        want = y + tuner(x, y)
+        kept: list[Tensor] = []
+        inside = gathered((site, "", tuner) for site, tuner in tuned._find("default").inside if site.block == 0)
+        with quiet(backbone), attach(backbone, sites, inside), tap(backbone, sites, [1]) as taps:
+            backbone(**inputs)
+        kept = list(taps.features)
+    _require(torch.allclose(kept[0], want, rtol=1e-4, atol=1e-5), "OP(x) + tuner(x) is not what the first block gives")
+
+
+def _attention_is_understood(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor], before: Any) -> None:
+    """softmax(QKᵀ)V, computed again from what was seen of it, leaves the output as it was."""
+    with ExitStack() as stack:
+        for site in sites.at("attention"):
+            stack.enter_context(on_call(backbone.get_submodule(site.reads.path), lambda call: merged(call, [])))
+        with quiet(backbone):
+            out = backbone(**inputs)
+    for a, b in zip(tensors(before), tensors(out), strict=True):
+        if a.is_floating_point():
+            _require(torch.allclose(a, b, rtol=1e-3, atol=1e-4), "the attention is not what was seen of it")
