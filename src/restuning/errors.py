@@ -31,7 +31,9 @@ class TowersError(SiteError):
     """A model of several towers, of which none was named: `towers` are their paths."""
 
     def __init__(self, model: str, towers: tuple[str, ...]) -> None:
-        super().__init__(f"{model} has {len(towers)} towers: name the one that is meant, tower={' or '.join(map(repr, towers))}")
+        super().__init__(
+            f"{model} has {len(towers)} towers: name the one that is meant, tower={' or '.join(map(repr, towers))}"
+        )
         self.towers = towers
 
 

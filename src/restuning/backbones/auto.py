@@ -264,7 +264,11 @@ class _Finder:
             held = 0
             for ran in runs:
                 within = [p for p in lists if p == ran.path or _under(p, ran.path)]
-                outer = [p for p in within if not any(_under(p, r.path) or p == r.path for o in within if o != p for r in lists[o])]
+                outer = [
+                    p
+                    for p in within
+                    if not any(_under(p, r.path) or p == r.path for o in within if o != p for r in lists[o])
+                ]
                 elements = sorted((r for p in outer for r in lists[p]), key=lambda r: r.start)
                 held += sum(_count(r.module) for r in elements) if self._in_a_row(elements) else 0
             if held < LEAST * sum(_count(ran.module) for ran in runs):
@@ -415,7 +419,9 @@ class _Described:
         tail = _tail(self.backbone, self.trace, self.blocks, self.finder.inputs, self.prefix(self.blocks[-1]))
         if tail.more is not None:
             self.blocks = [*self.blocks, tail.more]
-            self.notes.append(f"{tail.more.path or 'the whole'} counts as the last block: what comes before it branches")
+            self.notes.append(
+                f"{tail.more.path or 'the whole'} counts as the last block: what comes before it branches"
+            )
         counts = Counter(ran.path for ran in self.blocks)
         nth: Counter[str] = Counter()
         calls: list[int | None] = []
@@ -579,7 +585,9 @@ class _Described:
         found: list[_Operation] = []
         sums = [s for s in self.trace.sums if ran.start < s[0] < ran.end]
         norms = [c for c in inner if _is_norm(c.module) and c.read is not None and c.said is not None]
-        events: list[tuple[int, Any]] = sorted([(s[0], s) for s in sums] + [(c.end, c) for c in norms], key=lambda e: e[0])
+        events: list[tuple[int, Any]] = sorted(
+            [(s[0], s) for s in sums] + [(c.end, c) for c in norms], key=lambda e: e[0]
+        )
 
         def parts(y: Seen) -> list[Seen]:
             both = pending.get(source(y.tag))
@@ -646,7 +654,9 @@ class _Described:
                 before.add(tag)
                 todo += self.trace.parents.get(tag, ())
         calls = [
-            c for c in inner if c.end < at and any(o.tag in before for o in c.outs) and source(c.outs[0].tag) not in stream
+            c
+            for c in inner
+            if c.end < at and any(o.tag in before for o in c.outs) and source(c.outs[0].tag) not in stream
         ]
         if not calls or not ends:
             return None
@@ -675,7 +685,9 @@ class _Described:
         if norm is not None and norm.read is not None and norm.read.streams and reads != writes:
             stream_at = Point(norm.path, "in", _last(norm.module, norm.read))
         before_norm = [norm] if norm is not None else []
-        return _Operation("", reads, writes, stream_at, width, tuple(before_norm + calls if maps or calls else ()), attended)
+        return _Operation(
+            "", reads, writes, stream_at, width, tuple(before_norm + calls if maps or calls else ()), attended
+        )
 
     def _at(self, inner: Sequence[Ran], point: Point, ran: Ran | None = None) -> Seen:
         runs = [*inner, *([ran] if ran else [])]
@@ -727,8 +739,12 @@ class _Described:
     def _of_block(self, i: int, port: Port, out: Point, operations: Sequence[_Operation]) -> Iterator[Site]:
         ran, call = self.blocks[i], self.calls[i]
 
-        def site(op: str, name: str, reads: Point, writes: Point, stream: Point, here: Port, weight: Weight | None = None) -> Site:
-            reads, writes, stream = (p if p.call is not None or call is None else replace(p, call=call) for p in (reads, writes, stream))
+        def site(
+            op: str, name: str, reads: Point, writes: Point, stream: Point, here: Port, weight: Weight | None = None
+        ) -> Site:
+            reads, writes, stream = (
+                p if p.call is not None or call is None else replace(p, call=call) for p in (reads, writes, stream)
+            )
             return Site(op, i, f"{i}_{name}", reads, writes, stream, here, weight)
 
         for one in operations:
@@ -752,7 +768,9 @@ class _Described:
                 if path and (rows * n == tokens or rows > BATCH) and _under(path, ran.path):
                     point = Point(path, "in")
                     keys = replace(port, heads=a.keys[0], reads=a.keys[1], writes=a.keys[1])
-                    yield site("attention", f"attention{'' if op.op == 'mha' else '_' + op.op}", point, point, point, keys)
+                    yield site(
+                        "attention", f"attention{'' if op.op == 'mha' else '_' + op.op}", point, point, point, keys
+                    )
         yield from self._parts(i, port, operations, site)
 
     def _parts(self, i: int, port: Port, operations: Sequence[_Operation], site: Any) -> Iterator[Site]:
@@ -760,7 +778,9 @@ class _Described:
         roles: dict[str, str] = {}
         for one in operations:
             maps = [c for c in one.calls if is_linear(c.module)]
-            norm = next((c for c in one.calls if _is_norm(c.module) and c.end < min((m.start for m in maps), default=0)), None)
+            norm = next(
+                (c for c in one.calls if _is_norm(c.module) and c.end < min((m.start for m in maps), default=0)), None
+            )
             after = [c for c in ran.within() if _is_norm(c.module) and c.read is not None and c.path not in roles]
             if norm is not None:
                 roles.setdefault(norm.path, {"mha": "norm1", "ffn": "norm2"}.get(one.op, "norms"))
@@ -800,7 +820,13 @@ class _Described:
             here = replace(port, reads=weight.shape[1], writes=weight.shape[0])
             into, out = Point(path, "in"), Point(path, "out")
             yield site(
-                role, f"{role}_{_short(path, ran.path)}", into, out, into, here, Weight(mapped.ran.path, mapped.weight, mapped.bias)
+                role,
+                f"{role}_{_short(path, ran.path)}",
+                into,
+                out,
+                into,
+                here,
+                Weight(mapped.ran.path, mapped.weight, mapped.bias),
             )
 
     @staticmethod
@@ -932,7 +958,9 @@ def _tail(backbone: nn.Module, seen: Trace, blocks: Sequence[Ran], inputs: Mappi
             found = _fitting(h.permute(0, 3, 1, 2) if last else h, rest, targets, prefix, words)
             if found is not None:
                 return replace(found, more=more)
-    raise SiteError(f"the pooling of {type(backbone).__name__} is not known: its blocks are found, its output is not made of them")
+    raise SiteError(
+        f"the pooling of {type(backbone).__name__} is not known: its blocks are found, its output is not made of them"
+    )
 
 
 def _targets(backbone: nn.Module, out: Any, kept: Mapping[str, list[Any]], seen: Trace) -> Iterator[tuple[str, Tensor]]:
@@ -941,9 +969,14 @@ def _targets(backbone: nn.Module, out: Any, kept: Mapping[str, list[Any]], seen:
         (
             c
             for c in reversed(list(seen.root.within()))
-            if isinstance(c.module, nn.Linear) and {*c.path.split(".")} & {"head", "fc", "classifier", "heads", "last_linear"}
-            and isinstance(out, Tensor) and c.said is not None and tuple(out.shape) == c.said.shape and out.ndim == 2
-            and kept.get(c.path) and torch.equal(next(tensors(kept[c.path][-1][1])), out)
+            if isinstance(c.module, nn.Linear)
+            and {*c.path.split(".")} & {"head", "fc", "classifier", "heads", "last_linear"}
+            and isinstance(out, Tensor)
+            and c.said is not None
+            and tuple(out.shape) == c.said.shape
+            and out.ndim == 2
+            and kept.get(c.path)
+            and torch.equal(next(tensors(kept[c.path][-1][1])), out)
         ),
         None,
     )
@@ -963,7 +996,9 @@ def _targets(backbone: nn.Module, out: Any, kept: Mapping[str, list[Any]], seen:
         yield ("pooled" if first.ndim == 2 or first.shape[2:] == (1, 1) else "tokens"), first
 
 
-def _fitting(h: Tensor, rest: Sequence[Ran], targets: Sequence[tuple[str, Tensor]], prefix: int, words: str | None) -> _Tail | None:
+def _fitting(
+    h: Tensor, rest: Sequence[Ran], targets: Sequence[tuple[str, Tensor]], prefix: int, words: str | None
+) -> _Tail | None:
     modules = list(_in_tail(rest))[:14]
     x = as_tokens(h)
     text = words is not None
@@ -1021,7 +1056,7 @@ def _words(backbone: nn.Module, inputs: Mapping[str, Any], out: Any) -> str:
 def _pooled_anyhow(norm: Sequence[Ran], y: Tensor, prefix: int, words: str | None, target: Tensor) -> _Tail:
     """Of a backbone that gives its last tokens: the first where there is one before the patches, else their mean."""
     pool = words or ("mean" if target.ndim == 4 or prefix == 0 else "cls")
-    return _Tail(tuple(m.path for m in norm), (), None, pool, 0 if text else prefix, y.shape[-1], True)
+    return _Tail(tuple(m.path for m in norm), (), None, pool, 0 if words else prefix, y.shape[-1], True)
 
 
 def _pools(y: Tensor, prefix: int, image: bool) -> Iterator[tuple[str, int]]:
@@ -1051,7 +1086,9 @@ def _in_tail(rest: Sequence[Ran]) -> Iterator[Ran]:
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1e-6))
+    return a.shape == b.shape and torch.allclose(
+        a.float(), b.float(), rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1e-6)
+    )
 
 
 def as_tokens(x: Tensor) -> Tensor:

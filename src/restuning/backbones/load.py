@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.backbones.sites import find_sites
+from restuning.backbones.sites import find_sites, tower_of
 from restuning.data import Preprocess, Reading, Tokenise
-from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, line
+from restuning.errors import CheckpointError, MissingExtra, RestuningError, SiteError, TowersError, line
 from restuning.utils.hub import MINILM, hub, packaged
 
 MICRO = "restuning-micro"
@@ -20,18 +20,23 @@ STAGES = "resnet18-stages"
 _ASSETS = Path(__file__).parent / "assets"
 
 
-def load_backbone(name: str, weights: str | Path | None = None, image_size: int | None = None) -> nn.Module:
+def load_backbone(
+    name: str, weights: str | Path | None = None, image_size: int | None = None, *, tower: str | None = None
+) -> nn.Module:
     """A backbone without its classifier, in eval mode.
 
     name: `restuning-micro` (bundled), a timm model such as `vit_base_patch16_224` or `convnext_base`, `hf:` and a
     transformers folder or hub id, `all-MiniLM-L6-v2`, a text encoder, from the package that holds it, or
     `resnet18-stages`, a ResNet-18 of three stages with its batch norms folded into its convolutions. weights: a
     safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a
-    side, if other than the model's own (position embeddings are interpolated; convolutions see any size).
-    Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
+    side, if other than the model's own (position embeddings are interpolated; convolutions see any size). tower: of a
+    model with several (CLIP, SigLIP, an encoder with a decoder), the path of the one that is meant; `hf:FOLDER#TOWER`
+    says the same.
+    Raises SiteError for an unknown name, TowersError for several towers of which none is named, CheckpointError for weights that do not fit or cannot be had.
     """
     if image_size is not None and image_size < 1:
         raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
+    name = name if tower is None else f"{name}#{tower}"
     if name.startswith("hf:") or name == MINILM:
         backbone = _transformers(name.removeprefix("hf:"), weights)
     elif name == MICRO:
@@ -102,11 +107,14 @@ def reading_of(
     if image_size is not None or crop:
         raise RestuningError(f"{type(backbone).__name__} reads texts: an image size and a crop are for images")
     config: Any = backbone.config
-    pad, limit = config.pad_token_id, int(config.max_position_embeddings)
+    pad, places = config.pad_token_id, ("max_position_embeddings", "n_positions")
+    limit = int(next((n for name in places if (n := getattr(config, name, None))), 512))
     first = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
     if config.model_type in OFFSET and first is not None:
         limit -= first + 1
-    return Tokenise(tokenizer or str(config._name_or_path), limit, int(config.vocab_size), pad, max_length)
+    return Tokenise(
+        tokenizer or str(config._name_or_path).partition("#")[0], limit, int(config.vocab_size), pad, max_length
+    )
 
 
 OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
@@ -129,7 +137,7 @@ def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: b
             crop=float(timm.get("crop_pct") or 1.0) if crop else None,
         )
     side = image_size or int(getattr(config, "image_size", 224))
-    how, half = _processor(str(getattr(config, "_name_or_path", ""))), (0.5, 0.5, 0.5)
+    how, half = _processor(str(getattr(config, "_name_or_path", "")).partition("#")[0]), (0.5, 0.5, 0.5)
     return Preprocess(
         size=(side, side),
         mean=tuple(how.get("image_mean") or half),
@@ -216,7 +224,17 @@ def _timm(name: str, pretrained: bool, **settings: Any) -> nn.Module:
     return model
 
 
+def _one_tower(model: nn.Module) -> nn.Module:
+    """The model. Raises TowersError for one with a tower for images and one for texts."""
+    both = tuple(name for name in ("vision_model", "text_model") if isinstance(getattr(model, name, None), nn.Module))
+    if len(both) > 1:
+        raise TowersError(type(model).__name__, both)
+    return model
+
+
 def _transformers(path: str, weights: str | Path | None) -> nn.Module:
+    whole = path
+    path, _, tower = path.partition("#")
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
@@ -232,10 +250,9 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
         raise CheckpointError(f"transformers cannot load {path!r}: {line(error)}") from error
     if not getattr(model, "is_quantized", False):
         model.float()  # a tuner born at one cannot move in bfloat16: half precision is for autocast
-    vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
-    backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
-    config: Any = backbone.config
-    config._name_or_path = path  # a packaged model is known by its name, wherever it is installed
+    backbone: nn.Module = tower_of(model, tower) if tower else _one_tower(model)
+    config: Any = getattr(backbone, "config", model.config)
+    config._name_or_path = whole  # a packaged model is known by its name, wherever it is installed
     if weights is not None:
         _load(backbone, weights)
     return backbone

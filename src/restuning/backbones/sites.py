@@ -37,7 +37,9 @@ class Site:
         path = self.reads.path
         at = self.weight or Weight("", f"{path}.weight", f"{path}.bias")
         weight = attrgetter(at.weight)(backbone)
-        turned = self.weight is None and type(backbone.get_submodule(path)).__name__ == "Conv1D"  # (in, out), as GPT-2's
+        turned = (
+            self.weight is None and type(backbone.get_submodule(path)).__name__ == "Conv1D"
+        )  # (in, out), as GPT-2's
         bias = None if at.bias is None else _reached(backbone, at.bias)
         return Affine(weight.T if turned else weight, bias)
 
@@ -201,6 +203,15 @@ def find_sites(
     )
 
 
+def tower_of(backbone: nn.Module, tower: str) -> nn.Module:
+    """One tower of a model that has several. Raises SiteError for a path that is not there."""
+    try:
+        return backbone.get_submodule(tower)
+    except AttributeError as error:
+        has = ", ".join(name for name, _ in backbone.named_children())
+        raise SiteError(f"no tower {tower!r} in {type(backbone).__name__}: it has {has}") from error
+
+
 MOST = 0.6
 """The share of a backbone's parameters that a row of the table must hold, or it has found a part of another family."""
 
@@ -257,7 +268,7 @@ def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) ->
             holder.get_submodule(path)
         row.prefix(holder)
         row.pool(holder)
-    except AttributeError:
+    except Exception:  # a configuration may refuse to say, in a way of its own
         return False
     return True
 
@@ -445,7 +456,12 @@ def _others(
         for name, module in backbone.get_submodule(block).named_modules():
             path = _join(block, name)
             inside = any(path.startswith(f"{one}.") for one in described)  # of a part, or of nn.MultiheadAttention
-            if not is_linear(module) or path in described or inside or type(module).__name__.startswith("NonDynamically"):
+            if (
+                not is_linear(module)
+                or path in described
+                or inside
+                or type(module).__name__.startswith("NonDynamically")
+            ):
                 continue
             reads, writes = sides(module)
             kernel = kernel_of(module) if isinstance(module, nn.Conv2d) else None

@@ -288,9 +288,7 @@ def trace(backbone: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             stack.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         out = run(backbone, inputs)
-    return Trace(
-        roots[0], out, recorder.sums, recorder.alike, recorder.attended, recorder.mapped, recorder.parents
-    )
+    return Trace(roots[0], out, recorder.sums, recorder.alike, recorder.attended, recorder.mapped, recorder.parents)
 
 
 @contextmanager

@@ -63,7 +63,25 @@ def _seeded() -> Iterator[None]:
 
 # ---- timm
 
-_SMALL = ("test_", "atto", "femto", "pico", "nano", "_xxs", "xxtiny", "xtiny", "_xs", "tiny", "micro", "mini", "_s0", "small", "18", "b0", "_0")
+_SMALL = (
+    "test_",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "_xxs",
+    "xxtiny",
+    "xtiny",
+    "_xs",
+    "tiny",
+    "micro",
+    "mini",
+    "_s0",
+    "small",
+    "18",
+    "b0",
+    "_0",
+)
 
 
 def _timm() -> Any:
@@ -149,7 +167,15 @@ def _transformers_families() -> dict[str, str]:
 EXACT = ("head_dim", "rotary_dim", "qk_rope_head_dim")
 """Settings that go with the width: they are set even where they are smaller already."""
 
-UNSAID = ("vocab_size", "n_routed_experts", "num_experts", "head_dim", "num_key_value_heads", "num_experts_per_tok")
+UNSAID = (
+    "vocab_size",
+    "n_routed_experts",
+    "num_experts",
+    "head_dim",
+    "num_key_value_heads",
+    "num_experts_per_tok",
+    "num_local_experts",
+)
 """Settings without which some models cannot be built, and that some configurations leave open."""
 
 WORD_SIZES: dict[str, Any] = {
@@ -167,6 +193,7 @@ WORD_SIZES: dict[str, Any] = {
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k"), 2),
     **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
     "num_decoder_layers": 3,
+    **dict.fromkeys(("n_group", "topk_group"), 1),
 }
 """Sizes that make a configuration small, by the names that configurations give them."""
 
@@ -176,7 +203,7 @@ NARROW = {
     **FEWER,
     **dict.fromkeys(("hidden_size", "d_model", "n_embd"), 256),
     **dict.fromkeys(("intermediate_size", "d_ff", "moe_intermediate_size"), 512),
-    **{key: WORD_SIZES[key] for key in ("q_lora_rank", "kv_lora_rank")},
+    **{key: WORD_SIZES[key] for key in ("q_lora_rank", "kv_lora_rank", "n_group", "topk_group")},
     **{key: WORD_SIZES[key] for key in ("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok")},
 }
 """Where the sizes do not go together: few layers alone, and these with a narrower stream between heads as they are."""
@@ -261,7 +288,9 @@ def _smaller(plain: Any, sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict
     if "hidden_size" in known or "d_model" in known or "n_embd" in known:
         known |= {key: sizes[key] for key in EXACT if type(has(key)) is int and key in sizes}
     if "vocab_size" in known:
-        for i, key in enumerate(("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")):
+        for i, key in enumerate(
+            ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
+        ):
             there = has(key)
             if isinstance(there, int) and there >= known["vocab_size"]:
                 known[key] = i

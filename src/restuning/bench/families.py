@@ -1,10 +1,14 @@
 """Every family of backbones tried: what is found, and which methods are right on it, by one small random model each."""
 
 import copy
+import json
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +24,11 @@ from restuning.hooks.law import attach, gathered
 from restuning.hooks.points import as_tokens
 from restuning.hooks.taps import tap
 
+from restuning.methods.named import find_method
 from restuning.methods.spec import Bypass, Method, Residual, resize
 from restuning.model.tuned import Tuned, adapt
 from restuning.tuners import Adapter, Lora, PrefixTuning
+from restuning.utils.files import as_json, write_whole
 
 METHODS = ("linear", "bypass", "block adapter", "lora", "res-tuning", "prefix")
 
@@ -53,6 +59,10 @@ class Checked:
 
     def data(self) -> dict[str, Any]:
         return asdict(self)
+
+
+ROWS = 2
+"""Rows of the batches that a method is tried on: other than those of the trace."""
 
 
 class _Wrong(Exception):
@@ -98,8 +108,14 @@ def check_family(library: str, family: str, kind: str) -> Checked:
     found.stages = len(sites.stages)
     if sites.found:
         found.share, found.sure, found.notes = sites.found.share, sites.found.sure, sites.found.notes
+    inputs = {key: value[:ROWS] for key, value in inputs.items()}
+    try:
+        own, before = _hooked(backbone, sites, inputs)
+    except Exception as error:
+        found.methods = dict.fromkeys(METHODS, f"wrong: {type(error).__name__}: {line(error)}")
+        return found
     for method in METHODS:
-        found.methods[method] = _outcome(lambda method=method: _check(method, backbone, sites, inputs))
+        found.methods[method] = _outcome(partial(_check, method, backbone, sites, inputs, own, before))
     return found
 
 
@@ -128,11 +144,16 @@ def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
     raise RestuningError(f"no input is known for {type(backbone).__name__}: {line(last) if last else ''}")
 
 
-def _check(name: str, backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor]) -> None:
-    """All that must hold of a method on a backbone. Raises RestuningError where it is refused, _Wrong and others."""
+def _check(
+    name: str, backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor], own: Sequence[Tensor], before: Any
+) -> None:
+    """All that must hold of a method on a backbone. Raises RestuningError where it is refused, _Wrong and others.
+
+    own, before: its features and its output, by hooks of the check's own.
+    """
     state = {key: value.clone() for key, value in backbone.state_dict().items()}
     flags = [p.requires_grad for p in backbone.parameters()]
-    own, before = _hooked(backbone, sites, inputs)
+    hooks = _hooks(backbone)
     spec = _spec(name, sites)
     bare = adapt(backbone, spec, anatomy=sites, pool=None)
     try:
@@ -161,9 +182,9 @@ def _check(name: str, backbone: nn.Module, sites: Sites, inputs: Mapping[str, Te
         out.float().square().sum().backward()
         _require(all(p.grad is None for p in backbone.parameters()), "the backbone was given a gradient")
         learns = [p.grad is not None and bool(p.grad.abs().sum() > 0) for p in tuned.adapters.parameters()]
-        _require(any(learns[:-2]) if name != "linear" else all(learns), "nothing is learnt: the tuners have no gradient")
-        with torch.no_grad():
-            out = tuned(**inputs)
+        _require(
+            any(learns[:-2]) if name != "linear" else all(learns), "nothing is learnt: the tuners have no gradient"
+        )
         with tempfile.TemporaryDirectory() as folder:
             tuned.save_pretrained(folder)
             tuned.unload()
@@ -173,18 +194,17 @@ def _check(name: str, backbone: nn.Module, sites: Sites, inputs: Mapping[str, Te
             again.unload()
     finally:
         tuned.unload()
-    _, after_all = _hooked(backbone, sites, inputs)
-    pairs = zip(tensors(before), tensors(after_all), strict=True)
+    with quiet(backbone):
+        pairs = zip(tensors(before), tensors(backbone(**inputs)), strict=True)
     _require(all(torch.equal(a, b) for a, b in pairs), "the backbone's output is another after unload")
     now = backbone.state_dict()
     _require(all(torch.equal(value, now[key]) for key, value in state.items()), "a weight has changed")
     _require(flags == [p.requires_grad for p in backbone.parameters()], "requires_grad is another after unload")
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
-    _require(hooks == 0 or hooks == _HOOKS.get(id(backbone), 0), "hooks are left after unload")
+    _require(_hooks(backbone) == hooks, "hooks are left after unload")
 
 
-_HOOKS: dict[int, int] = {}
-"""Hooks that a backbone came with."""
+def _hooks(backbone: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
 
 
 def _require(holds: bool, why: str) -> None:
@@ -193,8 +213,6 @@ def _require(holds: bool, why: str) -> None:
 
 
 def _spec(name: str, sites: Sites) -> Method:
-    from restuning.methods.named import find_method
-
     if name == "bypass":
         return Bypass(Adapter(4), Adapter(4))
     if name == "block adapter":
@@ -291,7 +309,10 @@ def _pooled_is_its_own(pooled: Tensor, out: Any, pool: str, sites: Sites) -> Non
         if tokens.shape[-1] != pooled.shape[-1] and first.ndim == 4:
             by_name = {"mean": first.flatten(1, 2).mean(1)}
         wanted += [by_name[pool]] if pool in by_name else []
-    same = any(w.shape == pooled.shape and torch.allclose(w, pooled, rtol=1e-3, atol=1e-4 * float(w.abs().max() + 1e-6)) for w in wanted)
+    same = any(
+        w.shape == pooled.shape and torch.allclose(w, pooled, rtol=1e-3, atol=1e-4 * float(w.abs().max() + 1e-6))
+        for w in wanted
+    )
     _require(same, f"the pooled feature ({pool}) is not the model's own")
 
 
@@ -332,3 +353,103 @@ def _attention_is_understood(backbone: nn.Module, sites: Sites, inputs: Mapping[
     for a, b in zip(tensors(before), tensors(out), strict=True):
         if a.is_floating_point():
             _require(torch.allclose(a, b, rtol=1e-3, atol=1e-4), "the attention is not what was seen of it")
+
+
+# ---- what is written
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """What `save` has written. Raises RestuningError for a file that cannot be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RestuningError(f"{path} cannot be read as checked families: {line(error)}") from error
+    keys = {one.name for one in fields(Checked)}
+    if not isinstance(found, list) or not all(isinstance(one, dict) and keys <= one.keys() for one in found):
+        raise RestuningError(
+            f"{path} holds no checked families: expected what `restuning backbones check --out` writes"
+        )
+    return found
+
+
+def save(path: Path, done: Sequence[Mapping[str, Any]]) -> None:
+    write_whole(path, as_json(list(done)))
+
+
+def save_text(path: Path, text: str) -> None:
+    write_whole(path, text.encode())
+
+
+def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """How many families of each library and kind there are, how they are found, and which methods are right."""
+    rows = []
+    for library, kind in sorted({(one["library"], one["kind"]) for one in done}):
+        here = [one for one in done if (one["library"], one["kind"]) == (library, kind)]
+        found = {how: sum(one["found"] == how for one in here) for how in ("table", "trace", "refused")}
+        right = {m: sum(one["methods"].get(m) == RIGHT for one in here) for m in METHODS}
+        wrong = sum(
+            one["found"] == "wrong" or any(v.startswith("wrong") for v in one["methods"].values()) for one in here
+        )
+        built = sum(one["found"] != "not built" for one in here)
+        rows.append(
+            {"library": library, "kind": kind, "families": len(here), "built": built, **found, **right, "wrong": wrong}
+        )
+    return rows
+
+
+def page(done: Sequence[Mapping[str, Any]]) -> str:
+    """A page of all families: totals, a row for each, and why methods and families are refused."""
+    lines = [
+        "# Backbones",
+        "",
+        "Every family of module that timm, transformers and torchvision have, tried with one small random model each. Written by",
+        "`restuning backbones page`, from what `restuning backbones check` has tried; `make backbones` runs both.",
+        "",
+        "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward (`restuning.backbones.auto`).",
+        "A method is ✓ if, on a random model, features are those that hooks of the check's own see, the pooled feature is the",
+        "model's own, the output at initialisation is the backbone's (but for bypass and prefix, which are not zero then), the",
+        "backbone has no gradient, what is saved and loaded gives the same output to the bit, and the backbone is as it was",
+        "after `unload`. LoRA is on `all-linear`.",
+        "",
+        f"| library | reads | families | built | table | trace | refused | {' | '.join(METHODS)} | wrong |",
+        f"|---|---|{'---:|' * (6 + len(METHODS))}",
+        *("| " + " | ".join(str(v) for v in row.values()) + " |" for row in totals(done)),
+        "",
+    ]
+    for library, kind in sorted({(one["library"], one["kind"]) for one in done}):
+        here = [one for one in done if (one["library"], one["kind"]) == (library, kind)]
+        lines += [
+            f"## {library}: {kind}s",
+            "",
+            f"| family | found | blocks | pooling | {' | '.join(METHODS)} |",
+            f"|---|---|---:|---|{'---|' * len(METHODS)}",
+        ]
+        for one in sorted(here, key=lambda one: one["family"]):
+            share = "" if one["share"] is None else f" {one['share']:.0%}"
+            tower = f" ({one['tower']})" if one["tower"] else ""
+            marks = [_mark(one["methods"].get(m)) for m in METHODS]
+            blocks = (
+                "" if not one["blocks"] else str(one["blocks"]) + (f" in {one['stages']}" if one["stages"] > 1 else "")
+            )
+            lines.append(
+                f"| {one['family']}{tower} | {one['found']}{share} | {blocks} | {one['pool']} | {' | '.join(marks)} |"
+            )
+        lines += ["", *_reasons(here), ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _mark(said: str | None) -> str:
+    return "" if said is None else {RIGHT: "✓"}.get(said, said.partition(":")[0])
+
+
+def _reasons(here: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why families, and methods on them, are refused: a reason, and the families that it is of."""
+    found: dict[str, list[str]] = {}
+    for one in here:
+        if one["why"]:
+            found.setdefault(one["why"], []).append(one["family"])
+        for method, said in one["methods"].items():
+            if said != RIGHT:
+                reason = re.sub(r" here: .*", "", said.partition(": ")[2])
+                found.setdefault(f"{method}: {reason}", []).append(one["family"])
+    return [f"- {', '.join(names)}: {why.replace('|', '/')}" for why, names in found.items()]

@@ -77,10 +77,26 @@ def _sites(args: argparse.Namespace) -> None:
         for s in found
     ]
     if args.json:
-        print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.port.heads, "sites": rows}))
+        by = None if found.found is None else asdict(found.found)
+        print(
+            json.dumps(
+                {
+                    "anatomy": found.anatomy.name,
+                    "found": by,
+                    "pool": found.pool,
+                    "heads": found.port.heads,
+                    "sites": rows,
+                }
+            )
+        )
     else:
         stages = "" if found.uniform else f" in {len(found.stages)} stages"
         print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")
+        if found.found is not None:
+            notes = "".join(f"; {note}" for note in found.found.notes)
+            print(
+                f"found by a trace, {found.found.share:.0%} of the parameters in the blocks, sure: {found.found.sure}{notes}"
+            )
         table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
 
 

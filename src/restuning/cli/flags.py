@@ -27,6 +27,7 @@ def backbone_flags(parser: argparse.ArgumentParser, weights: bool = True) -> Non
         "--backbone",
         help="restuning-micro (default, bundled), a timm model, hf:FOLDER, all-MiniLM-L6-v2, or resnet18-stages",
     )
+    parser.add_argument("--tower", help="of a model with several, the one that is meant: vision_model, encoder, …")
     if weights:
         parser.add_argument(
             "--weights", help="file of pretrained weights, or 'random' (default: bundled, or from the hub)"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from restuning.cli import comparing, describing, pictures, training, using
+from restuning.cli import comparing, describing, families, pictures, training, using
 from restuning.errors import RestuningError
 
 
@@ -18,6 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         args = _parser().parse_args(argv)
+        if getattr(args, "tower", None):
+            args.backbone = f"{args.backbone or ''}#{args.tower}"
         run: Callable[[argparse.Namespace], int | None] = args.run_command
         return run(args) or 0
     except RestuningError as error:
@@ -49,6 +51,6 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--json", action="store_true", help="print JSON, for machines")
         return command
 
-    for module in (training, pictures, comparing, using, describing):
+    for module in (training, pictures, comparing, using, describing, families):
         module.add_commands(add)
     return parser

@@ -128,7 +128,9 @@ class Attachment:
         for joint in self.joints:
             for left in joint.x.values():
                 left.clear()
-        silent = [joint.site.name for joint in self.joints if not joint.spoke and joint.site.op not in ("linear", "words")]
+        silent = [
+            joint.site.name for joint in self.joints if not joint.spoke and joint.site.op not in ("linear", "words")
+        ]
         if silent or (self.joints and not any(joint.spoke for joint in self.joints)):
             raise SiteError(f"the backbone's forward calls no module at {', '.join(silent)}: no tuner can be there")
 

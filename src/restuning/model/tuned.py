@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from restuning._types import Features
 from restuning.backbones.anatomy import AFFINE, PARTS, Anatomy
-from restuning.backbones.sites import Site, find_sites
+from restuning.backbones.sites import Site, Sites, find_sites, tower_of
 from restuning.data.objective import objective
 from restuning.errors import CheckpointError, MethodError
 from restuning.hooks.fsdp import Shards, whole_weights
@@ -49,7 +49,7 @@ class Tuned(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        anatomy: Anatomy | None = None,
+        anatomy: Anatomy | Sites | None = None,
         train_mode: bool = False,
         backbone_name: str | None = None,
         device: torch.device | str | None = None,
@@ -649,7 +649,7 @@ class Tuned(nn.Module):
         path: str | Path,
         name: str = "default",
         *,
-        anatomy: Anatomy | None = None,
+        anatomy: Anatomy | Sites | None = None,
         method: Method | None = None,
         revision: str | None = None,
     ) -> "Tuned":
@@ -687,15 +687,19 @@ def adapt(
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     kind: str = "single-label",
-    anatomy: Anatomy | None = None,
+    anatomy: Anatomy | Sites | None = None,
+    tower: str | None = None,
     train_mode: bool = False,
     backbone_name: str | None = None,
 ) -> Tuned:
     """Freeze `backbone` and adapt it by `method`, a name of `restuning.methods` or a method of your own.
 
-    anatomy: how a backbone that no row of the table fits is built. train_mode: let the backbone's dropout and batch
+    anatomy: how a backbone is built, where neither the table knows it nor a trace finds it, or its sites. tower: of a
+    model with several (CLIP, an encoder with a decoder), the path of the one that is tuned. train_mode: let the backbone's dropout and batch
     statistics follow `train()`. See `Tuned` and `Tuned.add_adapter` for the rest, and for the errors raised.
     """
+    if tower is not None:
+        backbone = tower_of(backbone, tower)
     tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
     try:
         tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing, kind=kind)
