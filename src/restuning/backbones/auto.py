@@ -204,13 +204,17 @@ class _Finder:
 
     def sites(self) -> Sites:
         blocks = self._blocks()
-        share = self._share(blocks)
-        if share < LEAST or not blocks:
-            raise SiteError(self._refusal(blocks, share))
-        return _Described(self, blocks, share).sites()
+        if not blocks:
+            raise SiteError(self._refusal(blocks, 0.0))
+        found = _Described(self, blocks).sites()
+        if found.found is not None and found.found.share < LEAST:
+            raise SiteError(self._refusal(blocks, found.found.share))
+        return found
 
-    def _share(self, blocks: Sequence[Ran]) -> float:
-        held = {id(p): p.numel() for ran in blocks for p in ran.module.parameters()}
+    def share(self, blocks: Sequence[Ran], tail: Sequence[nn.Module] = ()) -> float:
+        """What blocks, and what comes after them, hold of the parameters that the forward passed."""
+        modules = [*(ran.module for ran in blocks), *tail]
+        held = {id(p): p.numel() for module in modules for p in module.parameters()}
         ran = {id(p): p.numel() for c in self.calls for p in c.module.parameters(recurse=False)}
         for module in self.tower.module.modules():
             if isinstance(module, nn.Embedding):  # words are looked up, not computed with
@@ -226,9 +230,9 @@ class _Finder:
             if type(m) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
         }
         found = [ran for ran in self._expand(self.tower) if self._stream(ran)]
-        if not found or self._share(found) < LEAST:
+        if not found or self.share(found) < LEAST:
             plain = [ran for ran in self._plain(self.tower) if self._stream(ran)]
-            found = plain if self._share(plain) > self._share(found) else found
+            found = plain if not found or self.share(plain) >= LEAST else found
         return self._chained(found)
 
     @staticmethod
@@ -319,7 +323,8 @@ class _Finder:
         in_list = isinstance(self._owner(ran.path), nn.Sequential | nn.ModuleList | nn.ModuleDict)
         started = any(r.start < ran.start for _, runs in self.lists for r in runs)
         big = _count(module) >= 0.1 * self.total and started
-        return _weights(module) > 1 and ((in_list and self._listed(ran)) or big)
+        alone = _weights(module) == 1 and _count(module) >= 0.2 * self.total and started
+        return alone or (_weights(module) > 1 and ((in_list and self._listed(ran)) or big))
 
     def _listed(self, ran: Ran) -> bool:
         """Whether it stands in a container in which there are blocks, or beside one."""
@@ -343,25 +348,34 @@ class _Finder:
                 yield child
 
     def _chained(self, found: list[Ran]) -> list[Ran]:
-        """Those that follow from one another. Raises SiteError where there are several such chains."""
-        chains: list[list[Ran]] = []
-        for ran in found:
-            for chain in reversed(chains):
-                beside = ran.path.rpartition(".")[0] == chain[-1].path.rpartition(".")[0]
+        """The chain of those that follow from one another, by what goes in first, that holds the most parameters.
+
+        Raises TowersError where another that runs wholly before or after it holds much too.
+        """
+        feeds = self.trace.origins([[o.tag for o in ran.outs] for ran in found])
+        best: list[tuple[int, int | None]] = []
+        for i, ran in enumerate(found):
+            before: tuple[int, int | None] = (0, None)
+            for j, other in enumerate(found[:i]):
+                beside = ran.path.rpartition(".")[0] == other.path.rpartition(".")[0]
                 given = ran.ins if beside or not ran.direct else ran.ins[:1]
-                if any(self.trace.follows(t.tag, [o.tag for o in chain[-1].outs]) for t in given):
-                    chain.append(ran)
-                    break
-            else:
-                chains.append([ran])
-        if len(chains) < 2:
-            return found
-        held = [sum(_count(ran.module) for ran in chain) for chain in chains]
-        order = sorted(range(len(chains)), key=lambda i: -held[i])
-        large = sorted(i for i in order if held[i] >= 0.15 * self.total)
-        if len(large) > 1:
-            raise TowersError(type(self.backbone).__name__, self._towers([chains[i][0] for i in large]))
-        return chains[order[0]]
+                if other.end < ran.start and any(feeds[t.tag] >> j & 1 for t in given):
+                    before = max(before, (best[j][0], j), key=lambda pair: (pair[0], pair[1] or 0))
+            best.append((before[0] + _count(ran.module), before[1]))
+        chain: list[int] = []
+        at: int | None = max(range(len(found)), key=lambda i: best[i][0], default=None)
+        while at is not None:
+            chain.append(at)
+            at = best[at][1]
+        chosen = [found[i] for i in reversed(chain)]
+        others = [ran for i, ran in enumerate(found) if i not in chain]
+        apart = [ran for ran in others if chosen and (ran.end < chosen[0].start or ran.start > chosen[-1].end)]
+        if sum(_count(ran.module) for ran in apart) >= 0.15 * self.total:
+            firsts = sorted((chosen[0], apart[0]), key=lambda ran: ran.start)
+            towers = self._towers(firsts)
+            if len({*towers}) == len(towers) and all(towers):
+                raise TowersError(type(self.backbone).__name__, towers)
+        return chosen
 
     def _towers(self, firsts: Sequence[Ran]) -> tuple[str, ...]:
         """The outermost modules that hold one of these calls each."""
@@ -408,8 +422,8 @@ def _common(paths: Sequence[str]) -> str:
 class _Described:
     """Sites of the blocks that were found."""
 
-    def __init__(self, finder: _Finder, blocks: list[Ran], share: float) -> None:
-        self.finder, self.blocks, self.share = finder, blocks, share
+    def __init__(self, finder: _Finder, blocks: list[Ran]) -> None:
+        self.finder, self.blocks = finder, blocks
         self.backbone, self.trace = finder.backbone, finder.trace
         self.notes: list[str] = []
         self.text = "input_ids" in finder.inputs
@@ -449,6 +463,7 @@ class _Described:
                 self.notes.append(f"{op} in {len(have)} of {depth} blocks")
         if not tail.checked:
             self.notes.append("the pooling could not be tried out on a backbone that is only described")
+        after = [self.backbone.get_submodule(path) for path in (*tail.norm, *tail.post)]
         sure = "low" if not tail.checked else "high" if {"mha", "ffn"} & ops and tail.more is None else "medium"
         anatomy = Anatomy(
             f"found in {type(self.backbone).__name__}",
@@ -475,7 +490,7 @@ class _Described:
             pool=tail.pool,
             prefix=tail.prefix,
             points=(start, *outs),
-            found=Found(self.share, sure, tuple(self.notes)),
+            found=Found(self.finder.share(self.blocks, after), sure, tuple(self.notes)),
         )
 
     def _family(self, every: Sequence[Site]) -> str:
@@ -1005,8 +1020,8 @@ def _fitting(
     image = not text
     for kind, target in targets:
         wanted = target if kind == "tokens" else target.flatten(1)
-        for size, k in ((size, k) for size in range(len(modules) + 1) for k in range(size, -1, -1)):
-            norm, post = modules[:k], modules[k:size]
+        for end, k in ((end, k) for end in range(len(modules) + 1) for k in range(end, -1, -1)):
+            norm, post = modules[:k], modules[k:end]
             if any(isinstance(m.module, nn.Tanh) for m in post):
                 continue  # a pooler that was trained for another task
             try:
@@ -1014,7 +1029,7 @@ def _fitting(
             except Exception:
                 continue
             if kind == "tokens":
-                if k == size and _same(y, as_tokens(target)):
+                if k == end and _same(y, as_tokens(target)):
                     return _pooled_anyhow(norm, y, prefix, words, target)
                 continue
             for pool, skip in _pools(y, prefix, image):
@@ -1025,7 +1040,7 @@ def _fitting(
                 if _same(z, wanted):
                     paths = [tuple(m.path for m in some) for some in (norm, post)]
                     return _Tail(*paths, None, pool, skip, z.shape[1], True)
-            if k == size and k < len(modules):
+            if k == end and k < len(modules):
                 pooler = modules[k]
                 try:
                     z = pooler.module(y)

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -110,6 +111,17 @@ class Trace:
         while tag in self.alike:
             tag = self.alike[tag]
         return tag
+
+    def origins(self, outs: Sequence[Sequence[int]]) -> Mapping[int, int]:
+        """Tensor → a bit for each of `outs`, tensors that some calls gave: whether it was computed from one of them."""
+        bits: dict[int, int] = defaultdict(int)
+        for i, tags in enumerate(outs):
+            for tag in tags:
+                bits[tag] |= 1 << i
+        for tag in sorted(self.parents):  # in the order in which they were made
+            for parent in self.parents[tag]:
+                bits[tag] |= bits[parent]
+        return bits
 
     def follows(self, tag: int, origin: Sequence[int]) -> bool:
         """Whether a tensor was computed from another."""
