@@ -17,7 +17,7 @@ import torch
 from bench_vit_tiny import commit
 
 from restuning.data.captions import load_captions
-from restuning.diffusion.base import denoiser_of, load_base, pictures_of, texts_of, told
+from restuning.diffusion.base import denoiser_of, load_base, pictures_of, texts_of, denoiser_kwargs
 from restuning.diffusion.generation import SHARES, Asked, painted
 from restuning.diffusion.training import execute
 from restuning.model.tuned import Tuned
@@ -50,7 +50,7 @@ def main() -> None:
             tuned.load_adapter(out, names[-1])
     data = load_captions(f"captions:{args.pictures / f'{bench_emoji.CATEGORIES[0]}-test'}")
     prompts = [data.captions(i)[0] for i in range(0, len(data), len(data) // PROMPTS)][:PROMPTS]
-    given = told(pipe, texts_of(pipe, ["" for _ in prompts] + prompts), 64)
+    given = denoiser_kwargs(pipe, texts_of(pipe, ["" for _ in prompts] + prompts), 64)
     shape = (len(prompts), 32, 8, 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
 

@@ -190,7 +190,7 @@ def write(student: nn.Module) -> None:
     ASSETS.mkdir(parents=True, exist_ok=True)
     path = ASSETS / "restuning-micro.safetensors"
     save_file({name: t.half().contiguous() for name, t in student.state_dict().items()}, path)
-    card = {
+    config = {
         "architecture": SHAPE,
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
@@ -198,7 +198,7 @@ def write(student: nn.Module) -> None:
         "license": "Apache-2.0",
         "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    (ASSETS / "restuning-micro.json").write_text(json.dumps(card, indent=2) + "\n")
+    (ASSETS / "restuning-micro.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def evaluate(data: Path) -> None:

@@ -26,7 +26,7 @@ from restuning.data import Preprocess, load_task
 from restuning.errors import CheckpointError, RestuningError
 from restuning.features.bank import Bank, FromBank, FromFeatures, build
 from restuning.features.bank import read as store
-from restuning.side.features import ALL, FIRST, View
+from restuning.side.features import ALL, FIRST, TokenSelection
 
 DATA = ["--data", "digits", "--train-size", "120", "--test-size", "40", "--quiet"]
 READERS = [m for m in rt.METHODS if m != "full" and adapt(TINY["timm-vit"], small(m), 2).reads_features]
@@ -319,9 +319,9 @@ def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_views_of_views() -> None:
-    grid, other = View(2, 1), View(4, 1)
+    grid, other = TokenSelection(2, 1), TokenSelection(4, 1)
     assert grid.of(ALL) == grid and grid.of(grid) == ALL and grid.of(other) is None
-    assert FIRST.of(grid) == FIRST and FIRST.of(ALL) == FIRST and FIRST.of(View(2, 0)) is None
+    assert FIRST.of(grid) == FIRST and FIRST.of(ALL) == FIRST and FIRST.of(TokenSelection(2, 0)) is None
     x = torch.randn(2, 17, 8)
     cells = grid(x)[:, 1:].reshape(2, 2, 2, 8)
     torch.testing.assert_close(cells[:, 0, 1], x[:, 1:].reshape(2, 4, 4, 8)[:, :2, 2:].mean((1, 2)))

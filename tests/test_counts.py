@@ -81,8 +81,8 @@ def test_tuners_alone(vit, op: str) -> None:
         rt.Prefix(10): 15_360,
         rt.Prompt(10): 7_680,
     }
-    for recipe, expected in per_block.items():
-        assert trained(vit, rt.Residual({op: recipe})) == 12 * expected + HEAD
+    for config, expected in per_block.items():
+        assert trained(vit, rt.Residual({op: config})) == 12 * expected + HEAD
 
 
 GOLDEN = {
@@ -132,7 +132,7 @@ def test_clip_vit_l_14(tmp_path: Path) -> None:
     config = {"model_type": "clip", "vision_config": {**vision, "image_size": 224, "patch_size": 14}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     clip = describe_backbone(f"hf:{tmp_path}")
-    assert len(rt.find_sites(clip).blocks) == 24 and rt.find_sites(clip).port.writes == 1024
+    assert len(rt.find_sites(clip).blocks) == 24 and rt.find_sites(clip).info.out_features == 1024
     d, depth, head, r = 1024, 24, 1025 * 100, 10
     body = 2 * 2 * d + 3 * 14 * 14 * d + d + 257 * d + depth * (4 * d + 4 * (d * d + d) + 2 * 4 * d * d + 5 * d)
     adapter = (2 * d + 1) * r + d

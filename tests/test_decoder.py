@@ -160,8 +160,8 @@ def test_merging_lora_into_a_decoder() -> None:
 
 def test_tiny_decoders_are_of_this_family() -> None:
     for name in ("llama", "gemma3"):
-        port = rt.find_sites((TINY | MORE)[name].backbone()).at("attention")[0].port
-        assert (port.heads, port.writes) == (2, {"llama": 16, "gemma3": 32}[name])
+        info = rt.find_sites((TINY | MORE)[name].backbone()).at("attention")[0].info
+        assert (info.heads, info.out_features) == (2, {"llama": 16, "gemma3": 32}[name])
 
 
 def test_capped_scores_refuse_a_prefix() -> None:

@@ -126,7 +126,7 @@ def test_sites_of_a_unet() -> None:
     sites = find_sites(unet())
     for op in ("mha", "cross", "ffn", "block", "attention", "resnet", "mid", "decoder", "skip"):
         assert sites.at(op)
-    assert [site.port.writes for site in sites.at("skip")] == [64, 64, 64, 32, 32, 32]
+    assert [site.info.out_features for site in sites.at("skip")] == [64, 64, 64, 32, 32, 32]
     backbone, given = unet(), inputs()
     plain = backbone(**given).sample
     for op in ("resnet", "mid", "decoder", "skip"):

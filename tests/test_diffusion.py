@@ -150,7 +150,7 @@ def transformer() -> Any:
 
 @pytest.mark.parametrize("make", [larger, transformer])
 def test_other_pipelines(make: Any, data: str, tmp_path: Path) -> None:
-    """The same pictures as the pipeline's own, at birth; trained, saved, painted."""
+    """The same pictures as the pipeline's own, at initialisation; trained, saved, painted."""
     make().save_pretrained(tmp_path / "base")
     pipe = load_base(str(tmp_path / "base"))
     pipe.scheduler = scheduler_of(pipe, "dpm")

@@ -53,9 +53,9 @@ def test_every_convolution_and_norm_of_a_block_is_a_site(name: str) -> None:
     assert sorted(paths) == sorted(inside)
     for site in sites.at("affine"):
         m: Any = backbone.get_submodule(site.reads.path)
-        assert site.port.writes == len(m.weight)
+        assert site.info.out_features == len(m.weight)
         if isinstance(m, nn.Conv2d) and site.block is not None:
-            assert site.port.reads == m.in_channels and site.port.kernel.groups == m.groups
+            assert site.info.in_features == m.in_channels and site.info.kernel.groups == m.groups
 
 
 @each
@@ -125,9 +125,9 @@ def by_hand_swin(block: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
 class Sum(nn.Module):
     """Reads both sides."""
 
-    def __init__(self, port: rt.Port) -> None:
+    def __init__(self, info: rt.SiteInfo) -> None:
         super().__init__()
-        self.w = nn.Parameter(torch.randn(port.reads, port.writes))
+        self.w = nn.Parameter(torch.randn(info.in_features, info.out_features))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x @ self.w + y.cos()
@@ -142,9 +142,9 @@ class Sum(nn.Module):
         ("timm-swin", by_hand_swin, ("mha", "ffn", "block")),
     ],
 )
-def test_the_law_written_out(name: str, block: Any, ops: tuple[str, ...], recipe: Any) -> None:
+def test_the_law_written_out(name: str, block: Any, ops: tuple[str, ...], config: Any) -> None:
     tiny = HIERARCHIES[name]
-    tuned = shake(adapt(tiny, rt.Residual(dict.fromkeys(ops, recipe)), None, torch.float64, pool="none"))
+    tuned = shake(adapt(tiny, rt.Residual(dict.fromkeys(ops, config)), None, torch.float64, pool="none"))
     x, tuners = tiny.inputs(dtype=torch.float64)["x"], tuned.adapters["default"].tuners
     body: Any = tuned.backbone
     stages = {"timm-convnext": "stages", "timm-swin": "layers"}
@@ -191,12 +191,12 @@ def test_a_merged_backbone_says_what_was_tuned(name: str, method: str) -> None:
 def test_lora_of_a_convolution_is_a_change_of_its_weight(groups: int, rank: int) -> None:
     conv = nn.Conv2d(8, 16, (3, 5), (2, 1), (1, 2), (1, 2), groups=groups).double()
     kernel = rt.Kernel(conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    tuner = rt.Lora(rank, alpha=3.0 * rank, dropout=0.0)(rt.Port(8, 16, kernel=kernel)).double()
+    tuner = rt.Lora(rank, alpha=3.0 * rank, dropout=0.0)(rt.SiteInfo(8, 16, kernel=kernel)).double()
     assert isinstance(tuner, ConvLoraTuner)
     assert sum(p.numel() for p in tuner.parameters()) <= max(conv.weight.numel(), 16 + 8 // groups * 15)
     assert len(tuner.a) == min(rank, max(1, 16 * 120 // groups // (16 + 120 // groups)))
     x = torch.randn(2, 8, 9, 7, dtype=torch.float64)
-    assert not tuner(x, conv(x)).any(), "zero at birth"
+    assert not tuner(x, conv(x)).any(), "zero at initialisation"
     with torch.no_grad():
         tuner.b.normal_()
         weight, bias = tuner.merged(conv.weight, conv.bias)
@@ -348,11 +348,11 @@ def test_the_mean_token_is_exact_where_it_is_claimed(name: str) -> None:
     tiny = HIERARCHIES[name]
     for method in ("linear", "side-tuning", "res-tuning", "bypass", "bypass-none", "bypass-mean"):
         tuned = shake(adapt(tiny, small(method, family(name)), dtype=torch.float64))
-        claimed = not tuned._sites.norm and "bypass" not in method
-        assert (tuned._live() == MEAN) == (claimed or method == "bypass-mean")
+        run_directory = not tuned._sites.norm and "bypass" not in method
+        assert (tuned._live() == MEAN) == (run_directory or method == "bypass-mean")
         inputs = tiny.inputs(dtype=torch.float64)
         out = tuned(**inputs)
-        if claimed:
+        if run_directory:
             assert all(x.shape[1] == 1 for x in tuned.features(**inputs)[-1:])
             tuned._live = lambda: ALL
             torch.testing.assert_close(tuned(**inputs), out)
@@ -397,8 +397,8 @@ def test_names_mean_what_a_family_has() -> None:
     for name in ("timm-convnext", "timm-resnet", "timm-swin"):
         tuned = adapt(HIERARCHIES[name], "res-tuning")
         spec = find_method("res-tuning", tuned.family)
-        assert tuned.card().method == "res-tuning" and tuned.adapters["default"].method == spec
-        assert json.loads(json.dumps(tuned.card().spec)) == tuned.card().spec
+        assert tuned.adapter_config().method == "res-tuning" and tuned.adapters["default"].method == spec
+        assert json.loads(json.dumps(tuned.adapter_config().spec)) == tuned.adapter_config().spec
     alone = {name for names in FAMILIES.values() for name in names} - rt.METHODS.keys()
     assert alone == {"prompt", "scedit"}  # the U-Net's
     assert find_method("res-tuning", "another") == rt.METHODS["res-tuning"]
@@ -433,7 +433,7 @@ def test_frozen_convolutions_keep_nothing_and_say_the_same(name: str, monkeypatc
         return y, list(grads), saved_bytes(lambda: tuned(**inputs), tuned.parameters())
 
     y, grads, less = run()
-    monkeypatch.setattr(sys.modules["restuning.adapt"], "Thrift", contextlib.nullcontext)
+    monkeypatch.setattr(sys.modules["restuning.adapt"], "FrozenOpMemory", contextlib.nullcontext)
     z, expected, more = run()
     assert torch.equal(y, z) and less < 0.95 * more
     torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-10)
@@ -450,7 +450,7 @@ def test_the_resnet_of_three_stages() -> None:
     with pytest.raises(CheckpointError, match="has no weights of its own: give a file with weights="):
         rt.load_backbone(STAGES)
     model = rt.load_backbone(STAGES, "random", image_size=160)
-    assert rt.find_sites(model).stages == (2, 4, 6) and rt.find_sites(model).port.writes == 256
+    assert rt.find_sites(model).stages == (2, 4, 6) and rt.find_sites(model).info.out_features == 256
     assert sum(p.numel() for p in model.parameters()) == 2_780_544
 
 

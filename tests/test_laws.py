@@ -25,9 +25,9 @@ from restuning.utils.profiling import saved_bytes
 class Mixer(nn.Module):
     """An own tuner: it mixes tokens, and reads what the operation said."""
 
-    def __init__(self, port: rt.Port) -> None:
+    def __init__(self, info: rt.SiteInfo) -> None:
         super().__init__()
-        self.w = nn.Parameter(0.1 * torch.randn(port.reads, port.writes))
+        self.w = nn.Parameter(0.1 * torch.randn(info.in_features, info.out_features))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return x.mean(1, keepdim=True) @ self.w + 0.1 * y
@@ -120,12 +120,12 @@ def plain_features(tiny: Tiny, backbone: nn.Module, inputs: dict[str, Tensor]) -
     return tuple(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x for x in kept)
 
 
-def unequal(tiny: Tiny, op: str, recipe: Any) -> bool:
+def unequal(tiny: Tiny, op: str, config: Any) -> bool:
     """Whether a prompt is refused: it needs one width, and convolutions change theirs."""
-    ports = [s.port for s in rt.find_sites(tiny.backbone(), tiny.anatomy).at(op)]
-    if isinstance(recipe, rt.Prompt) and any(p.reads != p.writes for p in ports):
+    infos = [s.info for s in rt.find_sites(tiny.backbone(), tiny.anatomy).at(op)]
+    if isinstance(config, rt.Prompt) and any(p.reads != p.writes for p in infos):
         with pytest.raises(RestuningError, match="Prompt needs an operation of one width; this reads"):
-            adapt(tiny, rt.Residual({op: recipe}))
+            adapt(tiny, rt.Residual({op: config}))
         return True
     return False
 
@@ -144,10 +144,10 @@ def test_identity_at_birth(name: str, op: str, tuner: str) -> None:
 
 @pytest.mark.parametrize(("name", "op", "tuner"), places(TUNERS))
 def test_only_the_adapter_learns_and_every_part_of_it(name: str, op: str, tuner: str) -> None:
-    tiny, recipe = TINY[name], TUNERS[tuner]
-    if unequal(tiny, op, recipe):
+    tiny, config = TINY[name], TUNERS[tuner]
+    if unequal(tiny, op, config):
         return
-    tuned, inputs = shake(adapt(tiny, rt.Residual({op: recipe}))), tiny.inputs()
+    tuned, inputs = shake(adapt(tiny, rt.Residual({op: config}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
     assert not torch.allclose(
         tuned.features(**inputs)[-1], tuned._live()(before, inputs.get("attention_mask")), atol=1e-4
@@ -156,7 +156,7 @@ def test_only_the_adapter_learns_and_every_part_of_it(name: str, op: str, tuner:
     assert all(p.grad is None for p in tuned.backbone.parameters())
     for key, p in tuned.adapters.named_parameters():
         assert p.grad is not None
-        dead = name in HIERARCHIES and getattr(recipe, "act", "") == "relu"  # it reads what has been through a ReLU
+        dead = name in HIERARCHIES and getattr(config, "act", "") == "relu"  # it reads what has been through a ReLU
         assert p.grad.abs().sum() > 0 or dead, key
 
 
@@ -190,9 +190,9 @@ def by_hand_bert(layer: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
     [("timm-vit-layerscale", by_hand_timm), ("timm-dinov2-registers", by_hand_timm), ("bert", by_hand_bert)],
 )
 @each_tuner
-def test_the_law_written_out(name: str, block: Any, recipe: Any) -> None:
+def test_the_law_written_out(name: str, block: Any, config: Any) -> None:
     tiny = TINY[name]
-    tuned = shake(adapt(tiny, rt.Residual(dict.fromkeys(OPS, recipe)), None, torch.float64, pool="none"))
+    tuned = shake(adapt(tiny, rt.Residual(dict.fromkeys(OPS, config)), None, torch.float64, pool="none"))
     inputs = tiny.inputs(dtype=torch.float64)
     inputs.pop("attention_mask", None)
     x = plain_features(tiny, tuned.backbone, inputs)[0]
@@ -253,7 +253,9 @@ def test_bypass_keeps_nothing_of_the_backbone_for_backward(tiny: Tiny) -> None:
             assert not any(f.requires_grad for f in tuned.features(**inputs))
     widest = max(f.shape[1] * f.shape[2] for f in adapt(tiny, "bypass").features(**inputs))
     row = 8 * 4 * widest
-    assert size["linear"] <= 8 * 4 * tuned._sites.port.writes + 64, "linear probing keeps the pooled features alone"
+    assert size["linear"] <= 8 * 4 * tuned._sites.info.out_features + 64, (
+        "linear probing keeps the pooled features alone"
+    )
     assert size["bypass-none"] <= size["linear"] + 12 * row
     assert size["bypass"] < size["full"]
     assert all(p.grad is None for p in tuned.backbone.parameters())
@@ -397,12 +399,12 @@ mixtures = st.one_of(
 )
 
 
-def parameters_of(recipe: Any, d: int = 32) -> int:
+def parameters_of(config: Any, d: int = 32) -> int:
     """By the formulas of the docstrings."""
-    scale = {"none": 0, "scalar": 1, "channel": d}[recipe.scale]
-    if isinstance(recipe, rt.Adapter):
-        return (2 * d + 1) * recipe.width + d + scale
-    return (2 if isinstance(recipe, rt.Prefix) else 1) * recipe.tokens * d + scale
+    scale = {"none": 0, "scalar": 1, "channel": d}[config.scale]
+    if isinstance(config, rt.Adapter):
+        return (2 * d + 1) * config.width + d + scale
+    return (2 if isinstance(config, rt.Prefix) else 1) * config.tokens * d + scale
 
 
 @settings(max_examples=40, deadline=None)

@@ -210,9 +210,9 @@ def test_own_tuners_mix_too() -> None:
     """They may do what cannot be stacked: each takes a pass of its own."""
 
     class Own(nn.Module):
-        def __init__(self, port: rt.Port) -> None:
+        def __init__(self, info: rt.SiteInfo) -> None:
             super().__init__()
-            self.w = nn.Parameter(torch.randn(port.writes))
+            self.w = nn.Parameter(torch.randn(info.out_features))
 
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
             return y * self.w if self.w.sum().item() > 0 else y + self.w

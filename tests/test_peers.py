@@ -123,7 +123,7 @@ def test_5_an_unknown_name_is_an_error() -> None:
         with pytest.raises(MethodError, match=r"expected|already built"):
             rt.Residual({"mha": wrong})
     with pytest.raises(MethodError, match=r"expected an nn\.Module"):
-        tuned_vit(rt.Residual({"mha": lambda port: None}))
+        tuned_vit(rt.Residual({"mha": lambda info: None}))
 
 
 def test_6_unload_leaves_no_hook_and_no_feature_in_memory() -> None:
@@ -145,7 +145,7 @@ def test_7_the_head_and_its_classes_are_there_after_a_reload(tmp_path) -> None:
     tuned.save_pretrained(tmp_path)
     again = rt.Tuned.from_pretrained(VIT.backbone(), tmp_path)
     assert torch.equal(again.adapters["default"].head.weight, tuned.adapters["default"].head.weight)
-    assert list(again.card().classes) == ["ant", "bee"]
+    assert list(again.adapter_config().classes) == ["ant", "bee"]
 
 
 COMPILED = """
@@ -193,15 +193,15 @@ def test_12_prefix_and_adapter_train_and_save_together(tmp_path) -> None:
 
 
 class Gain(nn.Module):
-    def __init__(self, port: rt.Port, power: int = 1) -> None:
+    def __init__(self, info: rt.SiteInfo, power: int = 1) -> None:
         super().__init__()
-        self.gain, self.power = nn.Parameter(torch.zeros(port.writes)), power
+        self.gain, self.power = nn.Parameter(torch.zeros(info.out_features)), power
 
     def forward(self, x, y):
         return self.gain * y**self.power
 
 
-@pytest.mark.parametrize("own", [Gain, functools.partial(Gain, power=2), lambda port: Gain(port, 3)])
+@pytest.mark.parametrize("own", [Gain, functools.partial(Gain, power=2), lambda info: Gain(info, 3)])
 def test_13_an_own_tuner_needs_no_edit_and_no_registration(own, tmp_path) -> None:
     for method in (rt.Residual({"mha": own, "ffn": rt.Adapter(4)}), rt.Bypass(own, rt.Adapter(4))):
         tuned, x = tuned_vit(method), VIT.inputs()

@@ -16,7 +16,7 @@ import torch
 
 import restuning as rt
 from restuning.cli.main import main
-from restuning.errors import Busy, RestuningError
+from restuning.errors import Locked, RestuningError
 from restuning.methods.files import to_dict
 from restuning.paper import jobs as module
 from restuning.paper.experiments import EXPERIMENTS, Data, Experiment, Row
@@ -160,7 +160,7 @@ def test_killed_anywhere_it_ends_in_the_same_table(
 
 def test_a_job_in_use_is_left_to_its_owner(whole: Path) -> None:
     job = plan(TINY, SETTINGS)[0]
-    with locked(whole / "jobs" / job.name), pytest.raises(Busy):
+    with locked(whole / "jobs" / job.name), pytest.raises(Locked):
         module.finish(job, whole)
 
 

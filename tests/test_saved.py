@@ -129,7 +129,7 @@ def test_hub(folder, monkeypatch) -> None:
 def test_what_no_file_can_hold_is_refused_before_it_is_trained(folder) -> None:
     tuned = rt.adapt(VIT.backbone(), "linear", np.int64(3), classes=np.array([4, 5, 6]))
     tuned.save_pretrained(folder)
-    assert rt.Tuned.from_pretrained(VIT.backbone(), folder).card().classes == [4, 5, 6]
+    assert rt.Tuned.from_pretrained(VIT.backbone(), folder).adapter_config().classes == [4, 5, 6]
     with pytest.raises(MethodError, match="plain data"):
         rt.adapt(VIT.backbone(), "linear", 3, preprocessing={"mean": np.zeros(3)})
 

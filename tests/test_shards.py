@@ -12,10 +12,10 @@ from two import in_two
 
 import restuning as rt
 from restuning.errors import MethodError, RestuningError
-from restuning.hooks.fsdp import shared_out
+from restuning.hooks.fsdp import sharded_parameters
 from restuning.training.config import TrainConfig
 from restuning.training.loop import fit
-from restuning.utils.distributed import is_first, meet, together
+from restuning.utils.distributed import is_main_process, barrier, together
 
 CASES = [
     ("timm-vit", "res-tuning"),
@@ -55,7 +55,7 @@ def outside(backbone: nn.Module) -> dict[str, object]:
 
 def train(out: Path) -> None:
     """Each case, in one process or as a share of two; the adapters are written."""
-    many = meet() > 1
+    many = barrier() > 1
     for anatomy, method in CASES:
         tiny = TINY[anatomy]
         backbone = tiny.backbone()
@@ -92,9 +92,9 @@ def train(out: Path) -> None:
             if many:  # no pass leaves a note behind
                 order = backbone._get_fsdp_state()._comm_ctx.post_forward_order
                 assert not order
-        if is_first():
+        if is_main_process():
             tuned.save_pretrained(out / f"{anatomy}-{method}")
-        assert bool(shared_out(tuned)) == many
+        assert bool(sharded_parameters(tuned)) == many
         for p in tuned.adapters.parameters():
             p.grad = None
         tuned.gather()

@@ -232,9 +232,9 @@ def test_settings_that_make_no_sense() -> None:
 
 def test_own_side_networks() -> None:
     class Thumb(nn.Module):
-        def __init__(self, port: rt.Port) -> None:
+        def __init__(self, info: rt.SiteInfo) -> None:
             super().__init__()
-            self.fc = nn.Linear(3, port.writes)
+            self.fc = nn.Linear(3, info.out_features)
 
         def forward(self, pixels: Tensor) -> Tensor:
             return self.fc(pixels.mean((2, 3)))

@@ -28,8 +28,8 @@ def test_every_block_has_its_operations(tiny: Tiny) -> None:
     for op in ("mha", "ffn", "block") if tiny.anatomy else ("mha", "ffn", "block", "attention", *PARTS[:6]):
         found, keys = sites.at(op), sites.anatomy.keys is not None and op == "attention"
         heads = 1 if tiny.anatomy else 2 if keys else 4
-        assert sorted({s.block for s in found}) == [s.port.block for s in found[:: len(found) // depth]]
-        assert all(s.port.depth == depth and s.port.heads == heads for s in found)
+        assert sorted({s.block for s in found}) == [s.info.block for s in found[:: len(found) // depth]]
+        assert all(s.info.depth == depth and s.info.heads == heads for s in found)
     if not tiny.anatomy:  # every affine map and norm of the body, once
         affine = {s.writes.path for s in sites.at("affine")}
         kinds = ("Linear", "LayerNorm", "Conv2d", "RMSNorm")
@@ -42,12 +42,12 @@ def test_every_block_has_its_operations(tiny: Tiny) -> None:
         assert all(map(known.fullmatch, beyond)) and affine <= there, beyond | (affine - there)
         for site in sites.at("affine"):
             weight = site.affine(backbone).weight
-            assert site.port.writes == len(weight) and site.op in AFFINE
+            assert site.info.out_features == len(weight) and site.op in AFFINE
 
 
 def test_widths_are_the_modules_own() -> None:
     sites = rt.find_sites(TINY["timm-vit"].backbone())
-    widths = {s.op: (s.port.reads, s.port.writes) for s in sites if s.block in (0, None)}
+    widths = {s.op: (s.info.in_features, s.info.out_features) for s in sites if s.block in (0, None)}
     assert widths["qkv"] == (32, 96) and widths["fc1"] == (32, 128) and widths["fc2"] == (128, 32)
     assert widths["mha"] == widths["norm"] == widths["embed"] == (32, 32)
 

@@ -24,7 +24,7 @@ from restuning.data.objective import IGNORED, balanced, confusion, objective
 from restuning.data.text import Texts
 from restuning.data.tokens import Tokenised
 from restuning.errors import DataError, RestuningError
-from restuning.features.bank import Bank, FromBank, FromFeatures, build, keep
+from restuning.features.bank import Bank, FromBank, FromFeatures, build, cache_features
 from restuning.training.config import TrainConfig, data_order
 from restuning.training.evaluate import loader, predict_logits
 from restuning.training.loop import fit
@@ -448,7 +448,7 @@ def test_a_bank_of_texts_is_live(
     places = [int(name.removesuffix("]").rpartition("[")[2]) for name in bank.source().train.names]
     assert places == list(range(64))
     torch.testing.assert_close(from_bank, predict_logits(live, examples, 16)[0], rtol=1e-4, atol=1e-5)
-    kept = keep(live, examples, 8)
+    kept = cache_features(live, examples, 8)
     torch.testing.assert_close(from_bank, predict_logits(FromFeatures(live), kept, 5)[0], rtol=1e-4, atol=1e-5)
 
 
@@ -485,11 +485,11 @@ def test_from_a_bank_as_from_texts(
 ) -> None:
     data = ["--data", f"text:{moods}", "--backbone", f"hf:{model}"]
     assert call("bank", *data, "--tokens", "mean", "--out", tmp_path / "bank", "--quiet") == 0
-    recipe = ["--method", "bypass-mean", *FAST, "--json"]
+    config = ["--method", "bypass-mean", *FAST, "--json"]
     capsys.readouterr()
-    assert call("train", "--bank", tmp_path / "bank", *recipe, "--out", tmp_path / "a") == 0
+    assert call("train", "--bank", tmp_path / "bank", *config, "--out", tmp_path / "a") == 0
     away = json.loads(capsys.readouterr().out)
-    assert call("train", *data, *recipe, "--out", tmp_path / "b") == 0
+    assert call("train", *data, *config, "--out", tmp_path / "b") == 0
     live = json.loads(capsys.readouterr().out)
     assert away["test_accuracy"] == live["test_accuracy"] and away["settings"]["backbone"] == f"hf:{model}"
     assert call("evaluate", tmp_path / "a", "--json") == 0, "a tuned file is of texts again"
@@ -663,7 +663,7 @@ def test_a_kind_is_saved_with_its_adapter(model: Path, tmp_path: Path) -> None:
     tuned = rt.adapt(rt.load_backbone(f"hf:{model}"), "lora", 3, kind="per-token")
     tuned.save_pretrained(tmp_path)
     again = rt.Tuned.from_pretrained(rt.load_backbone(f"hf:{model}"), tmp_path)
-    assert again.card().kind == "per-token" and again.card().pool == "none"
+    assert again.adapter_config().kind == "per-token" and again.adapter_config().pool == "none"
 
 
 def test_the_packaged_encoder_is_real() -> None:

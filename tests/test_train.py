@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from restuning.data.objective import objective
 from restuning.errors import CheckpointError, MissingExtra, RestuningError
-from restuning.training import config as recipe
+from restuning.training import config as config
 from restuning.training.checkpoint import read_state, write_state
 from restuning.training.evaluate import HasEpoch, evaluate, predict_logits
 from restuning.training.loop import TrainConfig, fit
@@ -89,7 +89,7 @@ CONFIG = TrainConfig(epochs=3, lr=0.01, batch_size=4)
 
 def test_weight_decay_only_on_trainable_matrices() -> None:
     model = net()
-    decayed, bare = recipe.parameter_groups(model, 0.05)
+    decayed, bare = config.parameter_groups(model, 0.05)
     assert decayed["weight_decay"] == 0.05 and [p.ndim for p in decayed["params"]] == [2]
     assert bare["weight_decay"] == 0 and {id(p) for p in bare["params"]} == {
         id(p) for p in (model.alpha, model.norm.weight, model.norm.bias, model.head.bias)
@@ -177,11 +177,11 @@ def test_patience_needs_validation_and_resume_a_file() -> None:
 
 
 def test_schedule() -> None:
-    lrs = [recipe.learning_rate(step, 100, 10, 0.5) for step in range(100)]
+    lrs = [config.learning_rate(step, 100, 10, 0.5) for step in range(100)]
     assert lrs[0] == 0.05 and lrs[9] == 0.5 and lrs[10] == 0.5 and max(lrs) == 0.5
     assert lrs[10:] == sorted(lrs[10:], reverse=True) and 0 < lrs[-1] < 1e-3
     assert lrs[55] == pytest.approx(0.25)
-    assert recipe.learning_rate(0, 5, 0, 1.0) == 1.0
+    assert config.learning_rate(0, 5, 0, 1.0) == 1.0
     # warm-up is at most a fifth: with 5 epochs the second one starts at the peak
     assert fit(net(), Points(), None, replace(CONFIG, epochs=5)).epochs[0].lr == CONFIG.lr
 
@@ -697,8 +697,8 @@ torch.distributed.destroy_process_group()
 def test_two_processes_are_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        info = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": info, "ACCELERATE_USE_CPU": "true"}
     processes = [start(TWO, str(tmp_path), r, RANK=r, LOCAL_RANK=r, LOCAL_WORLD_SIZE="2", **shared) for r in "01"]
     finish(*processes)
     # 22 examples in batches of 3: the last batch has one, so that one process has none
@@ -744,9 +744,9 @@ def test_evaluation_leaves_no_trace() -> None:
 
 def test_seeds_differ() -> None:
     places = [(s, e) for s in range(10) for e in range(10)]
-    assert len({recipe.seed_of(*p) for p in places}) == len(places)
-    assert recipe.seed_of(1, 23) != recipe.seed_of(12, 3)
-    order = recipe.data_order(22, 4, 0, 0)
+    assert len({config.seed_of(*p) for p in places}) == len(places)
+    assert config.seed_of(1, 23) != config.seed_of(12, 3)
+    order = config.data_order(22, 4, 0, 0)
     assert [len(batch) for batch in order] == [4, 4, 4, 4, 4, 2]
     assert sorted(i for batch in order for i in batch) == list(range(22))
 

@@ -74,7 +74,7 @@ def bound_prefix(tuned: rt.Tuned) -> Iterator[None]:
     """Eq. 2 as it is written: [K_pre; K] and [V_pre; V] in the backbone's own attention, put there by replacing the
     functions that it calls; no code of the library's takes part."""
     tuners = iter(list(tuned.adapters["default"].tuners.values()))
-    heads = tuned._sites.at("attention")[0].port.heads
+    heads = tuned._sites.at("attention")[0].info.heads
     fused = F.scaled_dot_product_attention
 
     def grown(t: Tensor, more: Tensor) -> Tensor:

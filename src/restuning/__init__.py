@@ -11,7 +11,7 @@ from restuning._version import __version__ as __version__
 if TYPE_CHECKING:
     from restuning._types import Features as Features
     from restuning._types import Kernel as Kernel
-    from restuning._types import Port as Port
+    from restuning._types import SiteInfo as SiteInfo
     from restuning.backbones.anatomy import Anatomy as Anatomy
     from restuning.backbones.anatomy import Op as Op
     from restuning.backbones.anatomy import Weight as Weight

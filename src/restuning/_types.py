@@ -21,14 +21,14 @@ else:
 Tokens: TypeAlias = Float[Tensor, "b n d"]
 """What an operation reads or says: batch, tokens, width."""
 
-Read: TypeAlias = Float[Tensor, "b n r"]
+Input: TypeAlias = Float[Tensor, "b n r"]
 """What an operation reads, where it may say another width."""
 
-Said: TypeAlias = Float[Tensor, "b n w"]
+Output: TypeAlias = Float[Tensor, "b n w"]
 """What it says."""
 
-ReadMaps: TypeAlias = Float[Tensor, "b r h w"]
-SaidMaps: TypeAlias = Float[Tensor, "b s i j"]
+InputMaps: TypeAlias = Float[Tensor, "b r h w"]
+OutputMaps: TypeAlias = Float[Tensor, "b s i j"]
 """What a convolution reads, and what it says."""
 
 Pooled: TypeAlias = Float[Tensor, "b d"]
@@ -50,7 +50,7 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Port:
+class SiteInfo:
     """What a tuner may know of the place it is built for: the width that it `reads`, the width that it `writes`, the
     number of attention `heads` of the block (1 where it has none), which `block` it is of how many (`depth`), where
     the tokens are a grid of patches, how many come before them (`grid`; None: no grid), where the operation is a
@@ -66,7 +66,7 @@ class Port:
     words: int | None = None
 
 
-Recipe: TypeAlias = Callable[[Port], nn.Module]
+TunerConfig: TypeAlias = Callable[[SiteInfo], nn.Module]
 """How a tuner is made: called once for each site. `rt.Adapter(10)` is one; so is any `nn.Module` class whose
 `__init__` takes a port.
 

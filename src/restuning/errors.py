@@ -19,7 +19,7 @@ class Diverged(RestuningError):
     """A run whose loss or parameters are no numbers any more."""
 
 
-class Busy(RestuningError):
+class Locked(RestuningError):
     """A folder that another process works in."""
 
 

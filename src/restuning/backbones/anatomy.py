@@ -41,7 +41,7 @@ class Op:
 
 
 @dataclass(frozen=True)
-class Loose:
+class GlobalOp:
     """An operation of no block, at absolute points: from `reads` channels to `writes`."""
 
     op: Op
@@ -148,7 +148,7 @@ class Anatomy:
     join: str | None = None
     stems: tuple[str, ...] = ()
     widths: Callable[[Any], tuple[int, int]] | None = None
-    loose: Callable[[Any], Mapping[str, Sequence[Loose]]] | None = None
+    loose: Callable[[Any], Mapping[str, Sequence[GlobalOp]]] | None = None
 
     @property
     def convolutional(self) -> bool:
@@ -158,9 +158,9 @@ class Anatomy:
         """What a block must have; of several after a `|`, one."""
         points = {p.path for op in self.ops.values() for p in (op.reads, op.writes, op.stream) if p and p.path}
         weights = {c.weight for found in self.parts.values() for c in found if isinstance(c, Weight)}
-        either = {"|".join(several(some)) for some in (self.width, self.reads) if some}
+        either = {"|".join(as_tuple(some)) for some in (self.width, self.reads) if some}
         return sorted(points | weights | {*self.has} | either)
 
 
-def several(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def as_tuple(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else paths or ()

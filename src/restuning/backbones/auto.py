@@ -1,8 +1,8 @@
 """The anatomy of a backbone that no row of the table fits, found by one traced forward.
 
 Every family that repeats blocks along a residual stream can be read off what it does: the lists of modules that run one
-after another, the sums that end an operation, the softmax inside an attention, the affine maps before and after it. What
-follows the blocks is tried out, and kept if it gives the backbone's own output.
+after another, the sums that end an operation, the softmax inside an attention, the affine maps before and after it.
+What follows the blocks is tried out, and kept if it gives the backbone's own output.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port
+from restuning._types import SiteInfo
 from restuning.errors import SiteError, TowersError
 from restuning.backbones.anatomy import PARTS, Anatomy, Point, Weight
 from restuning.backbones.sites import Found, Site, Sites, is_linear, kernel_of, layout_of, sides, words_of
@@ -341,8 +341,8 @@ class _Finder:
         """Without lists: what the whole calls, one after another; what holds nearly all is opened."""
         held = [child for child in ran.children if _weights(child.module)]
         for child in held:
-            several = sum(_weights(inner.module) > 1 for inner in child.children) > 1
-            if several and (_count(child.module) > 0.7 * self.total or type(child.module) is nn.Sequential):
+            as_tuple = sum(_weights(inner.module) > 1 for inner in child.children) > 1
+            if as_tuple and (_count(child.module) > 0.7 * self.total or type(child.module) is nn.Sequential):
                 yield from self._plain(child)
             else:
                 yield child
@@ -397,8 +397,8 @@ class _Finder:
         where = self.lists[0][0] if self.lists else "PATH"
         return (
             f"no known anatomy fits {name}, and one traced forward finds blocks with {share:.0%} of its parameters "
-            f"(expected {LEAST:.0%}): {', '.join(seen[:6])}; describe it: restuning.Anatomy({name!r}, blocks={where!r}, "
-            "ops={'mha': Op(into('ATTENTION'), out_of('ATTENTION')), 'ffn': Op(into('MLP'), out_of('MLP'))}, "
+            f"(expected {LEAST:.0%}): {', '.join(seen[:6])}; describe it: restuning.Anatomy({name!r}, blocks={where!r},
+            " "ops={'mha': Op(into('ATTENTION'), out_of('ATTENTION')), 'ffn': Op(into('MLP'), out_of('MLP'))}, "
             "width='NORM.weight', norm='FINAL_NORM')"
         )
 
@@ -446,17 +446,17 @@ class _Described:
         operations = [list(self.operations(ran)) for ran in self.blocks]
         depth = len(self.blocks)
         outs = [self._out(i) for i in range(depth)]
-        ports = [self._port(i, outs[i], operations[i]) for i in range(depth)]
+        infos = [self._info(i, outs[i], operations[i]) for i in range(depth)]
         start, first = self._start(outs[0])
-        shapes = [(port.writes, _tokens(self._said(i), outs[i].last)) for i, port in enumerate(ports)]
+        shapes = [(info.out_features, _tokens(self._said(i), outs[i].last)) for i, info in enumerate(infos)]
         lengths = [len(list(group)) for _, group in groupby(shapes)]
         stages = tuple(sum(lengths[: i + 1]) for i in range(len(lengths)))
-        every = [site for i in range(depth) for site in self._of_block(i, ports[i], outs[i], operations[i])]
+        every = [site for i in range(depth) for site in self._of_block(i, infos[i], outs[i], operations[i])]
         every = [*self._embed(), *every, *self._norms(tail), *words_of(self.backbone)]
         ops = {site.op for site in every}
         attention = self._one_attention(every)
         parts = {site.op: () for site in every if site.op in PARTS}
-        said = [replace(port, reads=port.writes) for port in ports]
+        said = [replace(info, reads=info.out_features) for info in infos]
         for op in ("mha", "ffn"):
             have = {s.block for s in every if s.op == op}
             if len(have) < depth:
@@ -482,7 +482,7 @@ class _Described:
             stems=tuple(ran.path for ran in self.blocks),
             features=(replace(said[0], reads=first, writes=first), *said),
             all=tuple(every),
-            port=replace(said[-1], writes=tail.width or said[-1].writes),
+            info=replace(said[-1], writes=tail.width or said[-1].writes),
             norm=tail.norm,
             post=tail.post,
             pooler=tail.pooler,
@@ -539,14 +539,14 @@ class _Described:
         ]
         return n - (maps[-1] if maps else math.isqrt(n) ** 2)
 
-    def _port(self, i: int, out: Point, operations: Sequence["_Operation"]) -> Port:
+    def _info(self, i: int, out: Point, operations: Sequence["_Operation"]) -> SiteInfo:
         ran, said = self.blocks[i], self._said(i)
         width = _width(said, out.last)
         read = ran.read
         reads = _width(read, _last(ran.module, read)) if read is not None and read.streams else width
         heads = next((a.heads for op in operations for a in op.attended), 1)
         grid = None if self.text else self.prefix(ran)
-        return Port(reads, width, heads, i, len(self.blocks), grid)
+        return SiteInfo(reads, width, heads, i, len(self.blocks), grid)
 
     # ---- operations
 
@@ -751,11 +751,11 @@ class _Described:
 
     # ---- sites
 
-    def _of_block(self, i: int, port: Port, out: Point, operations: Sequence[_Operation]) -> Iterator[Site]:
+    def _of_block(self, i: int, info: SiteInfo, out: Point, operations: Sequence[_Operation]) -> Iterator[Site]:
         ran, call = self.blocks[i], self.calls[i]
 
         def site(
-            op: str, name: str, reads: Point, writes: Point, stream: Point, here: Port, weight: Weight | None = None
+            op: str, name: str, reads: Point, writes: Point, stream: Point, here: SiteInfo, weight: Weight | None = None
         ) -> Site:
             reads, writes, stream = (
                 p if p.call is not None or call is None else replace(p, call=call) for p in (reads, writes, stream)
@@ -766,7 +766,7 @@ class _Described:
             points = (one.reads, one.writes, one.stream)
             if call is not None and any(self.times[p.path] != self.times[ran.path] for p in points):
                 continue
-            here = replace(port, reads=one.width[0], writes=one.width[1])
+            here = replace(info, reads=one.width[0], writes=one.width[1])
             yield site(one.op, one.op, one.reads, one.writes, one.stream, here)
         read = ran.read
         into = Point(ran.path, "in", _last(ran.module, read)) if read is not None and read.streams else out
@@ -774,7 +774,9 @@ class _Described:
             maps = len(read.shape) == len(self._said(i).shape) == 4
             if not maps and _tokens(read, into.last) != _tokens(self._said(i), out.last):
                 into = out
-        yield site("block", "block", into, out, into, port if into.side == "in" else replace(port, reads=port.writes))
+        yield site(
+            "block", "block", into, out, into, info if into.side == "in" else replace(info, reads=info.out_features)
+        )
         for op in operations:
             if len(op.attended) == 1 and call is None and (a := op.attended[0]).known:
                 rows, n = a.queries
@@ -782,13 +784,13 @@ class _Described:
                 path = a.ran.path
                 if path and (rows * n == tokens or rows > BATCH) and _under(path, ran.path):
                     point = Point(path, "in")
-                    keys = replace(port, heads=a.keys[0], reads=a.keys[1], writes=a.keys[1])
+                    keys = replace(info, heads=a.keys[0], reads=a.keys[1], writes=a.keys[1])
                     yield site(
                         "attention", f"attention{'' if op.op == 'mha' else '_' + op.op}", point, point, point, keys
                     )
-        yield from self._parts(i, port, operations, site)
+        yield from self._parts(i, info, operations, site)
 
-    def _parts(self, i: int, port: Port, operations: Sequence[_Operation], site: Any) -> Iterator[Site]:
+    def _parts(self, i: int, info: SiteInfo, operations: Sequence[_Operation], site: Any) -> Iterator[Site]:
         ran, call = self.blocks[i], self.calls[i]
         roles: dict[str, str] = {}
         for one in operations:
@@ -823,7 +825,7 @@ class _Described:
             fused = {"drop", "act"} <= {name for name, _ in c.module.named_children()}
             out = Point(f"{c.path}.drop", "in", last) if fused else Point(c.path, "out", last)
             into = Point(c.path, "in", last)
-            here = replace(port, reads=width[0], writes=width[1], kernel=kernel)
+            here = replace(info, reads=width[0], writes=width[1], kernel=kernel)
             yield site(role, f"{role}_{_short(c.path, ran.path)}", into, out, into, here)
         for mapped in self.trace.mapped if call is None else ():
             if not (ran.start < mapped.at < ran.end) or mapped.weight in seen or not _under(mapped.ran.path, ran.path):
@@ -832,7 +834,7 @@ class _Described:
             weight = self.backbone.get_parameter(mapped.weight)
             path = mapped.weight.removesuffix(".weight")
             role = self._role_of_weight(mapped, operations)
-            here = replace(port, reads=weight.shape[1], writes=weight.shape[0])
+            here = replace(info, reads=weight.shape[1], writes=weight.shape[0])
             into, out = Point(path, "in"), Point(path, "out")
             yield site(
                 role,
@@ -877,7 +879,7 @@ class _Described:
             last = _last(c.module, c.said)
             out = Point(c.path, "out", last)
             width = _width(c.said, last)
-            yield Site("embed", None, "embed", out, out, out, Port(width, width, 1, 0, len(self.blocks)))
+            yield Site("embed", None, "embed", out, out, out, SiteInfo(width, width, 1, 0, len(self.blocks)))
 
     def _norms(self, tail: "_Tail") -> Iterator[Site]:
         found = [
@@ -893,7 +895,7 @@ class _Described:
             fused = {"drop", "act"} <= {name for name, _ in module.named_children()}
             into = Point(path, "in", first)
             out = Point(f"{path}.drop", "in", first) if fused else Point(path, "out", first)
-            yield Site("norm", None, name, into, out, into, Port(width, width, 1, 0, len(self.blocks)))
+            yield Site("norm", None, name, into, out, into, SiteInfo(width, width, 1, 0, len(self.blocks)))
 
 
 def _pointwise(module: nn.Module) -> bool:

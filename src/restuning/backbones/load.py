@@ -32,7 +32,8 @@ def load_backbone(
     side, if other than the model's own (position embeddings are interpolated; convolutions see any size). tower: of a
     model with several (CLIP, SigLIP, an encoder with a decoder), the path of the one that is meant; `hf:FOLDER#TOWER`
     says the same.
-    Raises SiteError for an unknown name, TowersError for several towers of which none is named, CheckpointError for weights that do not fit or cannot be had.
+    Raises SiteError for an unknown name, TowersError for several towers of which none is named, CheckpointError for
+    weights that do not fit or cannot be had.
     """
     if image_size is not None and image_size < 1:
         raise RestuningError(f"image size {image_size}: expected a positive number of pixels")
@@ -177,15 +178,15 @@ def _micro() -> nn.Module:
         from timm.models.vision_transformer import VisionTransformer
     except ImportError as error:
         raise MissingExtra("timm", "timm") from error
-    card = json.loads((_ASSETS / f"{MICRO}.json").read_text(encoding="utf-8"))
-    model: nn.Module = VisionTransformer(**card["architecture"])
-    side = card["architecture"]["img_size"]
+    config = json.loads((_ASSETS / f"{MICRO}.json").read_text(encoding="utf-8"))
+    model: nn.Module = VisionTransformer(**config["architecture"])
+    side = config["architecture"]["img_size"]
     model.pretrained_cfg = {  # type: ignore[assignment]  # as timm's own builders leave it
         "architecture": MICRO,
         "input_size": (3, side, side),
-        "mean": card["mean"],
-        "std": card["std"],
-        "interpolation": card["interpolation"],
+        "mean": config["mean"],
+        "std": config["std"],
+        "interpolation": config["interpolation"],
     }
     return model
 

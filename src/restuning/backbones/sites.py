@@ -11,8 +11,8 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from restuning._types import Kernel, Port
-from restuning.backbones.anatomy import AFFINE, BLOCK, LINEAR, PARTS, Affine, Anatomy, Point, Weight, several
+from restuning._types import Kernel, SiteInfo
+from restuning.backbones.anatomy import AFFINE, BLOCK, LINEAR, PARTS, Affine, Anatomy, Point, Weight, as_tuple
 from restuning.backbones.families import ANATOMIES
 from restuning.errors import SiteError
 
@@ -29,7 +29,7 @@ class Site:
     reads: Point
     writes: Point
     stream: Point
-    port: Port
+    info: SiteInfo
     weight: Weight | None = None
 
     def affine(self, backbone: nn.Module) -> Affine:
@@ -72,9 +72,9 @@ class Sites(Sequence[Site]):
     blocks: tuple[str, ...]
     stages: tuple[int, ...]
     stems: tuple[str, ...]
-    features: tuple[Port, ...]
+    features: tuple[SiteInfo, ...]
     all: tuple[Site, ...]
-    port: Port
+    info: SiteInfo
     norm: tuple[str, ...]
     post: tuple[str, ...]
     pooler: str | None
@@ -199,7 +199,8 @@ def find_sites(
     more = f" and {len(has) - 40} more" if len(has) > 40 else ""
     raise SiteError(
         f"{anatomy.name} does not fit {type(backbone).__name__}; looked for {anatomy.blocks}.*."
-        f"({', '.join(anatomy.paths())}), {', '.join(several(anatomy.norm))}; the model has {', '.join(has[:40])}{more}"
+        f"({', '.join(anatomy.paths())}), {', '.join(as_tuple(anatomy.norm))}; the model has {',
+        '.join(has[:40])}{more}"
     )
 
 
@@ -244,7 +245,7 @@ def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
 def _holders(backbone: nn.Module, blocks: str | tuple[str, ...]) -> dict[str, list[str]]:
     """Paths of the lists of blocks, in order, for every holder: wherever a path ends as a pattern says."""
     found: dict[str, list[str]] = {}
-    for wanted in (pattern.split(".") for pattern in several(blocks)):
+    for wanted in (pattern.split(".") for pattern in as_tuple(blocks)):
         for path, module in backbone.named_modules():
             names = path.split(".")
             root, own = names[: -len(wanted)], names[-len(wanted) :]
@@ -264,7 +265,7 @@ def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) ->
             if not row.fits(block):
                 return False
         holder = backbone.get_submodule(root)
-        for path in (*several(row.norm), *several(row.post), *several(row.join)):
+        for path in (*as_tuple(row.norm), *as_tuple(row.post), *as_tuple(row.join)):
             holder.get_submodule(path)
         row.prefix(holder)
         row.pool(holder)
@@ -283,7 +284,7 @@ def _first(block: nn.Module, paths: Sequence[str]) -> Any:
 
 def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) -> Sites:
     def tail(paths: str | tuple[str, ...] | None) -> tuple[str, ...]:
-        there = [_join(root, path) for path in several(paths)]
+        there = [_join(root, path) for path in as_tuple(paths)]
         return tuple(path for path in there if not isinstance(backbone.get_submodule(path), nn.Identity))
 
     holder = backbone.get_submodule(root)
@@ -291,14 +292,14 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
     blocks = tuple(path for stage in children for path in stage)
     norm, post = tail(row.norm), tail(row.post)
     grid = row.prefix(holder) if row.grid else None
-    ports = [_port(backbone.get_submodule(path), row, i, len(blocks), grid) for i, path in enumerate(blocks)]
-    stems, along = blocks, ports
+    infos = [_info(backbone.get_submodule(path), row, i, len(blocks), grid) for i, path in enumerate(blocks)]
+    stems, along = blocks, infos
     if row.stems:
         stems = tuple(path for stem in row.stems for path in _matching(backbone, _join(root, stem)))
         assert row.widths is not None
         widths = [row.widths(backbone.get_submodule(path)) for path in stems]
-        along = [Port(reads, writes, 1, i, len(stems), None) for i, (reads, writes) in enumerate(widths)]
-    said = [replace(port, reads=port.writes) for port in along]
+        along = [SiteInfo(reads, writes, 1, i, len(stems), None) for i, (reads, writes) in enumerate(widths)]
+    said = [replace(info, reads=info.out_features) for info in along]
     first = replace(along[0], writes=along[0].reads)
     return Sites(
         anatomy=row,
@@ -306,8 +307,8 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
         stages=tuple(accumulate(map(len, children))),
         stems=stems,
         features=(first, *said),
-        all=(*_sites(backbone, root, blocks, row, ports, (*norm, *post)), *words_of(backbone)),
-        port=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
+        all=(*_sites(backbone, root, blocks, row, infos, (*norm, *post)), *words_of(backbone)),
+        info=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
         norm=norm,
         post=post,
         pooler=_join(root, row.pooler) if row.pooler is not None and row.pool(holder) == "map" else None,
@@ -323,11 +324,11 @@ def _matching(backbone: nn.Module, pattern: str) -> list[str]:
     return [path for path in paths if path.count(".") == len(wanted) - 1 and fnmatchcase(path, pattern)]
 
 
-def _port(block: nn.Module, row: Anatomy, i: int, depth: int, grid: int | None) -> Port:
-    width = len(_first(block, several(row.width)))
+def _info(block: nn.Module, row: Anatomy, i: int, depth: int, grid: int | None) -> SiteInfo:
+    width = len(_first(block, as_tuple(row.width)))
     reads = _first(block, row.reads).in_channels if row.reads else width
     heads = 1 if row.heads is None else int(attrgetter(row.heads)(block))
-    return Port(reads, width, heads, i, depth, grid)
+    return SiteInfo(reads, width, heads, i, depth, grid)
 
 
 def _widened(backbone: nn.Module, tail: Sequence[str], width: int) -> int:
@@ -345,7 +346,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
 
 
 def _sites(
-    backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, ports: Sequence[Port], tail: Sequence[str]
+    backbone: nn.Module, root: str, blocks: Sequence[str], row: Anatomy, infos: Sequence[SiteInfo], tail: Sequence[str]
 ) -> Iterator[Site]:
     def module(path: str) -> Any:
         try:
@@ -359,9 +360,9 @@ def _sites(
 
     def part(op: str, block: int | None, name: str, path: str, weight: Weight | None = None) -> Site:
         affine: Any = module(path) if weight is None else Affine(attrgetter(weight.weight)(backbone), None)
-        port = ports[block or 0]
+        info = infos[block or 0]
         shape = () if getattr(affine, "weight", None) is None else affine.weight.shape
-        writes = getattr(affine, "out_features", shape[0] if shape else port.writes)
+        writes = getattr(affine, "out_features", shape[0] if shape else info.out_features)
         reads = getattr(affine, "in_features", getattr(affine, "in_channels", writes))
         side = last(path) if weight is None else row.last
         if block is None:  # pixels or words are not tokens
@@ -372,7 +373,7 @@ def _sites(
         fused = weight is None and {"drop", "act"} <= {name for name, _ in affine.named_children()}
         said = Point(_join(path, "drop"), "in", side) if fused else Point(path, "out", side)
         kernel = kernel_of(affine) if block is not None and isinstance(affine, nn.Conv2d) else None
-        here = replace(port, reads=reads, writes=writes, kernel=kernel)
+        here = replace(info, reads=reads, writes=writes, kernel=kernel)
         return Site(op, block, name, read, said, read, here, weight)
 
     def parts(role: str, candidates: Sequence[str | Weight], block: str) -> Iterator[tuple[str, str, Weight | None]]:
@@ -406,11 +407,11 @@ def _sites(
             return Point(path, point.side, last(path))
 
         for op, where in {**row.ops, "block": BLOCK}.items():
-            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), ports[i])
-        for attention in several(row.attention):
+            yield Site(op, i, f"{i}_{op}", at(where.reads), at(where.writes), at(where.stream or where.reads), infos[i])
+        for attention in as_tuple(row.attention):
             call = Point(_join(block, attention), "in")
-            apart = f"_{attention}" if len(several(row.attention)) > 1 else ""
-            keys = ports[i]
+            apart = f"_{attention}" if len(as_tuple(row.attention)) > 1 else ""
+            keys = infos[i]
             if row.keys is not None:
                 heads, each = attrgetter(*row.keys)(backbone.get_submodule(block))
                 keys = replace(keys, heads=heads, writes=heads * each)
@@ -419,12 +420,14 @@ def _sites(
             for name, path, weight in parts(role, candidates, block):
                 described.append(path)
                 yield part(role, i, f"{i}_{role}{name}", path, weight)
-    yield from _others(backbone, blocks, row, ports, {*described})
+    yield from _others(backbone, blocks, row, infos, {*described})
     loose = row.loose(backbone.get_submodule(root)) if row.loose else {}
     for op, found in loose.items():
         for i, one in enumerate(found):
             reads, writes = (replace(at, path=_join(root, at.path)) for at in (one.op.reads, one.op.writes))
-            yield Site(op, None, f"{op}_{i}", reads, writes, reads, Port(one.reads, one.writes, 1, i, len(found), None))
+            yield Site(
+                op, None, f"{op}_{i}", reads, writes, reads, SiteInfo(one.reads, one.writes, 1, i, len(found), None)
+            )
     norms = [_join(path, name) for path in tail for name in kinds(path, "norms")]
     for path in norms:
         yield part("norm", None, "norm" if len(norms) == 1 else f"norm_{path.replace('.', '_')}", path)
@@ -449,7 +452,7 @@ def sides(module: Any) -> tuple[int, int]:
 
 
 def _others(
-    backbone: nn.Module, blocks: Sequence[str], row: Anatomy, ports: Sequence[Port], described: set[str]
+    backbone: nn.Module, blocks: Sequence[str], row: Anatomy, infos: Sequence[SiteInfo], described: set[str]
 ) -> Iterator[Site]:
     """Linear maps and convolutions in the blocks for which the row has no role."""
     for i, block in enumerate(blocks):
@@ -467,7 +470,7 @@ def _others(
             kernel = kernel_of(module) if isinstance(module, nn.Conv2d) else None
             last = layout_of(module) != "first"
             into, out = Point(path, "in", last), Point(path, "out", last)
-            here = replace(ports[i], reads=reads, writes=writes, kernel=kernel)
+            here = replace(infos[i], reads=reads, writes=writes, kernel=kernel)
             yield Site("linear", i, f"{i}_linear_{name.replace('.', '_')}", into, out, into, here)
 
 
@@ -476,7 +479,7 @@ def words_of(backbone: nn.Module) -> Iterator[Site]:
     for path, module in backbone.named_modules():
         if isinstance(module, nn.Embedding):
             into, out = Point(path, "in"), Point(path, "out")
-            here = Port(module.embedding_dim, module.embedding_dim, words=module.num_embeddings)
+            here = SiteInfo(module.embedding_dim, module.embedding_dim, words=module.num_embeddings)
             yield Site("words", None, f"words_{path.replace('.', '_')}", into, out, into, here)
 
 

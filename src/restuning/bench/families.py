@@ -20,7 +20,7 @@ from restuning.backbones.trace import quiet, tensors
 from restuning.backbones.zoo import Unbuilt, build, families
 from restuning.errors import RestuningError, TowersError, line
 from restuning.hooks.attention import merged, on_call
-from restuning.hooks.law import attach, gathered
+from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.points import as_tokens
 from restuning.hooks.taps import tap
 
@@ -28,7 +28,7 @@ from restuning.methods.named import find_method
 from restuning.methods.spec import Bypass, Method, Residual, resize
 from restuning.model.tuned import Tuned, adapt
 from restuning.tuners import Adapter, Lora, PrefixTuning
-from restuning.utils.files import as_json, write_whole
+from restuning.utils.files import as_json, atomic_write
 
 METHODS = ("linear", "bypass", "block adapter", "lora", "res-tuning", "prefix")
 
@@ -37,8 +37,8 @@ RIGHT = "right"
 
 @dataclass
 class Checked:
-    """One family: how it was found (`table`, `trace`, or `refused` and `why`), and each method: `right`, or `refused: …`
-    with the reason, or `wrong: …`, which no family may be."""
+    """One family: how it was found (`table`, `trace`, or `refused` and `why`), and each method: `right`, or `refused:
+    …` with the reason, or `wrong: …`, which no family may be."""
 
     library: str
     family: str
@@ -70,7 +70,8 @@ class _Wrong(Exception):
 
 
 def check_families(library: str, names: Sequence[str] = ()) -> Iterator[Checked]:
-    """Try the families of a library (`names`: these alone), one after another. Raises RestuningError for unknown ones."""
+    """Try the families of a library (`names`: these alone), one after another. Raises RestuningError for unknown
+    ones."""
     known = families(library)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -160,7 +161,7 @@ def _check(
         if name == "linear":
             _features_are_hooks(backbone, sites, inputs, own)
             with torch.no_grad():
-                _pooled_is_its_own(bare(**inputs), before, bare.card().pool, sites)
+                _pooled_is_its_own(bare(**inputs), before, bare.adapter_config().pool, sites)
         if name not in ("linear", "bypass", "prefix"):
             with torch.no_grad():
                 after = bare.features(**inputs)[-1]
@@ -336,7 +337,7 @@ def _law_holds(tuned: Tuned, sites: Sites, inputs: Mapping[str, Tensor], own: Se
             return  # pooled on the way: the tuner's own tests say how
         want = y + tuner(x, y)
         kept: list[Tensor] = []
-        inside = gathered((site, "", tuner) for site, tuner in tuned._find("default").inside if site.block == 0)
+        inside = group_by_site((site, "", tuner) for site, tuner in tuned._find("default").inside if site.block == 0)
         with quiet(backbone), attach(backbone, sites, inside), tap(backbone, sites, [1]) as taps:
             backbone(**inputs)
         kept = list(taps.features)
@@ -373,11 +374,11 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def save(path: Path, done: Sequence[Mapping[str, Any]]) -> None:
-    write_whole(path, as_json(list(done)))
+    atomic_write(path, as_json(list(done)))
 
 
 def save_text(path: Path, text: str) -> None:
-    write_whole(path, text.encode())
+    atomic_write(path, text.encode())
 
 
 def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -402,14 +403,14 @@ def page(done: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# Backbones",
         "",
-        "Every family of module that timm, transformers and torchvision have, tried with one small random model each. Written by",
-        "`restuning backbones page`, from what `restuning backbones check` has tried; `make backbones` runs both.",
-        "",
-        "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward (`restuning.backbones.auto`).",
-        "A method is ✓ if, on a random model, features are those that hooks of the check's own see, the pooled feature is the",
-        "model's own, the output at initialisation is the backbone's (but for bypass and prefix, which are not zero then), the",
-        "backbone has no gradient, what is saved and loaded gives the same output to the bit, and the backbone is as it was",
-        "after `unload`. LoRA is on `all-linear`.",
+        "Every family of module that timm, transformers and torchvision have, tried with one small random model each.
+        Written by", "`restuning backbones page`, from what `restuning backbones check` has tried; `make backbones` runs
+        both.", "",
+        "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward
+        (`restuning.backbones.auto`).", "A method is ✓ if, on a random model, features are those that hooks of the
+        check's own see, the pooled feature is the", "model's own, the output at initialisation is the backbone's (but
+        for bypass and prefix, which are not zero then), the", "backbone has no gradient, what is saved and loaded gives
+        the same output to the bit, and the backbone is as it was", "after `unload`. LoRA is on `all-linear`.",
         "",
         f"| library | reads | families | built | table | trace | refused | {' | '.join(METHODS)} | wrong |",
         f"|---|---|{'---:|' * (6 + len(METHODS))}",

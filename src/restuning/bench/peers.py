@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Port
+from restuning._types import SiteInfo
 from restuning.backbones.load import describe_backbone
 from restuning.backbones.sites import Sites, find_sites
 from restuning.errors import line
@@ -46,13 +46,13 @@ def subject(name: str, backbone: nn.Module, described: str, classes: int) -> Any
         method: str | Method = Residual(dict.fromkeys(where, Lora(8, dropout=0.0))) if name == "lora" else name
         return adapt(backbone, method, classes).train()
     if name == "swift-bypass":
-        return Peer(_swift(backbone, sites), sites.port.writes, classes).train()
-    ports = {site.reads.path: site.port for op in where for site in sites.at(op)}
-    rank, paths = 8, sorted(path for path, port in ports.items() if port.kernel is None or port.kernel.groups == 1)
+        return Peer(_swift(backbone, sites), sites.info.out_features, classes).train()
+    infos = {site.reads.path: site.info for op in where for site in sites.at(op)}
+    rank, paths = 8, sorted(path for path, info in infos.items() if info.kernel is None or info.kernel.groups == 1)
     if name == "peft-lora-equal":
         tuners = count(adapt(describe_backbone(described), "res-tuning", 1))["tuners"]
-        rank = max(1, round(tuners / sum(_cost(ports[path]) for path in paths)))
-    return Peer(_peft(backbone, rank, paths), sites.port.writes, classes).train()
+        rank = max(1, round(tuners / sum(_cost(infos[path]) for path in paths)))
+    return Peer(_peft(backbone, rank, paths), sites.info.out_features, classes).train()
 
 
 def _lora_ops(sites: Sites) -> list[str]:
@@ -61,9 +61,9 @@ def _lora_ops(sites: Sites) -> list[str]:
     return list(method.tuners)
 
 
-def _cost(port: Port) -> int:
+def _cost(info: SiteInfo) -> int:
     """Parameters of LoRA there, for each rank."""
-    return port.reads * math.prod(() if port.kernel is None else port.kernel.size) + port.writes
+    return info.in_features * math.prod(() if info.kernel is None else info.kernel.size) + info.out_features
 
 
 class Peer(nn.Module):
@@ -89,7 +89,7 @@ def _swift(backbone: nn.Module, sites: Sites) -> Any:
     blocks = [site.writes.path for site in sites.at("block")]
     adapter = {"res_adapter": {"adapter_length": 10}}
     config = ResTuningConfig(
-        dims=sites.port.writes,
+        dims=sites.info.out_features,
         root_modules=blocks[0],
         stem_modules=blocks,
         target_modules=sites.norm[-1],

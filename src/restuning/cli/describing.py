@@ -72,7 +72,7 @@ def _sites(args: argparse.Namespace) -> None:
             "block": s.block,
             "reads": f"{s.reads.path} ({s.reads.side})",
             "writes": f"{s.writes.path} ({s.writes.side})",
-            "width": s.port.reads,
+            "width": s.info.in_features,
         }
         for s in found
     ]
@@ -84,7 +84,7 @@ def _sites(args: argparse.Namespace) -> None:
                     "anatomy": found.anatomy.name,
                     "found": by,
                     "pool": found.pool,
-                    "heads": found.port.heads,
+                    "heads": found.info.heads,
                     "sites": rows,
                 }
             )
@@ -95,7 +95,8 @@ def _sites(args: argparse.Namespace) -> None:
         if found.found is not None:
             notes = "".join(f"; {note}" for note in found.found.notes)
             print(
-                f"found by a trace, {found.found.share:.0%} of the parameters in the blocks, sure: {found.found.sure}{notes}"
+                f"found by a trace, {found.found.share:.0%} of the parameters in the blocks, sure:
+                {found.found.sure}{notes}"
             )
         table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
 

@@ -100,7 +100,7 @@ def _train(args: argparse.Namespace) -> None:
     from restuning.methods.files import to_dict
     from restuning.methods.named import find_method
     from restuning.runs.settings import RUN
-    from restuning.utils.distributed import is_first
+    from restuning.utils.distributed import is_main_process
 
     given = {k: v for k, v in vars(args).items() if v is not None}
     training = {k: given[k] for k in asdict(RECIPE) if k in given}
@@ -117,7 +117,7 @@ def _train(args: argparse.Namespace) -> None:
             raise RestuningError(f"{' and '.join(missing)} missing: a pipeline of diffusers, and {_DATA}")
         run = DiffusionRun(**settings, training=replace(RECIPE, **training))
     result = execute(run, args.out, resume=args.resume, progress=not args.quiet)
-    if not is_first():
+    if not is_main_process():
         return
     count = result["parameters"]
     _say(args, result, f"loss {result['loss']:.4f}, {count['tuners']:,} trained of {count['total']:,} → {args.out}")

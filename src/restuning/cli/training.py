@@ -142,7 +142,7 @@ def _train(args: argparse.Namespace) -> None:
     from restuning.runs.run import execute
     from restuning.runs.settings import RUN, Run, read_run
     from restuning.training.config import TrainConfig
-    from restuning.utils.distributed import is_first
+    from restuning.utils.distributed import is_main_process
 
     recorded = args.run or (args.out / RUN if args.resume else None)
     run = read_run(recorded) if recorded else None
@@ -168,7 +168,7 @@ def _train(args: argparse.Namespace) -> None:
         tensorboard=args.tensorboard,
         shard=args.shard,
     )
-    if not is_first():
+    if not is_main_process():
         return
     if args.json:
         print(json.dumps(result))

@@ -46,33 +46,34 @@ def _evaluate(args: argparse.Namespace) -> None:
     from restuning.data import check, load_task, prepared
     from restuning.data.objective import confusion, objective
     from restuning.data.task import some
-    from restuning.runs.load import card_reading, load_tuned
+    from restuning.runs.load import transform_of, load_tuned
     from restuning.runs.settings import RUN, read_run
     from restuning.training.evaluate import predict_logits
 
     if args.batch_size < 1:
         raise RestuningError(f"--batch-size {args.batch_size}: expected at least 1")
     tuned = load_tuned(args.adapter, args.weights)
-    card = tuned.card()
+    config = tuned.adapter_config()
     run = read_run(args.adapter / RUN) if (args.adapter / RUN).exists() else None
     if args.data is None and run is None:
         raise RestuningError(f"--data is missing, and {args.adapter} has no {RUN} that names it")
-    asked = objective(card.kind)
-    if args.confusion is not None and card.kind not in ("single-label", "per-token"):
-        raise RestuningError(f"--confusion: a {card.kind} task has none")
+    asked = objective(config.kind)
+    if args.confusion is not None and config.kind not in ("single-label", "per-token"):
+        raise RestuningError(f"--confusion: a {config.kind} task has none")
     spec = args.data or (run.data if run else "")
     same = run is not None and spec == run.data
     test = (task := load_task(spec, test_size=run.test_size if run and same else args.test_size)).test
     if same and args.test_size is not None:
         test = some(spec, test, args.test_size)  # of those that it was not trained on
-    if (tuple(task.classes), task.kind) != (tuple(card.classes or ()), card.kind):
+    if (tuple(task.classes), task.kind) != (tuple(config.classes or ()), config.kind):
         raise RestuningError(
             f"{spec} is {task.kind} of {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "
-            f"{card.kind} of {len(card.classes or ())} ({', '.join((card.classes or ())[:3])}, …): expected the same"
+            f"{config.kind} of {len(config.classes or ())} ({', '.join((config.classes or ())[:3])}, …): expected the
+            same"
         )
     check(test)
     logits, labels = predict_logits(
-        tuned, prepared(test, card_reading(args.adapter, card.preprocessing)), args.batch_size
+        tuned, prepared(test, transform_of(args.adapter, config.preprocessing)), args.batch_size
     )
     metrics = {name: round(value, 4) for name, value in asked.metrics(logits, labels)}
     each = {}

@@ -14,7 +14,7 @@ from restuning.data.decode import SUFFIXES
 from restuning.data.folder import Files, load_folder, load_images
 from restuning.data.table import read_table, settings_of
 from restuning.data.tar import Members, contents, load_tar, members_of
-from restuning.data.task import Items, View
+from restuning.data.task import Items, Subset
 from restuning.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
@@ -188,7 +188,7 @@ def load_classes(rest: str) -> Captioned:
         known = _class_names(Path(path))
         words = [template.replace("{}", _words(name, known)) for name in source.classes]
         captions = [(words[source.train.labels[i]],) for i in chosen]
-    return Captioned(View(source.train, chosen), captions)
+    return Captioned(Subset(source.train, chosen), captions)
 
 
 def _words(name: str, known: Mapping[int, str]) -> str:

@@ -48,7 +48,7 @@ def objective(kind: str = "single-label", weights: Tensor | None = None) -> Obje
     return _MADE[kind](weights)
 
 
-def worth(score: float | None) -> float:
+def sort_key(score: float | None) -> float:
     """A score to choose by: none, and one that is no number (the correlation of a constant), is the worst."""
     return -math.inf if score is None or math.isnan(score) else score
 

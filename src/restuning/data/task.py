@@ -41,7 +41,7 @@ class Items(ABC, Dataset[tuple[Any, Any]]):
         return self.item(i), self.labels[i]
 
 
-class View(Items):
+class Subset(Items):
     """Some items of others, in the order of `indices`."""
 
     def __init__(self, items: Items, indices: Sequence[int]) -> None:
@@ -111,7 +111,7 @@ def split(
         count = max(1, len(source.train) // 5) if test_size is None else test_size
         _enough(spec, "test_size", count, len(source.train) - 1)
         tested, rest = _draw(source.train, range(len(source.train)), count, seed=0)
-        test: Items = View(source.train, tested)
+        test: Items = Subset(source.train, tested)
     else:
         rest = list(range(len(source.train)))
         test = source.test if test_size is None else some(spec, source.test, test_size)
@@ -123,17 +123,17 @@ def split(
     val, whole = source.val, len(rest) == len(source.train)
     if whole and val_size and val_size == source.held:
         rest, held = rest[:-val_size], rest[-val_size:]
-        val = View(source.train, held)
+        val = Subset(source.train, held)
     elif val_size:
         if val_size >= len(rest):
             raise DataError(f"{spec}: val_size is {val_size}, expected fewer than the {len(rest)} to train on")
         held, rest = _draw(source.train, rest, val_size, seed)
-        val = View(source.train, held)
+        val = Subset(source.train, held)
     for name, items in (("validation", val), ("test", test)):
         if source.kind == "regression" and items is not None and len(items) < 2:
             raise DataError(f"{spec}: {len(items)} {name} item: a regression is judged on two or more")
     held_last = source.held if whole and not val_size else 0
-    return Task(spec, source.classes, View(source.train, rest), val, test, source.kind, held_last)
+    return Task(spec, source.classes, Subset(source.train, rest), val, test, source.kind, held_last)
 
 
 def some(spec: str, items: Items, count: int) -> Items:
@@ -142,7 +142,7 @@ def some(spec: str, items: Items, count: int) -> Items:
     if count < 1:
         raise DataError(f"{spec}: test_size is {count}, expected at least 1")
     _enough(spec, "test_size", count, len(items))
-    return View(items, _draw(items, range(len(items)), count, seed=0)[0])
+    return Subset(items, _draw(items, range(len(items)), count, seed=0)[0])
 
 
 def part(spec: str, source: Source, train_size: int, test_size: int) -> Source:
@@ -150,7 +150,7 @@ def part(spec: str, source: Source, train_size: int, test_size: int) -> Source:
     validation, as VTAB-1k's val200 are."""
     task = split(spec, source, train_size, 0, test_size, 0)
     held, rest = _draw(task.train, range(train_size), train_size // 5, 0)
-    return Source(source.classes, View(task.train, [*rest, *held]), None, task.test, source.kind, len(held))
+    return Source(source.classes, Subset(task.train, [*rest, *held]), None, task.test, source.kind, len(held))
 
 
 def _enough(spec: str, name: str, size: int, there: int) -> None:

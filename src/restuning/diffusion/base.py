@@ -130,7 +130,7 @@ def _quiet() -> Iterator[None]:
             log.set_verbosity(level)
 
 
-def told(pipe: Any, texts: Mapping[str, Tensor], size: int) -> dict[str, Any]:
+def denoiser_kwargs(pipe: Any, texts: Mapping[str, Tensor], size: int) -> dict[str, Any]:
     """The denoiser's keyword arguments for such rows, of pictures of `size` pixels."""
     given = dict(texts)
     if "text_embeds" in given:

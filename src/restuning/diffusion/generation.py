@@ -19,13 +19,13 @@ from restuning.diffusion.base import (
     pictures_of,
     scheduler_of,
     texts_of,
-    told,
+    denoiser_kwargs,
 )
 from restuning.errors import RestuningError
 from restuning.model.denoiser import Plug
 from restuning.model.files import changes_the_base, fetch
 from restuning.model.tuned import Tuned
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 Share = Literal["exact", "base-trajectory", "mean-trajectory"]
 SHARES = ("exact", "base-trajectory", "mean-trajectory")
@@ -90,7 +90,7 @@ class Picture:
 
 def _write(path: Path, buffer: Any) -> None:
     try:
-        write_whole(path, buffer.getbuffer())
+        atomic_write(path, buffer.getbuffer())
     except OSError as error:
         raise RestuningError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -133,7 +133,7 @@ def pictures(pipe: Any, tuned: Tuned | None, asked: Asked, names: Sequence[str] 
             away = texts_of(pipe, [asked.negative] * len(some))
             texts = {name: torch.cat([away[name], texts[name]]) for name in texts}
         noise = torch.cat(drawn).to(pipe.device)
-        for name, latents in painted(pipe, tuned, names, asked, noise, told(pipe, texts, size)).items():
+        for name, latents in painted(pipe, tuned, names, asked, noise, denoiser_kwargs(pipe, texts, size)).items():
             for (prompt, seed), image in zip(some, pictures_of(pipe, latents), strict=True):
                 yield Picture(image, name, prompt, seed, asked)
 

@@ -15,7 +15,7 @@ from restuning.data.captioned import Captioned, Square
 from restuning.diffusion.base import check_prompts, check_size, latents_of, texts_of
 from restuning.errors import CheckpointError, RestuningError
 from restuning.model.files import fingerprint_of
-from restuning.utils.files import as_json, locked, write_whole
+from restuning.utils.files import as_json, locked, atomic_write
 
 MANIFEST, FORMAT, SHARD = "latents.json", "restuning.latents/1", 256
 
@@ -158,7 +158,7 @@ def _same(out: Path, manifest: dict[str, Any]) -> None:
                 f"{out} holds latents of other {', '.join(other)}: delete it, or choose another folder"
             )
     else:
-        write_whole(file, as_json(manifest))
+        atomic_write(file, as_json(manifest))
 
 
 def _fill(
@@ -187,7 +187,7 @@ def _fill(
                 f"{out}: no room for {kind}, about {len(data) * left / 2**30:.1f} GiB more; choose another folder"
             )
         try:
-            write_whole(path, data)
+            atomic_write(path, data)
         except OSError as error:
             raise RestuningError(f"cannot write {path}: {error.strerror or error}") from error
         show(before + rows.stop, f"{kind} {rows.stop}/{count} of {total}")

@@ -16,7 +16,15 @@ from restuning.data.captioned import Captioned
 from restuning.data.captions import load_captions
 from restuning.data.folder import Files
 from restuning.data.objective import Objective
-from restuning.diffusion.base import check_prompts, denoiser_of, load_base, noise_of, sampler_of, scheduler_of, told
+from restuning.diffusion.base import (
+    check_prompts,
+    denoiser_of,
+    load_base,
+    noise_of,
+    sampler_of,
+    scheduler_of,
+    denoiser_kwargs,
+)
 from restuning.diffusion.generation import Asked, draw, grid, pictures
 from restuning.diffusion.latents import Latents, keep_latents
 from restuning.errors import RestuningError
@@ -24,14 +32,14 @@ from restuning.methods.named import find_method
 from restuning.methods.spec import Method, on_blocks, resize
 from restuning.model.count import count
 from restuning.model.tuned import Tuned
-from restuning.runs.folder import claimed
+from restuning.runs.folder import run_directory
 from restuning.runs.settings import RESULT, versions
 from restuning.training.config import TrainConfig, parameter_groups, seed_of
 from restuning.training.evaluate import Examples, loader, to_device
 from restuning.training.logging import History, bar
 from restuning.training.loop import accelerated, fit
-from restuning.utils.distributed import is_first, meet
-from restuning.utils.files import as_json, write_whole
+from restuning.utils.distributed import is_main_process, barrier
+from restuning.utils.files import as_json, atomic_write
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
@@ -190,7 +198,7 @@ class Denoiser(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         texts = {name: x for name, x in batch.items() if name not in ("sample", "timestep", "weight")}
-        given = told(self._pipe[0], texts, self.size)
+        given = denoiser_kwargs(self._pipe[0], texts, self.size)
         said = self.tuned(batch["sample"], timestep=batch["timestep"], **given, return_dict=False)[0]
         return noise_of(said, batch["sample"]) * batch["weight"].view(-1, 1, 1, 1)
 
@@ -233,9 +241,9 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
     Of these, kept_bytes is what autograd keeps of one batch for backward, peak_bytes the most that training held.
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
-    meet()
-    with claimed(out, run, resume, read_run) if is_first() else contextlib.nullcontext():
-        processes = meet()
+    barrier()
+    with run_directory(out, run, resume, read_run) if is_main_process() else contextlib.nullcontext():
+        processes = barrier()
         start = time.perf_counter()
         pipe = load_base(run.base, "cuda" if torch.cuda.is_available() else "cpu")
         # all that can be refused, before hours of latents
@@ -250,7 +258,7 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
         with accelerated(run.training.precision):
             parameter_groups(model, run.training.weight_decay)
         shared = Path(run.latents) if run.latents else out / "latents"
-        with bar(1, progress and is_first()) as show:
+        with bar(1, progress and is_main_process()) as show:
             latents = _latents(run, pipe, data, shared, run.flip, lambda _, text: show(0, text))
         own = Noised(latents, scheduler, seed=run.training.seed, drop=run.drop)
         examples: Examples = own
@@ -304,11 +312,11 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
             "versions": versions(),
             "settings": run.to_dict(),
         }
-        if is_first():
+        if is_main_process():
             tuned.save_pretrained(out)
-            write_whole(out / RESULT, as_json(result))
+            atomic_write(out / RESULT, as_json(result))
             (out / "state.pt").unlink(missing_ok=True)
-        meet()
+        barrier()
         return result
 
 
@@ -318,11 +326,11 @@ def _prior(run: DiffusionRun, pipe: Any, out: Path) -> Latents:
     folder = out / "prior"
     files = [folder / f"{seed:05}.png" for seed in range(run.prior_images)]
     missing = tuple(seed for seed, file in enumerate(files) if not file.exists())
-    if missing and is_first():
+    if missing and is_main_process():
         asked = Asked((run.prior_prompt,), missing, size=run.size, sampler=sampler_of(pipe))
         for picture in pictures(pipe, None, asked):
             picture.save(files[picture.seed])
-    meet()
+    barrier()
     data = Captioned(Files(files, [0] * len(files)), [(run.prior_prompt,)] * len(files))
     return _latents(run, pipe, data, out / "prior-latents")
 
@@ -335,7 +343,7 @@ def _latents(
     flip: bool = False,
     show: Callable[[int, str], None] = lambda done, text: None,
 ) -> Latents:
-    if is_first():
+    if is_main_process():
         keep_latents(pipe, data, out, size=run.size, flip=flip, truncate=run.truncate, show=show)
-    meet()
+    barrier()
     return Latents(out)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from restuning._types import Features
 from restuning.model.tuned import Tuned
-from restuning.side.features import View
+from restuning.side.features import TokenSelection
 from restuning.training.evaluate import Examples, back, by_length, loader, padded, to_device
 
 LIMIT = 2 * 2**30
 """Bytes of features that a run keeps in memory; beyond it the backbone runs in every epoch."""
 
 
-class Kept:
+class CachedFeatures:
     """Features of a data set, in memory: item i is (x_0 … x_L of example i, label); batches are taken at once."""
 
     def __init__(self, features: Features, labels: Tensor) -> None:
@@ -38,7 +38,7 @@ class Kept:
 class FromFeatures(nn.Module):
     """A tuned model that reads kept features where it would have read images or texts: the same logits, no pass."""
 
-    def __init__(self, tuned: Tuned, kept: View | None = None, layers: Sequence[int] | None = None) -> None:
+    def __init__(self, tuned: Tuned, kept: TokenSelection | None = None, layers: Sequence[int] | None = None) -> None:
         super().__init__()
         self.tuned, self.kept, self.layers = tuned, kept, layers
 
@@ -50,7 +50,7 @@ class FromFeatures(nn.Module):
         return self.tuned.from_features(tuple(features), self.kept)  # type: ignore[no-any-return]
 
 
-def bytes_each(tuned: Tuned, examples: Examples) -> int:
+def bytes_per_item(tuned: Tuned, examples: Examples) -> int:
     """Bytes that the features of one example take, of the longest if they differ in length."""
     return sum(x.nbytes for x in tapped(tuned, examples, by_length(examples, range(len(examples)))[-1:])[0])
 
@@ -81,6 +81,6 @@ def tapped(
     return tuple(padded(layer)[again] for layer in zip(*batches, strict=True)), torch.cat(labels)[again]
 
 
-def keep(tuned: Tuned, examples: Examples, batch_size: int = 32) -> Kept:
+def cache_features(tuned: Tuned, examples: Examples, batch_size: int = 32) -> CachedFeatures:
     """What the active adapters read of every example, in memory."""
-    return Kept(*tapped(tuned, examples, range(len(examples)), batch_size))
+    return CachedFeatures(*tapped(tuned, examples, range(len(examples)), batch_size))

@@ -13,13 +13,13 @@ from restuning.errors import MethodError, RestuningError
 _NEEDS = "the backbone's blocks are shared out over processes, and {} needs the whole of them: call gather() first"
 
 
-def whole_weights(shards: "Shards | None", what: str) -> None:
+def require_unsharded(shards: "Shards | None", what: str) -> None:
     """Raises MethodError where there are none."""
     if shards is not None:
         raise MethodError(_NEEDS.format(what))
 
 
-def shared_out(module: nn.Module) -> list[str]:
+def sharded_parameters(module: nn.Module) -> list[str]:
     """The names of the parameters of which this process holds a share."""
     if not torch.distributed.is_available():
         return []

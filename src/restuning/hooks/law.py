@@ -15,10 +15,10 @@ from restuning.backbones.sites import Site, Sites
 from restuning.errors import MethodError, SiteError
 from restuning.hooks.attention import Call, merged, on_call, on_weight
 from restuning.hooks.points import Hook, Tuner, Tuners, _as, _on_grid_of, _on_read, _on_write, as_tokens
-from restuning.hooks.prompts import Grown, _beside, _rewritten
+from restuning.hooks.prompts import AppendedTokens, _beside, _rewritten
 
 
-def gathered(tuners: Iterable[tuple[Site, str, Tuner]]) -> dict[Site, list[tuple[str, Tuner]]]:
+def group_by_site(tuners: Iterable[tuple[Site, str, Tuner]]) -> dict[Site, list[tuple[str, Tuner]]]:
     """Site by site, in their order."""
     found: dict[Site, list[tuple[str, Tuner]]] = {}
     for site, name, tuner in tuners:
@@ -26,11 +26,13 @@ def gathered(tuners: Iterable[tuple[Site, str, Tuner]]) -> dict[Site, list[tuple
     return found
 
 
-class Joint:
+class SiteSum:
     """What is added at one site: the sum of its tuners. Holds what the operation read only until it has spoken, and
     what its tuners were given to carry, so that it can say the same once more."""
 
-    def __init__(self, site: Site, tuners: Tuners, carries: Mapping[str, dict[str, Any]], grown: list[Grown]) -> None:
+    def __init__(
+        self, site: Site, tuners: Tuners, carries: Mapping[str, dict[str, Any]], grown: list[AppendedTokens]
+    ) -> None:
         self.site, self.tuners, self.carries, self.grown = site, tuners, carries, grown
         self.x: dict[str, list[Tensor]] = {source: [] for source in {_source(t) for _, t in tuners} - {"out"}}
         self.given: dict[str, dict[str, Any]] = {}
@@ -78,10 +80,10 @@ class Attachment:
 
     def __init__(self, backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> None:
         carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
-        self.joints: list[Joint] = []
+        self.joints: list[SiteSum] = []
         self._hooks: list[Hook] = []
         self._again = [False]
-        grown: list[Grown] = []
+        grown: list[AppendedTokens] = []
 
         def again(state: list[bool] = self._again) -> bool:  # without self: no cycle that would keep activations
             return state[0]
@@ -92,7 +94,7 @@ class Attachment:
                 change = _merging([t for _, t in plain])
                 self._hooks.append(partial(on_call, backbone.get_submodule(site.reads.path), change, again))
             elif plain:
-                joint = Joint(site, plain, carries, grown)
+                joint = SiteSum(site, plain, carries, grown)
                 self.joints.append(joint)
                 if site.weight is not None:
                     owner, weight = backbone.get_submodule(site.weight.owner), partial(_weight, site, backbone)
@@ -109,7 +111,7 @@ class Attachment:
                 if getattr(tuner, "unbound", False):
                     self._hooks += _beside(backbone, sites, span, tuner, again)
                 else:
-                    grown.append(Grown(span))
+                    grown.append(AppendedTokens(span))
                     self._hooks += _rewritten(backbone, sites, grown[-1], tuner)
 
     @contextmanager
@@ -143,7 +145,7 @@ def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> 
         yield attachment
 
 
-def _reader(joint: Joint, source: str) -> Callable[[Tensor], None]:
+def _reader(joint: SiteSum, source: str) -> Callable[[Tensor], None]:
     return lambda x: joint.read(source, x)
 
 

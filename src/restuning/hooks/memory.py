@@ -40,7 +40,7 @@ class _Norm(torch.autograd.Function):
         return grads[0] * scale.to(grads[0].dtype)[:, None, None], None, None, None, None, None
 
 
-class Thrift(TorchFunctionMode):
+class FrozenOpMemory(TorchFunctionMode):
     """While it lasts, they do; outputs are the same to the bit, gradients the same up to rounding."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

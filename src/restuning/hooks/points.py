@@ -29,7 +29,7 @@ Tuners = Sequence[tuple[str, Tuner]]
 _BUSY: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 
 
-def one_thread(backbone: nn.Module) -> RLock:
+def backbone_lock(backbone: nn.Module) -> RLock:
     """Held while hooks are on a backbone, which they are for all of its callers: of several threads, one at a time."""
     return _BUSY.setdefault(backbone, RLock())
 

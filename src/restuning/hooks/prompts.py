@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning.backbones.anatomy import several
+from restuning.backbones.anatomy import as_tuple
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
 from restuning.hooks.attention import Call, Piece, merged, on_call
 from restuning.hooks.points import Hook, Tuner, _after, _said, _say, argument, before
 
 
-class Grown:
+class AppendedTokens:
     """Tokens appended to the stream over a `span` of blocks: `n` without them, `more` of them."""
 
     def __init__(self, span: range) -> None:
@@ -31,7 +31,7 @@ def _fixed(kwargs: Mapping[str, Any]) -> None:
         raise MethodError("this backbone's positions are rotary and fixed in number: tokens cannot be added to it")
 
 
-def _rewritten(backbone: nn.Module, sites: Sites, grown: Grown, tuner: Tuner) -> Iterator[Hook]:
+def _rewritten(backbone: nn.Module, sites: Sites, grown: AppendedTokens, tuner: Tuner) -> Iterator[Hook]:
     """[x; tokens] from the input of the first block of a span to the output of its last one (Res-Tuning, Eq. 4)."""
     modules = [backbone.get_submodule(sites.blocks[i]) for i in grown.span]
 
@@ -98,7 +98,7 @@ def _beside(backbone: nn.Module, sites: Sites, span: range, tuner: Tuner, again:
         block = backbone.get_submodule(sites.blocks[i])
         read, change = in_block(i, block)
         yield partial(before, block, read)
-        (name,) = several(sites.anatomy.attention)
+        (name,) = as_tuple(sites.anatomy.attention)
         attention = f"{sites.blocks[i]}.{name}"
         yield partial(on_call, backbone.get_submodule(attention), change, again)
 

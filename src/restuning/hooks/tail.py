@@ -10,7 +10,7 @@ from restuning._types import Tokens
 from restuning.backbones.sites import Sites, layout_of
 from restuning.errors import SiteError
 from restuning.hooks.points import as_tokens
-from restuning.side.features import ALL, FIRST, LAST, MEAN, View, last, mean_of
+from restuning.side.features import ALL, FIRST, LAST, MEAN, TokenSelection, last, mean_of
 
 POOLS = ("cls", "mean", "cls+mean", "last", "map", "none")
 
@@ -67,14 +67,14 @@ def tail_of(backbone: nn.Module, sites: Sites, pool: str | None = None) -> Tail:
         raise SiteError(f"unknown pooling {pool!r}: expected one of {', '.join(POOLS)}")
     if pool == "map" and sites.pooler is None:
         raise SiteError(f"pooling 'map' is by the backbone's own attention, and this {sites.anatomy.name} has none")
-    if "cls" in pool and sites.port.grid == 0:
+    if "cls" in pool and sites.info.grid == 0:
         raise SiteError(f"pooling {pool!r}: {sites.anatomy.name} has no CLS token here; use mean or none")
     pooler = nn.Identity() if sites.pooler is None else backbone.get_submodule(sites.pooler)
     norm, post = (tuple(backbone.get_submodule(path) for path in paths) for paths in (sites.norm, sites.post))
     return Tail(norm, () if pool == "cls+mean" else post, pooler, pool, sites.prefix)
 
 
-def live(sites: Sites, pool: str) -> View:
+def live(sites: Sites, pool: str) -> TokenSelection:
     """The tokens of the last layer that the output can see."""
     if pool == "mean" and not sites.norm and sites.prefix == 0:
         return MEAN

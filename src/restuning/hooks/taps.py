@@ -12,7 +12,7 @@ from restuning._types import Features
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
 from restuning.hooks.points import _on_read, argument, as_tokens, before
-from restuning.side.features import ALL, View
+from restuning.side.features import ALL, TokenSelection
 
 INPUT = -1
 """The layer before all others: what the backbone itself is given."""
@@ -28,7 +28,7 @@ class Taps:
     outlive the large ones between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, layers: Iterable[int], view: View, one_shape: bool, maps: bool = False) -> None:
+    def __init__(self, layers: Iterable[int], view: TokenSelection, one_shape: bool, maps: bool = False) -> None:
         """maps: layers are kept whole, as they come."""
         self.wanted = sorted(set(layers))
         self.view, self.one_shape, self.maps = view, one_shape, maps
@@ -70,7 +70,7 @@ class Taps:
 
 
 @contextmanager
-def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: View = ALL) -> Iterator[Taps]:
+def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: TokenSelection = ALL) -> Iterator[Taps]:
     """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
     taps = Taps(layers, view, sites.uniform, maps=sites.join is not None)
     with ExitStack() as stack:

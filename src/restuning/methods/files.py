@@ -6,7 +6,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from restuning.errors import MethodError, line
-from restuning.methods.spec import KINDS, RECIPES, Method
+from restuning.methods.spec import KINDS, TUNER_CONFIGS, Method
 
 
 def to_dict(method: Method) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def from_dict(data: Mapping[str, Any]) -> Method:
 
 
 def _encode(value: Any) -> Any:
-    for key, table in (("kind", KINDS), ("tuner", RECIPES)):
+    for key, table in (("kind", KINDS), ("tuner", TUNER_CONFIGS)):
         name = type(value).__name__.lower()
         if table.get(name) is type(value):
             return {key: name, **{f.name: _encode(getattr(value, f.name)) for f in fields(value)}}
@@ -46,7 +46,7 @@ def _decode(value: Any) -> Any:
         return value
     if "own" in value:
         raise MethodError(f"this method has an own tuner, {value['own']}: pass method= with the same tuner")
-    for key, table in (("kind", KINDS), ("tuner", RECIPES)):
+    for key, table in (("kind", KINDS), ("tuner", TUNER_CONFIGS)):
         if isinstance(value.get(key), str):
             return _build(value[key], table, {k: _decode(v) for k, v in value.items() if k != key})
     return {name: _decode(item) for name, item in value.items()}

@@ -95,7 +95,7 @@ NOTES: dict[str, str] = {
 ABOUT: dict[str, str] = {
     "full": "every parameter of the backbone",
     "linear": "the head alone (linear probing)",
-    "adapter": "the tables' Adapter: after the FFN, width 96, both weights zero at birth (Jia et al. 2022)",
+    "adapter": "the tables' Adapter: after the FFN, width 96, both weights zero at initialisation (Jia et al. 2022)",
     "adapter-houlsby": "sequential adapters after MHA and FFN (Houlsby et al. 2019)",
     "adapter-pfeiffer": "a sequential adapter after the FFN (Pfeiffer et al. 2021)",
     "prefix": "keys and values before every attention, exact (Li and Liang 2021; Eq. 3)",

@@ -6,18 +6,18 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from restuning._types import Recipe
+from restuning._types import TunerConfig
 from restuning.errors import MethodError
 from restuning.side import AlexNet, SmallCnn
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
 
 
-def _check_recipe(where: str, recipe: Any) -> None:
-    if not callable(recipe):
-        raise MethodError(f"{where} is {recipe!r}: expected a recipe such as restuning.Adapter(10), or a module class")
-    if isinstance(recipe, nn.Module):
+def _check_config(where: str, config: Any) -> None:
+    if not callable(config):
+        raise MethodError(f"{where} is {config!r}: expected a recipe such as restuning.Adapter(10), or a module class")
+    if isinstance(config, nn.Module):
         raise MethodError(
-            f"{where} is a {type(recipe).__name__} module, already built: pass its class, "
+            f"{where} is a {type(config).__name__} module, already built: pass its class, "
             "or a function port → module, so that every block gets its own"
         )
 
@@ -39,13 +39,13 @@ class Residual:
     exclude: modules that are left out, named in the same ways.
     """
 
-    tuners: Mapping[str, Recipe] = field(default_factory=dict)
+    tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
     blocks: Sequence[int] | None = None
     exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        for op, recipe in self.tuners.items():
-            _check_recipe(f"Residual: the tuner of {op!r}", recipe)
+        for op, config in self.tuners.items():
+            _check_config(f"Residual: the tuner of {op!r}", config)
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Bypass:
     these tokens; None: on the tokens that the head's pooling can see.
     over: what the path runs over, all `blocks` or, from the first to the last, the outputs of the `stages`; None: the
     stages where there are several.
-    gate: λ at birth; the paper's is 0.5; towards 1 the path begins as the backbone's own output. gates: one λ a
-    `layer`, as in the paper, or one a `channel`. normed: features are normalised (LayerNorm without weights) before the
-    path reads them. These three are ours.
+    gate: λ at initialisation; the paper's is 0.5; towards 1 the path begins as the backbone's own output. gates: one λ
+    a `layer`, as in the paper, or one a `channel`. normed: features are normalised (LayerNorm without weights) before
+    the path reads them. These three are ours.
     """
 
-    horizontal: Recipe | None = None
-    vertical: Recipe | None = None
+    horizontal: TunerConfig | None = None
+    vertical: TunerConfig | None = None
     blocks: Sequence[int] | None = None
     grid: int | None = None
     over: Literal["blocks", "stages"] | None = None
@@ -84,7 +84,7 @@ class Bypass:
             raise MethodError(f"Bypass(over={self.over!r}): expected blocks, stages or None")
         for side in ("horizontal", "vertical"):
             if getattr(self, side) is not None:
-                _check_recipe(f"Bypass: the {side} tuner", getattr(self, side))
+                _check_config(f"Bypass: the {side} tuner", getattr(self, side))
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class SideTuning:
     first learns to give the backbone's own pooled features, on the training images.
     """
 
-    net: Recipe = field(default_factory=AlexNet)
+    net: TunerConfig = field(default_factory=AlexNet)
     distil: int = 0
 
     def __post_init__(self) -> None:
-        _check_recipe("SideTuning: the side network", self.net)
+        _check_config("SideTuning: the side network", self.net)
 
 
 @dataclass(frozen=True)
@@ -158,18 +158,18 @@ SIZES: dict[type, str] = {
 }
 """Which setting of a recipe is its size."""
 
-RECIPES: dict[str, Any] = {cls.__name__.lower(): cls for cls in (*SIZES, AlexNet, Bias, Ssf)}
+TUNER_CONFIGS: dict[str, Any] = {cls.__name__.lower(): cls for cls in (*SIZES, AlexNet, Bias, Ssf)}
 
 
 def resize(method: Method, size: int) -> Method:
     """The same method with every tuner of this width, of this rank or of this many tokens (Table 13)."""
 
-    def sized(recipe: Any) -> Any:
-        name = SIZES.get(type(recipe))
-        return recipe if name is None else replace(recipe, **{name: size})
+    def sized(config: Any) -> Any:
+        name = SIZES.get(type(config))
+        return config if name is None else replace(config, **{name: size})
 
     if isinstance(method, Residual):
-        return replace(method, tuners={op: sized(recipe) for op, recipe in method.tuners.items()})
+        return replace(method, tuners={op: sized(config) for op, config in method.tuners.items()})
     if isinstance(method, Bypass):
         return replace(method, horizontal=sized(method.horizontal), vertical=sized(method.vertical))
     if isinstance(method, SideTuning):

@@ -7,28 +7,34 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Features, Port, Recipe
-from restuning.backbones.anatomy import PARTS, Affine, several
+from restuning._types import Features, SiteInfo, TunerConfig
+from restuning.backbones.anatomy import PARTS, Affine, as_tuple
 from restuning.backbones.sites import Site, Sites, check_blocks
 from restuning.errors import MethodError
-from restuning.hooks.law import attach, gathered
+from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.tail import Tail, head_width, live
 from restuning.hooks.taps import INPUT, MASK
 from restuning.methods.spec import Bypass, Full, Ladder, Method, Residual, grid_of, parts_of
-from restuning.model.files import Card
+from restuning.model.files import AdapterConfig
 from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
-from restuning.side.features import ALL, FIRST, LAST, MEAN, View
+from restuning.side.features import ALL, FIRST, LAST, MEAN, TokenSelection
 
 
-class Adaptation(nn.Module):
+class AdapterModule(nn.Module):
     """One adapter: `tuners` added inside the backbone, a `side` path beside it, a `head` after it. Its state_dict is
     the checkpoint."""
 
     def __init__(
-        self, backbone: nn.Module, sites: Sites, method: Method, pool: str, num_classes: int | None, card: Card
+        self,
+        backbone: nn.Module,
+        sites: Sites,
+        method: Method,
+        pool: str,
+        num_classes: int | None,
+        config: AdapterConfig,
     ) -> None:
         super().__init__()
-        self.card, self.method = card, method
+        self.config, self.method = config, method
         self.depth, self.full = len(sites.blocks), isinstance(method, Full)
         self.path: Sequence[int] = range(len(sites.stems) + 1)
         if sites.join is not None and (num_classes is not None or grid_of(method) is not None):
@@ -37,12 +43,12 @@ class Adaptation(nn.Module):
         self.tuners = nn.ModuleDict()
         self.side: nn.Module | None = None
         self.view = _view(sites, method, pool)
-        width = head_width(sites.port.writes, pool, 1 if pool != "flat" else self.view.count())
+        width = head_width(sites.info.out_features, pool, 1 if pool != "flat" else self.view.count())
         for part in parts_of(method):
             if isinstance(part, Residual):
-                for op, recipe in part.tuners.items():
+                for op, config in part.tuners.items():
                     for site in sites.at(op, part.blocks, part.exclude):
-                        self._add(backbone, sites, site, recipe)
+                        self._add(backbone, sites, site, config)
             elif isinstance(part, Bypass):
                 self.path = sites.stages if _over_stages(sites, part) else self.path
                 self.side = _bypass(sites, part, self.path)
@@ -53,13 +59,13 @@ class Adaptation(nn.Module):
             else:
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
-                self.side = SideNet(_made(part.net, replace(sites.port, writes=width), "side-tuning"))
+                self.side = SideNet(_made(part.net, replace(sites.info, writes=width), "side-tuning"))
         alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
         one_grid = sites.uniform or not isinstance(self.side, BypassNet)  # between others tokens are averaged
         alone, averaged = alone and one_grid, averaged and one_grid
         if grid_of(method) is None and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True):
             self.view = ALL
-        padded = sites.port.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
+        padded = sites.info.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
         by_mask = "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
         self.reads_mask = padded and self.view == ALL and by_mask
         self.masked = padded and (self.reads_mask or self.view.by_mask)
@@ -68,21 +74,21 @@ class Adaptation(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def _add(self, backbone: nn.Module, sites: Sites, site: Site, recipe: Recipe) -> None:
+    def _add(self, backbone: nn.Module, sites: Sites, site: Site, config: TunerConfig) -> None:
         name, copies = site.name, sum(other == site for other in self.sites.values())
         name = name if not copies else f"{name}_{copies + 1}"
-        tuner = _made(recipe, site.port, site.op)
+        tuner = _made(config, site.info, site.op)
         place = getattr(tuner, "place", None)
         if site.op != place and (place is not None or site.op == "attention"):
             where = f"operation {place!r}" if place else f"operations other than {site.op!r}"
-            raise MethodError(f"{type(recipe).__name__} goes to {where}, not to {site.op!r}")
+            raise MethodError(f"{type(config).__name__} goes to {where}, not to {site.op!r}")
         rewrites, apart = getattr(tuner, "rewrites", None), sites.join is not None
         if not sites.uniform and ((rewrites and not (apart and rewrites == "block")) or getattr(tuner, "carries", 0)):
             raise MethodError(
-                f"{type(recipe).__name__} needs blocks of one width, whose tokens are a sequence: {sites.anatomy.name} "
+                f"{type(config).__name__} needs blocks of one width, whose tokens are a sequence: {sites.anatomy.name} "
                 f"has {len(sites.stages)} stages of maps, with the operations {', '.join(sites.ops)}"
             )
-        if getattr(tuner, "unbound", False) and len(several(sites.anatomy.attention)) != 1:
+        if getattr(tuner, "unbound", False) and len(as_tuple(sites.anatomy.attention)) != 1:
             raise MethodError(f"unbound prompts need one attention a block, which {sites.anatomy.name} does not name")
         if hasattr(tuner, "bind"):
             affine = site.affine(backbone)
@@ -113,7 +119,7 @@ class Adaptation(nn.Module):
         layers = self.path if self.side is not None else (self.depth,)
         return (MASK, *layers) if self.reads_mask else layers
 
-    def layers_of(self, kept: View) -> Sequence[int]:
+    def layers_of(self, kept: TokenSelection) -> Sequence[int]:
         """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding."""
         return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
 
@@ -137,11 +143,11 @@ class Reader(nn.Module):
     """An adapter as a function of the features: side path, frozen tail, head. It refers to the backbone, for the tail's
     sake, and owns the adapter alone."""
 
-    def __init__(self, adapter: Adaptation, backbone: nn.Module, sites: Sites, tail: Tail) -> None:
+    def __init__(self, adapter: AdapterModule, backbone: nn.Module, sites: Sites, tail: Tail) -> None:
         super().__init__()
         self.adapter, self.tail, self._frozen = adapter, tail, (backbone, sites)
 
-    def own(self, features: Mapping[int, Tensor], kept: View) -> Features:
+    def own(self, features: Mapping[int, Tensor], kept: TokenSelection) -> Features:
         """What it reads of features of which the tokens `kept` are there; raises MethodError if they are too few."""
         view = self.adapter.view.of(kept)
         if view is None:
@@ -152,7 +158,7 @@ class Reader(nn.Module):
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""
         backbone, sites = self._frozen
-        with attach(backbone, sites, gathered((site, "", tuner) for site, tuner in self.adapter.in_tail)):
+        with attach(backbone, sites, group_by_site((site, "", tuner) for site, tuner in self.adapter.in_tail)):
             return self.read(features, head)
 
     def read(self, features: Features, head: bool = True) -> Tensor:
@@ -163,16 +169,16 @@ class Reader(nn.Module):
         return self.adapter.head(pooled) if head else pooled
 
 
-def _view(sites: Sites, method: Method, pool: str) -> View:
+def _view(sites: Sites, method: Method, pool: str) -> TokenSelection:
     """What its output can see of a layer, if nothing mixes tokens."""
-    grid, prefix = grid_of(method), sites.port.grid
+    grid, prefix = grid_of(method), sites.info.grid
     if grid is None:
         return live(sites, pool)
     if grid == 1 and not prefix:
         return MEAN
     if prefix is None:
         raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
-    return View(grid, prefix)
+    return TokenSelection(grid, prefix)
 
 
 def _over_stages(sites: Sites, part: Bypass) -> bool:
@@ -186,19 +192,19 @@ def _over_stages(sites: Sites, part: Bypass) -> bool:
 
 
 def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
-    ports = [sites.features[layer] for layer in path]
-    check_blocks(part.blocks, len(ports) - 1, *(() if len(ports) > len(sites.blocks) else ("step", "the path")))
-    steps = range(len(ports) - 1) if part.blocks is None else part.blocks
+    infos = [sites.features[layer] for layer in path]
+    check_blocks(part.blocks, len(infos) - 1, *(() if len(infos) > len(sites.blocks) else ("step", "the path")))
+    steps = range(len(infos) - 1) if part.blocks is None else part.blocks
 
-    def side(recipe: Recipe | None) -> dict[int, nn.Module]:
-        if recipe is None:
+    def side(config: TunerConfig | None) -> dict[int, nn.Module]:
+        if config is None:
             return {}
-        made = {step: _made(recipe, ports[step + 1], "the bypass") for step in steps}
+        made = {step: _made(config, infos[step + 1], "the bypass") for step in steps}
         if any(getattr(tuner, "place", None) for tuner in made.values()):
-            raise MethodError(f"{type(recipe).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
+            raise MethodError(f"{type(config).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
         return made
 
-    widths = [port.writes for port in ports]
+    widths = [info.out_features for info in infos]
     tuners = side(part.horizontal), side(part.vertical)
     return BypassNet(widths, *tuners, sites.join is not None, part.gate, part.gates == "channel", part.normed)
 
@@ -207,11 +213,11 @@ def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
     if not sites.uniform:
         widths = ", ".join(str(sites.features[layer].writes) for layer in sites.stages)
         raise MethodError(f"a ladder needs blocks of one width: {sites.anatomy.name} has stages of widths {widths}")
-    width, heads = sites.port.writes, sites.port.heads
+    width, heads = sites.info.out_features, sites.info.heads
     side = width // part.reduction
     if side < heads or width % part.reduction or side % heads:
         raise MethodError(f"a ladder of width {width} / {part.reduction}: expected a multiple of its {heads} heads")
-    hidden = next((site.port.reads for site in sites.all if site.op == "fc2"), 4 * width)
+    hidden = next((site.info.in_features for site in sites.all if site.op == "fc2"), 4 * width)
     net = LadderNet(len(sites.blocks), width, side, heads, max(hidden // part.reduction, 1))
     first = next((backbone.get_submodule(site.writes.path) for site in sites.all if site.op == "fc1"), None)
     described = first is not None and getattr(first, "weight", torch.empty(0, device="meta")).is_meta
@@ -229,8 +235,8 @@ def prune_ladder(net: LadderNet, backbone: nn.Module, sites: Sites, score: Calla
     prune(net, roles, score)
 
 
-def _made(recipe: Recipe, port: Port, where: str) -> nn.Module:
-    module = recipe(port)
+def _made(config: TunerConfig, info: SiteInfo, where: str) -> nn.Module:
+    module = config(info)
     if not isinstance(module, nn.Module):
         raise MethodError(f"the tuner of {where} made a {type(module).__name__}: expected an nn.Module")
     return module

@@ -12,11 +12,11 @@ from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
 from restuning.hooks.points import argument, before
 from restuning.hooks.taps import tap
-from restuning.model.adapter import Adaptation
+from restuning.model.adapter import AdapterModule
 
 
 @dataclass(frozen=True)
-class Apart:
+class PerAdapter:
     """Each adapter alone. rows: the batch holds as many parts as there are adapters, a part each; else each reads all
     of it. plain: before them, what the untuned backbone says."""
 
@@ -26,7 +26,7 @@ class Apart:
 
 @contextmanager
 def joined(
-    backbone: nn.Module, sites: Sites, adapters: Sequence[Adaptation], apart: Apart | None = None
+    backbone: nn.Module, sites: Sites, adapters: Sequence[AdapterModule], apart: PerAdapter | None = None
 ) -> Iterator[None]:
     """While it lasts, what the adapters' side paths say of the features is added to what the backbone's last modules
     read; up to there the backbone runs without autograd if nothing inside it is tuned.
@@ -64,7 +64,7 @@ def joined(
 
 
 def each_of(
-    backbone: nn.Module, sites: Sites, adapters: Mapping[str, Adaptation], apart: Apart, args: Any, kwargs: Any
+    backbone: nn.Module, sites: Sites, adapters: Mapping[str, AdapterModule], apart: PerAdapter, args: Any, kwargs: Any
 ) -> dict[str, Tensor]:
     """{name: output} of each adapter alone, from one call of the backbone; under "" the untuned backbone's."""
     wrong = [name for name, adapter in adapters.items() if not serves(sites, adapter)]
@@ -78,7 +78,7 @@ def each_of(
     return dict(zip(names, said.chunk(len(names)), strict=True))
 
 
-def serves(sites: Sites, adapter: Adaptation) -> bool:
+def serves(sites: Sites, adapter: AdapterModule) -> bool:
     """Whether one call of the backbone can serve this adapter beside others."""
     return adapter.side is not None and adapter.reads_features and bool(sites.anatomy.stems)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from restuning._version import __version__
 from restuning.errors import CheckpointError, MethodError, MissingExtra, line
-from restuning.utils.files import as_json, write_whole
+from restuning.utils.files import as_json, atomic_write
 from restuning.utils.hub import hub
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
@@ -20,7 +20,7 @@ FORMAT = "restuning/1"
 
 
 @dataclass(frozen=True)
-class Card:
+class AdapterConfig:
     """What is written beside the tensors. `spec` is the method as data, `method` its name if it had one."""
 
     method: str | None
@@ -33,39 +33,39 @@ class Card:
     kind: str = "single-label"
 
 
-def check_card(card: Card) -> None:
+def check_config(config: AdapterConfig) -> None:
     """Raises MethodError for what no file can hold."""
     try:
-        as_json(asdict(card))
+        as_json(asdict(config))
     except (TypeError, ValueError) as error:
         raise MethodError(f"what is saved beside the adapter is plain data: {error}") from error
 
 
-def write(folder: Path, card: Card, state: Mapping[str, Tensor]) -> None:
+def write(folder: Path, config: AdapterConfig, state: Mapping[str, Tensor]) -> None:
     """Both files, each whole or not at all. Raises CheckpointError if the folder cannot be written."""
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    config = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(card)})
+    config = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(config)})
     tensors = save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()})
     try:
-        write_whole(folder / MODEL, tensors)
-        write_whole(folder / CONFIG, config)
+        atomic_write(folder / MODEL, tensors)
+        atomic_write(folder / CONFIG, config)
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 
 
-def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
+def read(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     """The card and the tensors. Raises CheckpointError that says which file is missing, damaged or foreign."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import load
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    card, model = card_of(folder), folder / MODEL
+    config, model = read_config(folder), folder / MODEL
     try:
-        return card, load(model.read_bytes())
+        return config, load(model.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{folder} is no saved adapter: it has no {MODEL}") from error
     except SafetensorError as error:
@@ -74,7 +74,7 @@ def read(folder: Path) -> tuple[Card, dict[str, Tensor]]:
         raise CheckpointError(f"cannot read {folder}: {error.strerror or error}") from error
 
 
-def card_of(folder: Path) -> Card:
+def read_config(folder: Path) -> AdapterConfig:
     """The card alone. Raises CheckpointError as `read` does."""
     config = folder / CONFIG
     try:
@@ -88,18 +88,18 @@ def card_of(folder: Path) -> Card:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format", data.get("peft_type", "none")) if isinstance(data, dict) else "none"
         raise CheckpointError(f"{config} is not of this library: its format is {found!r}, expected {FORMAT!r}")
-    names = [f.name for f in fields(Card)]
-    data = {"kind": Card.kind, **data}  # older files hold adapters of this one kind
+    names = [f.name for f in fields(AdapterConfig)]
+    data = {"kind": AdapterConfig.kind, **data}  # older files hold adapters of this one kind
     missing = [name for name in names if name not in data]
     missing += [name for name in ("spec", "backbone") if name in data and not isinstance(data[name], dict)]
     if missing:
         raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
-    return Card(**{name: data[name] for name in names})
+    return AdapterConfig(**{name: data[name] for name in names})
 
 
 def changes_the_base(folder: Path) -> bool:
     """Whether a saved adapter is full fine-tuning, which holds a backbone's weights."""
-    return card_of(folder).spec.get("kind") == "full"
+    return read_config(folder).spec.get("kind") == "full"
 
 
 def fetch(path: str | Path, revision: str | None = None) -> Path:

@@ -15,7 +15,7 @@ from restuning.model.files import CONFIG, MODEL, fetch
 from restuning.model.tuned import Tuned
 from restuning.tuners import Lora
 from restuning.tuners.lora import ConvLoraTuner, LoraTuner
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 _PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
 """Settings of PEFT's that change what is computed, and the values at which they do not."""
@@ -94,7 +94,7 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         "peft_type": "LORA",
         "task_type": None,
         "inference_mode": True,
-        "base_model_name_or_path": str(adapter.card.backbone.get("name")),
+        "base_model_name_or_path": str(adapter.config.backbone.get("name")),
         "r": ranks[first],
         "lora_alpha": alphas[first],
         "lora_dropout": dropout,
@@ -105,8 +105,8 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
     }
     folder = Path(path)
     try:
-        write_whole(folder / MODEL, save(state))
-        write_whole(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        atomic_write(folder / MODEL, save(state))
+        atomic_write(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 
@@ -164,11 +164,11 @@ def _found(
     if single or not halves:
         raise CheckpointError(f"{folder}: {f'{single[0]} lacks a half' if single else 'no tensors'}")
     for path, both in halves.items():
-        port = next(s.port for s in sites.all if s.writes.path == path and s.op in PARTS)
-        if (both["A"].shape[1], len(both["B"])) != (port.reads, port.writes):
+        info = next(s.info for s in sites.all if s.writes.path == path and s.op in PARTS)
+        if (both["A"].shape[1], len(both["B"])) != (info.in_features, info.out_features):
             raise CheckpointError(
                 f"{folder}: LoRA of {path} is for widths {both['A'].shape[1]} and {len(both['B'])}; "
-                f"this backbone has {port.reads} and {port.writes}"
+                f"this backbone has {info.in_features} and {info.out_features}"
             )
     return {path: (both["A"], both["B"]) for path, both in halves.items()}, places
 

@@ -16,22 +16,32 @@ from restuning.backbones.anatomy import AFFINE, PARTS, Anatomy
 from restuning.backbones.sites import Site, Sites, find_sites, tower_of
 from restuning.data.objective import objective
 from restuning.errors import CheckpointError, MethodError
-from restuning.hooks.fsdp import Shards, whole_weights
-from restuning.hooks.law import Attachment, gathered
-from restuning.hooks.memory import Thrift
-from restuning.hooks.points import Tuners, one_thread
+from restuning.hooks.fsdp import Shards, require_unsharded
+from restuning.hooks.law import Attachment, group_by_site
+from restuning.hooks.memory import FrozenOpMemory
+from restuning.hooks.points import Tuners, backbone_lock
 from restuning.hooks.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.hooks.tail import live, tail_of
 from restuning.hooks.taps import Taps, tap
 from restuning.methods.files import from_dict, to_dict
 from restuning.methods.named import find_method
 from restuning.methods.spec import Full, Ladder, Method, grid_of, parts_of
-from restuning.model.adapter import Adaptation, Reader
-from restuning.model.denoiser import Apart, Plug, each_of, joined, output_of, serves
-from restuning.model.files import Card, card_of, check_card, fetch, fingerprint_of, push, read, same_weights, write
-from restuning.model.mixed import Served, kind_of, pick, serve
+from restuning.model.adapter import AdapterModule, Reader
+from restuning.model.denoiser import PerAdapter, Plug, each_of, joined, output_of, serves
+from restuning.model.files import (
+    AdapterConfig,
+    read_config,
+    check_config,
+    fetch,
+    fingerprint_of,
+    push,
+    read,
+    same_weights,
+    write,
+)
+from restuning.model.mixed import AdapterStack, kind_of, take_rows, serve
 from restuning.model.stack import PerRow, Stack
-from restuning.side.features import ALL, View
+from restuning.side.features import ALL, TokenSelection
 
 
 class Tuned(nn.Module):
@@ -72,7 +82,7 @@ class Tuned(nn.Module):
         self._fingerprint = fingerprint or self._print()
         self.adapters = nn.ModuleDict()
         self._readers: dict[str, Reader] = {}
-        self._stacks: list[Served] = []
+        self._stacks: list[AdapterStack] = []
         self._replay, self._checkpointed = Replay(), bool(checkpoints(backbone))
         self._compiled: Callable[..., Tensor] | None = None
         self._shards: Shards | None = None
@@ -112,9 +122,9 @@ class Tuned(nn.Module):
         objective(kind)
         spec = find_method(method, self.family)
         if isinstance(spec, Full):
-            whole_weights(self._shards, "full fine-tuning")
+            require_unsharded(self._shards, "full fine-tuning")
         if any(isinstance(part, Ladder) and part.init != "random" for part in parts_of(spec)):
-            whole_weights(self._shards, "a ladder that is pruned from them")
+            require_unsharded(self._shards, "a ladder that is pruned from them")
         if kind == "per-token":
             if grid_of(spec) is not None or pool not in (None, "none"):
                 raise MethodError("labels per token need every token: no grid, and no pooling but none")
@@ -122,14 +132,14 @@ class Tuned(nn.Module):
         if (isinstance(spec, Full) and len(self.adapters)) or any(_adaptation(a).full for a in self.adapters.values()):
             raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
         tail = tail_of(self.backbone, self._sites, pool if grid_of(spec) is None else "flat")
-        card = Card(
+        config = AdapterConfig(
             method=method if isinstance(method, str) else None,
             spec=to_dict(spec),
             backbone={
                 "name": self._name,
                 "class": self._class,
                 "anatomy": self._sites.anatomy.name,
-                "width": self._sites.port.writes,
+                "width": self._sites.info.out_features,
                 "depth": len(self._sites.blocks),
                 "fingerprint": self._fingerprint,
             },
@@ -139,10 +149,10 @@ class Tuned(nn.Module):
             preprocessing=None if preprocessing is None else dict(preprocessing),
             kind=kind,
         )
-        check_card(card)
+        check_config(config)
         like = next(self.backbone.parameters(), torch.empty(0))
         with torch.device(self._device or like.device):
-            adapter = Adaptation(self.backbone, self._sites, spec, tail.pool, num_classes, card)
+            adapter = AdapterModule(self.backbone, self._sites, spec, tail.pool, num_classes, config)
         self.adapters[name] = adapter.to(like.dtype).train(self.training)
         self._readers[name] = Reader(self._find(name), self.backbone, self._sites, tail)
         self.active_adapters = (name,)
@@ -279,11 +289,11 @@ class Tuned(nn.Module):
             return logits
         if not isinstance(logits, Tensor):
             raise MethodError("labels= needs one active adapter")
-        cards = [self.card(name) for name in adapter_names or self._active() if name is not None]
-        kinds = {card.kind for card in cards}
+        configs = [self.adapter_config(name) for name in adapter_names or self._active() if name is not None]
+        kinds = {config.kind for config in configs}
         if len(kinds) > 1:
             raise MethodError(f"labels= for adapters of several kinds of task ({', '.join(sorted(kinds))})")
-        if kinds & {"multi-label", "regression"} and len({card.num_classes for card in cards}) > 1:
+        if kinds & {"multi-label", "regression"} and len({config.num_classes for config in configs}) > 1:
             raise MethodError(f"labels= for {kinds.pop()} adapters of several widths: a row would be padded with −inf")
         loss = objective(kinds.pop() if kinds else "single-label").loss
         return {"loss": loss(logits, labels), "logits": logits}
@@ -301,7 +311,9 @@ class Tuned(nn.Module):
         autograd if nothing else is tuned."""
         self._replay.leave()
         active = [self._find(name) for name in self._active()]
-        inside = gathered((site, str(i), tuner) for i, adapter in enumerate(active) for site, tuner in adapter.inside)
+        inside = group_by_site(
+            (site, str(i), tuner) for i, adapter in enumerate(active) for site, tuner in adapter.inside
+        )
         attachment = Attachment(self.backbone, self._sites, inside)
         replays = bool(inside) and torch.is_grad_enabled() and bool(checkpoints(self.backbone))
 
@@ -311,8 +323,8 @@ class Tuned(nn.Module):
 
         thrifty = torch.is_grad_enabled() and not checkpoints(self.backbone)
         with (
-            one_thread(self.backbone),
-            Thrift() if thrifty else nullcontext(),
+            backbone_lock(self.backbone),
+            FrozenOpMemory() if thrifty else nullcontext(),
             attachment.on(),
             joined(self.backbone, self._sites, active),
         ):
@@ -331,8 +343,8 @@ class Tuned(nn.Module):
         """
         args, kwargs = arguments(args, kwargs)
         active = {name: self._find(name) for name in self._active()}
-        with one_thread(self.backbone):
-            return each_of(self.backbone, self._sites, active, Apart(rows, plain), args, kwargs)
+        with backbone_lock(self.backbone):
+            return each_of(self.backbone, self._sites, active, PerAdapter(rows, plain), args, kwargs)
 
     def plug(self) -> Plug:
         """Have a backbone that denoises act as the tuned one wherever it is called, in a pipeline of diffusers too,
@@ -350,12 +362,18 @@ class Tuned(nn.Module):
         """
         args, kwargs = arguments(args, kwargs)
         active = [(name, self._find(name)) for name in self._active()]
-        inside = gathered((site, name, tuner) for name, adapter in active for site, tuner in adapter.inside)
+        inside = group_by_site((site, name, tuner) for name, adapter in active for site, tuner in adapter.inside)
         frozen = all(adapter.reads_features for _, adapter in active)
         return self._read(inside, self._layers(), self._live(), frozen, args, kwargs)
 
     def _read(
-        self, inside: Mapping[Site, Tuners], layers: Sequence[int], view: View, frozen: bool, args: Any, kwargs: Any
+        self,
+        inside: Mapping[Site, Tuners],
+        layers: Sequence[int],
+        view: TokenSelection,
+        frozen: bool,
+        args: Any,
+        kwargs: Any,
     ) -> Features:
         self._replay.leave()
         attachment = Attachment(self.backbone, self._sites, inside)
@@ -367,8 +385,8 @@ class Tuned(nn.Module):
 
         # a block that is run again in a backward pass has to keep what it kept
         thrifty = self._sites.anatomy.convolutional and not checkpoints(self.backbone)
-        quiet = torch.no_grad() if frozen else Thrift() if thrifty else nullcontext()
-        with one_thread(self.backbone), quiet, on() as taps:
+        quiet = torch.no_grad() if frozen else FrozenOpMemory() if thrifty else nullcontext()
+        with backbone_lock(self.backbone), quiet, on() as taps:
             self.backbone(*args, **kwargs)
         if taps.oblong and view == ALL and len(layers) > 1 and not self._sites.uniform:
             raise MethodError("a side path over stages needs square maps: images as high as wide")
@@ -377,7 +395,7 @@ class Tuned(nn.Module):
             self._replay.watch(taps.features, partial(on, again=True))
         return taps.features
 
-    def from_features(self, features: Features, kept: View | None = None, *, head: bool = True) -> Any:
+    def from_features(self, features: Features, kept: TokenSelection | None = None, *, head: bool = True) -> Any:
         """From `features` to logits: side path, frozen tail, head. Needs nothing else of the backbone.
 
         A mean over a text's tokens, the last of them, and a ladder on them want the attention mask (b, n) ahead of the
@@ -411,16 +429,16 @@ class Tuned(nn.Module):
         """
         if self.denoises:
             raise MethodError(f"{self._sites.anatomy.name} denoises: only backbones with a head are compiled")
-        whole_weights(self._shards, "a compiled pass")
+        require_unsharded(self._shards, "a compiled pass")
         self._compiled = torch.compile(self._pass, **options)
 
     def _in_one_graph(self, args: Any, kwargs: Any) -> Tensor:
         (name,) = self._active()
         adapter = self._find(name)
-        added = gathered((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
+        added = group_by_site((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
         attachment = Attachment(self.backbone, self._sites, added)
         with (
-            one_thread(self.backbone),
+            backbone_lock(self.backbone),
             replays_nothing() if checkpoints(self.backbone) else nullcontext(),
             attachment.on(),
             tap(self.backbone, self._sites, adapter.layers, adapter.view) as taps,
@@ -447,7 +465,7 @@ class Tuned(nn.Module):
             raise MethodError("adapter_names with past_key_values: a cache is of one kind of adapter, one pass for all")
         parts = []
         for at in kinds.values():
-            own_args, own_kwargs = pick((args, kwargs), at, batch)
+            own_args, own_kwargs = take_rows((args, kwargs), at, batch)
             parts.append(self._rows([rows[i] for i in at], own_args, own_kwargs))
         if len({part.ndim for part in parts}) > 1:
             raise MethodError("adapter_names mixes pooled outputs with outputs of every token")
@@ -461,13 +479,13 @@ class Tuned(nn.Module):
         if not names:
             tail = tail_of(self.backbone, self._sites)
             last, view = [len(self._sites.blocks)], live(self._sites, tail.pool)
-            with one_thread(self.backbone), tap(self.backbone, self._sites, last, view) as taps:
+            with backbone_lock(self.backbone), tap(self.backbone, self._sites, last, view) as taps:
                 said = self.backbone(*args, **kwargs)
             return said if isinstance(said, Tensor) and said.ndim == 2 else tail(taps.features[0])
         like = self._find(names[0])
         which = torch.tensor([names.index(str(name)) for name in rows], device=next(self.backbone.parameters()).device)
         alike = zip(*(self._find(name).inside for name in names), strict=True)
-        inside = gathered(
+        inside = group_by_site(
             (same[0][0], "", same[0][1] if len(names) == 1 else PerRow([tuner for _, tuner in same], which))
             for same in alike
         )
@@ -565,17 +583,17 @@ class Tuned(nn.Module):
         """By which its blocks are told from those of other weights: heads and poolers come and go."""
         return fingerprint_of(nn.ModuleList(self.backbone.get_submodule(path) for path in self._sites.blocks))
 
-    def _layers(self, kept: View | None = None) -> list[int]:
+    def _layers(self, kept: TokenSelection | None = None) -> list[int]:
         """Those that the active adapters read, where the tokens `kept` (None: those that are tapped) are there."""
         kept = kept or self._live()
         return sorted({layer for name in self._active() for layer in self._find(name).layers_of(kept)})
 
-    def _live(self) -> View:
+    def _live(self) -> TokenSelection:
         """What is tapped of every layer: the tokens that all active adapters' outputs can see, or all tokens."""
         views = {self._find(name).view for name in self._active()}
         return views.pop() if len(views) == 1 else ALL
 
-    def _find(self, name: str) -> Adaptation:
+    def _find(self, name: str) -> AdapterModule:
         if name not in self.adapters:
             raise MethodError(f"no adapter named {name!r}: there is {', '.join(self.adapters) or 'none'}")
         return _adaptation(self.adapters[name])
@@ -588,15 +606,15 @@ class Tuned(nn.Module):
         state = adapter.state_dict()
         if adapter.full:
             state |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
-        write(Path(path), adapter.card, state)
+        write(Path(path), adapter.config, state)
 
     def check_adapter(self, folder: Path) -> None:
         """Raises CheckpointError for a saved adapter of another backbone, by what its card says."""
-        made, here = card_of(folder).backbone, self._sites
-        if (made.get("width"), made.get("depth")) != (here.port.writes, len(here.blocks)):
+        made, here = read_config(folder).backbone, self._sites
+        if (made.get("width"), made.get("depth")) != (here.info.out_features, len(here.blocks)):
             raise CheckpointError(
                 f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); "
-                f"this is {self._name} (width {here.port.writes}, {len(here.blocks)} blocks)"
+                f"this is {self._name} (width {here.info.out_features}, {len(here.blocks)} blocks)"
             )
         mine = (self._fingerprint, fingerprint_of(self.backbone))  # files of older versions have that of all of it
         if not any(same_weights(made.get("fingerprint"), one) for one in mine if one is not None or one is mine[0]):
@@ -616,22 +634,22 @@ class Tuned(nn.Module):
         """
         folder, active = fetch(path, revision), self.active_adapters
         self.check_adapter(folder)
-        card, state = read(folder)
+        config, state = read(folder)
         try:
-            spec = method if method is not None else from_dict(card.spec)
+            spec = method if method is not None else from_dict(config.spec)
             self.add_adapter(
                 name,
                 spec,
-                card.num_classes,
-                pool=card.pool,
-                classes=card.classes,
-                preprocessing=card.preprocessing,
-                kind=card.kind,
+                config.num_classes,
+                pool=config.pool,
+                classes=config.classes,
+                preprocessing=config.preprocessing,
+                kind=config.kind,
             )
         except MethodError as error:
             raise CheckpointError(f"{folder}: {error}") from error
         adapter = self._find(name)
-        adapter.card = card
+        adapter.config = config
         own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
         wrong = _mismatch(adapter.state_dict(), own)
         if wrong:
@@ -672,9 +690,9 @@ class Tuned(nn.Module):
         total = sum(p.numel() for p in self.parameters())
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
-    def card(self, name: str | None = None) -> Card:
+    def adapter_config(self, name: str | None = None) -> AdapterConfig:
         """What is saved beside an adapter: method, backbone, classes, pooling, preprocessing."""
-        return self._find(name if name is not None else self._active()[0]).card
+        return self._find(name if name is not None else self._active()[0]).config
 
 
 def adapt(
@@ -695,8 +713,9 @@ def adapt(
     """Freeze `backbone` and adapt it by `method`, a name of `restuning.methods` or a method of your own.
 
     anatomy: how a backbone is built, where neither the table knows it nor a trace finds it, or its sites. tower: of a
-    model with several (CLIP, an encoder with a decoder), the path of the one that is tuned. train_mode: let the backbone's dropout and batch
-    statistics follow `train()`. See `Tuned` and `Tuned.add_adapter` for the rest, and for the errors raised.
+    model with several (CLIP, an encoder with a decoder), the path of the one that is tuned. train_mode: let the
+    backbone's dropout and batch statistics follow `train()`. See `Tuned` and `Tuned.add_adapter` for the rest, and for
+    the errors raised.
     """
     if tower is not None:
         backbone = tower_of(backbone, tower)
@@ -730,8 +749,8 @@ def arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
     return args, kwargs
 
 
-def _adaptation(module: nn.Module) -> Adaptation:
-    assert isinstance(module, Adaptation)
+def _adaptation(module: nn.Module) -> AdapterModule:
+    assert isinstance(module, AdapterModule)
     return module
 
 

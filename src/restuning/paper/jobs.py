@@ -25,19 +25,19 @@ from restuning.features.bank.format import MANIFEST
 from restuning.methods.files import to_dict
 from restuning.methods.named import find_method
 from restuning.methods.spec import Bypass, Full, Residual, grid_of, on_blocks, parts_of, resize
-from restuning.model.files import card_of
+from restuning.model.files import read_config
 from restuning.model.files import read as read_adapter
 from restuning.model.tuned import Tuned, adapt
 from restuning.paper.results import RESULTS, Record, append, key_of, read, where
 from restuning.runs.banks import build_bank
-from restuning.runs.load import card_reading
+from restuning.runs.load import transform_of
 from restuning.runs.run import execute
 from restuning.runs.settings import RESULT, RUN, Run
 from restuning.runs.sweep import Sweep, sweep
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import loader, predict_logits, to_device
 from restuning.tuners import Adapter, Prefix, Prompt
-from restuning.utils.files import as_json, locked, write_whole
+from restuning.utils.files import as_json, locked, atomic_write
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
 BANKS, JOBS = "banks", "jobs"
@@ -134,7 +134,7 @@ def method_of(method: str | Mapping[str, Any], size: int | None, blocks: tuple[i
 
 
 def finish(job: Job, out: Path, dtype: str = "float32", progress: bool = False) -> list[Record]:
-    """Its records, made where they are not among the results yet. Raises Busy where another process is at it."""
+    """Its records, made where they are not among the results yet. Raises Locked where another process is at it."""
     with locked(out / JOBS / job.name):
         there = {key_of(r): r for r in read(out / RESULTS)}
         if job.keys <= there.keys():
@@ -168,7 +168,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
     files = {}
     for row, method in job.methods.items():
         files[row] = folder / "methods" / f"{slug(row)}.json"
-        write_whole(files[row], as_json(method if isinstance(method, Mapping) else to_dict(find_method(method))))
+        atomic_write(files[row], as_json(method if isinstance(method, Mapping) else to_dict(find_method(method))))
     settings = Sweep(
         bank=str(_bank(job, out, dtype, progress)),
         methods=tuple(map(str, files.values())),
@@ -248,7 +248,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
 
 
 def _bank(job: Job, out: Path, dtype: str, progress: bool) -> Path:
-    """One pass over the data, shared by all jobs that read the same of it. Raises Busy where it is being made."""
+    """One pass over the data, shared by all jobs that read the same of it. Raises Locked where it is being made."""
     grids = sorted({grid_of(find_method(m)) or 0 for m in job.methods.values()})
     settings: dict[str, Any] = {
         "data": job.data,
@@ -279,7 +279,7 @@ def _elsewhere(job: Job, saved: Mapping[tuple[str, int], Path]) -> Iterable[Reco
         if torch.cuda.is_available():
             tuned.cuda()
         first = saved[names[group[0]]]
-        how = card_reading(first, card_of(first).preprocessing)
+        how = transform_of(first, read_config(first).preprocessing)
         for column, spec in job.targets.items():
             test = load_task(spec).test
             said, labels = _logits(tuned, prepared(test, how), group)
@@ -311,8 +311,8 @@ def _restricted(logits: Tensor, test: Items) -> Tensor:
 
 def _gates(folder: Path) -> list[float] | None:
     """λ by layer, of a bypass; the mean over channels, where each has its own."""
-    card, state = read_adapter(folder)
-    if not any(isinstance(part, Bypass) for part in parts_of(find_method(card.spec))):
+    config, state = read_adapter(folder)
+    if not any(isinstance(part, Bypass) for part in parts_of(find_method(config.spec))):
         return None
     one = next((value for key, value in state.items() if key.endswith("side.gate")), None)
     each = [(int(k.rpartition(".")[2]), v) for k, v in state.items() if k.rpartition(".")[0].endswith("side.gate")]
@@ -332,7 +332,9 @@ def _measured(call: Callable[[], T]) -> tuple[T, int | None]:
 def _kept(job: Job, method: Any, saved: Path) -> int:
     """Bytes that autograd keeps of a batch of 32 for its backward pass: a count, the same on any machine."""
     model, batch = blank(job.backbone, job.image_size, 32)
-    tuned = adapt(model, method, len(card_of(saved).classes or ()), pool=job.pool, backbone_name=job.backbone).train()
+    tuned = adapt(
+        model, method, len(read_config(saved).classes or ()), pool=job.pool, backbone_name=job.backbone
+    ).train()
     return saved_bytes(lambda: tuned(batch), tuned.parameters())
 
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from restuning.errors import Busy, MissingExtra, RestuningError
+from restuning.errors import Locked, MissingExtra, RestuningError
 from restuning.paper.jobs import Done, Job, finish
 
 RETRIES = 5  # of a job whose worker dies; it goes on where it was
@@ -43,7 +43,7 @@ def _finish(job: Job, out: Path, dtype: str) -> Done:
         start = time.perf_counter()
         try:
             return Done(job, finish(job, out, dtype), time.perf_counter() - start)
-        except Busy:
+        except Locked:
             time.sleep(0.5)
         except RestuningError as error:
             return Done(job, [], 0.0, str(error))

@@ -13,13 +13,13 @@ import torch
 from restuning.backbones.load import describe_backbone
 from restuning.backbones.sites import find_sites
 from restuning.data import load_source
-from restuning.errors import Busy, RestuningError
+from restuning.errors import Locked, RestuningError
 from restuning.methods.named import find_method
 from restuning.methods.spec import grid_of
 from restuning.paper.experiments import Data, Experiment, Row
 from restuning.paper.jobs import Done, Job, blank, finish, method_of, one_seed, reads_features
 from restuning.paper.results import RESULTS, key_of, read
-from restuning.utils.files import as_json, locked, write_whole
+from restuning.utils.files import as_json, locked, atomic_write
 
 SETTINGS = "reproduce.json"
 Engine = Callable[[Sequence[Job], Path, str], Iterator[Done]]
@@ -181,8 +181,8 @@ def claim(out: Path, settings: Settings) -> None:
         try:
             with locked(out):
                 if not record.exists():
-                    write_whole(record, now)
-        except Busy:  # another process begins here too
+                    atomic_write(record, now)
+        except Locked:  # another process begins here too
             if not left:
                 raise
             time.sleep(0.1)
@@ -210,7 +210,7 @@ def here(jobs: Sequence[Job], out: Path, dtype: str) -> Iterator[Done]:
             start = time.perf_counter()
             try:
                 done = Done(job, finish(job, out, dtype), time.perf_counter() - start)
-            except Busy:
+            except Locked:
                 continue
             except RestuningError as error:
                 done = Done(job, [], 0.0, str(error))

@@ -1,6 +1,5 @@
 """The output folder of a run: one process at a time, nothing of an earlier run overwritten."""
 
-
 import contextlib
 import json
 import platform
@@ -17,18 +16,39 @@ from torch import nn
 
 from restuning._version import __version__
 from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
+from restuning.features.bank import (
+    LIMIT,
+    Bank,
+    FromBank,
+    FromFeatures,
+    CachedFeatures,
+    build,
+    bytes_per_item,
+    cache_features,
+)
+from restuning.data import (
+    Items,
+    Prepared,
+    Preprocess,
+    Reading,
+    Task,
+    Tokenise,
+    check,
+    load_task,
+    prepared,
+    reading,
+    split,
+)
 from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.utils.files import as_json, contents, locked, atomic_write
 from restuning.training.initialise import initialise, needs_data
 from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
 from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
+from restuning.data.objective import Objective, balanced, objective, sort_key
+from restuning.utils.distributed import is_main_process, barrier
 from restuning.training.logging import bar
 from restuning.training.config import TrainConfig
 from restuning.training.loop import fit
@@ -44,7 +64,7 @@ class Settings(Protocol):
 
 
 @contextlib.contextmanager
-def claimed(
+def run_directory(
     out: Path, run: Settings, resume: bool, read: Callable[[Path], Settings] = read_run, done: str = RESULT
 ) -> Iterator[None]:
     """The output folder for this run alone. Nothing of an earlier one is overwritten. read: of a recorded one; done:
@@ -66,7 +86,7 @@ def claimed(
         if record.exists() and (out / done).exists():
             raise RestuningError(f"{out} holds a finished run: there is nothing to resume")
         try:
-            write_whole(record, as_json(run.to_dict()))
+            atomic_write(record, as_json(run.to_dict()))
             yield
         except OSError as error:
             raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from restuning.model.tuned import Tuned
-from restuning.data import (Items, Preprocess, Texts, load_images, prepared)
+from restuning.data import Items, Preprocess, Texts, load_images, prepared
 from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.training.evaluate import loader, padded
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 from restuning.data.objective import IGNORED
-from restuning.runs.load import card_reading, load_tuned
-from restuning.model.files import Card
+from restuning.runs.load import transform_of, load_tuned
+from restuning.model.files import AdapterConfig
 
 
 def predict(
@@ -38,15 +38,15 @@ def predict(
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
     tuned, names = _load(adapters, weights)
-    cards = {name: tuned.card(name) for name in names}
+    configs = {name: tuned.adapter_config(name) for name in names}
     shared: list[str] = []
     alone: list[str] = []
     for name in names:
         tuned.set_adapter(name)
         (shared if tuned.reads_features else alone).append(name)
     groups = [*([shared] if shared else []), *([name] for name in alone)]
-    how = card_reading(adapters[0], cards["default"].preprocessing)
-    words = cards["default"].kind == "per-token"
+    how = transform_of(adapters[0], configs["default"].preprocessing)
+    words = configs["default"].kind == "per-token"
     items = load_images(Path(given)) if isinstance(how, Preprocess) else _texts(given, words)
     examples = prepared(items, how, cache=False)
     said: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -69,11 +69,11 @@ def predict(
 
         tensors = {str(folder): padded(read[name]) for name, folder in names.items()}
         try:
-            write_whole(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
+            atomic_write(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
         except OSError as error:
             raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
     rows = {
-        name: _said(padded(said[name]), cards[name], top, items, padded(begins, IGNORED) if words else None)
+        name: _said(padded(said[name]), configs[name], top, items, padded(begins, IGNORED) if words else None)
         for name in names
     }
     return [
@@ -102,11 +102,11 @@ def _texts(given: str, words: bool) -> Texts:
     return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
 
 
-def _said(logits: Tensor, card: Card, top: int, items: Items, begins: Tensor | None) -> list[dict[str, Any]]:
+def _said(logits: Tensor, config: AdapterConfig, top: int, items: Items, begins: Tensor | None) -> list[dict[str, Any]]:
     """Rows of one adapter. begins: the word that a token begins, or IGNORED; a word that the
     tokenizer drops has no class."""
-    classes = card.classes or [str(c) for c in range(logits.shape[-1])]
-    if card.kind == "regression":
+    classes = config.classes or [str(c) for c in range(logits.shape[-1])]
+    if config.kind == "regression":
         return [{"values": dict(zip(classes, row, strict=True))} for row in logits.tolist()]
     if begins is not None:
         rows: list[dict[str, Any]] = []
@@ -114,7 +114,7 @@ def _said(logits: Tensor, card: Card, top: int, items: Items, begins: Tensor | N
             said = {word: classes[c] for c, word in zip(own, which, strict=True) if word != IGNORED}
             rows.append({"words": [{"word": w, "class": said.get(k)} for k, w in enumerate(items.item(i)[0])]})
         return rows
-    p = logits.sigmoid() if card.kind == "multi-label" else logits.softmax(-1)
+    p = logits.sigmoid() if config.kind == "multi-label" else logits.softmax(-1)
     best = p.topk(min(top, len(classes)))
     return [
         {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in zip(indices, values, strict=True)]}
@@ -127,14 +127,14 @@ def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[st
     tuned = load_tuned(adapters[0], weights)
     tuned.eval()
     names = {"default": adapters[0]}
-    wanted = tuned.card().preprocessing
+    wanted = tuned.adapter_config().preprocessing
     for i, folder in enumerate(adapters[1:], 2):
         tuned.load_adapter(folder, f"adapter_{i}")
         names[f"adapter_{i}"] = folder
-        if tuned.card().preprocessing != wanted:
+        if tuned.adapter_config().preprocessing != wanted:
             raise CheckpointError(
                 f"{folder} reads its items otherwise than {adapters[0]}: predict with them one by one"
             )
-        if "per-token" in (kinds := {tuned.card(name).kind for name in names}) and len(kinds) > 1:
+        if "per-token" in (kinds := {tuned.adapter_config(name).kind for name in names}) and len(kinds) > 1:
             raise CheckpointError(f"{folder}: labels by token and others: predict with them one by one")
     return tuned, names

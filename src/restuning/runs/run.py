@@ -16,18 +16,39 @@ from torch import nn
 
 from restuning._version import __version__
 from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
+from restuning.features.bank import (
+    LIMIT,
+    Bank,
+    FromBank,
+    FromFeatures,
+    CachedFeatures,
+    build,
+    bytes_per_item,
+    cache_features,
+)
+from restuning.data import (
+    Items,
+    Prepared,
+    Preprocess,
+    Reading,
+    Task,
+    Tokenise,
+    check,
+    load_task,
+    prepared,
+    reading,
+    split,
+)
 from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.utils.files import as_json, contents, locked, atomic_write
 from restuning.training.initialise import initialise, needs_data
 from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
 from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
+from restuning.data.objective import Objective, balanced, objective, sort_key
+from restuning.utils.distributed import is_main_process, barrier
 from restuning.training.logging import bar
 from restuning.training.config import TrainConfig
 from restuning.training.loop import fit
@@ -35,7 +56,7 @@ from restuning.side.features import MEAN
 
 from restuning.runs.settings import RESULT, Run, TRIALS, versions
 from restuning.runs.sources import _FromBank, _FromItems, _Prepared
-from restuning.runs.folder import claimed
+from restuning.runs.folder import run_directory
 from restuning.runs.banks import _agree
 
 
@@ -58,9 +79,9 @@ def execute(
         raise RestuningError("full fine-tuning trains all weights of the backbone, and only a frozen one is shared out")
     if run.bank is not None:
         _agree(run, run.bank)
-    meet()
-    with claimed(out, run, resume) if is_first() else contextlib.nullcontext():
-        processes = meet()
+    barrier()
+    with run_directory(out, run, resume) if is_main_process() else contextlib.nullcontext():
+        processes = barrier()
         start = time.perf_counter()
         sizes = {"train_size": run.train_size, "shots": run.shots, "test_size": run.test_size}
         sizes["seed"] = run.training.seed
@@ -83,7 +104,7 @@ def execute(
             if whole.val is None or run.val_size:
                 held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
             trials = _choose(run, task, held, out, resume, progress)
-            lr = max(run.lrs, key=lambda rate: worth(trials[str(rate)]))
+            lr = max(run.lrs, key=lambda rate: sort_key(trials[str(rate)]))
         model, tuned = task.model(whole.train)
         examples = task.read(tuned, whole.train, run.augment)
         history = fit(
@@ -114,11 +135,11 @@ def execute(
             "versions": versions(),
             "settings": run.to_dict(),
         }
-        if is_first():
+        if is_main_process():
             tuned.save_pretrained(out)
-            write_whole(out / RESULT, as_json(result))
+            atomic_write(out / RESULT, as_json(result))
             (out / "state.pt").unlink(missing_ok=True)
-        meet()
+        barrier()
         return result
 
 
@@ -149,15 +170,15 @@ def _choose(
             trials[str(lr)] = next(evaluate(model, val, run.training.batch_size, kind=held.kind))[1]
         except Diverged:  # a rate that is too high is no choice, and no reason to stop
             trials[str(lr)] = None
-        if is_first():
-            write_whole(file, as_json(trials))
+        if is_main_process():
+            atomic_write(file, as_json(trials))
             state.unlink(missing_ok=True)
     return trials
 
 
 def _training(run: Run, lr: float, examples: Examples) -> TrainConfig:
     """Features that are kept have no length any more."""
-    grouped = run.training.group_by_length and not isinstance(examples, Kept | FromBank)
+    grouped = run.training.group_by_length and not isinstance(examples, CachedFeatures | FromBank)
     return replace(run.training, lr=lr, group_by_length=grouped)
 
 

@@ -11,23 +11,23 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from restuning._types import Port, Recipe
+from restuning._types import SiteInfo, TunerConfig
 from restuning.model.tuned import adapt
-from restuning.model.adapter import Adaptation
+from restuning.model.adapter import AdapterModule
 from restuning.backbones.load import load_backbone, reading_of
 from restuning.data import load_task, prepared
 from restuning.errors import MethodError, RestuningError
 from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, write_whole
+from restuning.utils.files import as_json, atomic_write
 from restuning.methods.spec import Method, Mix, Residual, resize
 from restuning.methods.files import to_dict
-from restuning.data.objective import objective, worth
+from restuning.data.objective import objective, sort_key
 from restuning.runs.settings import Run
-from restuning.runs.folder import claimed
+from restuning.runs.folder import run_directory
 from restuning.training.loop import fit
 from restuning.tuners import Adapter, Lora, PromptTuning
 
-KINDS: Mapping[str, tuple[str, Recipe]] = {
+KINDS: Mapping[str, tuple[str, TunerConfig]] = {
     "adapter": ("ffn", Adapter(10, source="out")),
     "lora": ("qkv", Lora(10)),
     "prompt": ("block", PromptTuning(10)),
@@ -113,25 +113,25 @@ def to_method(subnet: Subnet) -> Method:
     """A subnet as an ordinary method."""
     parts = []
     for kind, dims in subnet.items():
-        op, recipe = KINDS[kind]
+        op, config = KINDS[kind]
         for dim in sorted(set(dims) - {0}):
-            part = resize(Residual({op: recipe}, tuple(i for i, d in enumerate(dims) if d == dim)), dim)
+            part = resize(Residual({op: config}, tuple(i for i, d in enumerate(dims) if d == dim)), dim)
             assert isinstance(part, Residual)
             parts.append(part)
     return Mix(tuple(parts))
 
 
-class Slim(nn.Module):
+class ResizableTuner(nn.Module):
     """A tuner at its largest, of which any of its sizes can be used: the first rows and columns of its weights."""
 
-    def __init__(self, recipe: Recipe, port: Port, sizes: Sequence[int]) -> None:
+    def __init__(self, config: TunerConfig, info: SiteInfo, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.whole = recipe(port)
+        self.whole = config(info)
         for trait in ("place", "source", "rewrites", "merges", "mixes_tokens"):
             if hasattr(self.whole, trait):
                 setattr(self, trait, getattr(self.whole, trait))
         with torch.device("meta"):  # in a plain dict: they are shapes and a forward, not modules of this one
-            self.slim: dict[int, nn.Module] = {size: _sized(recipe, size)(port) for size in sizes}
+            self.slim: dict[int, nn.Module] = {size: _sized(config, size)(info) for size in sizes}
         self.size = max(sizes)
 
     def forward(self, *args: Tensor) -> Tensor | None:
@@ -154,14 +154,14 @@ class Supernet(nn.Module):
     def __init__(self, backbone: nn.Module, sizes: Sequence[int], limit: int, seed: int, **settings: Any) -> None:
         super().__init__()
 
-        def slim(recipe: Recipe) -> Recipe:
-            return lambda port: Slim(recipe, port, sizes)
+        def slim(config: TunerConfig) -> TunerConfig:
+            return lambda info: ResizableTuner(config, info, sizes)
 
-        method = Residual({op: slim(recipe) for op, recipe in KINDS.values()})
+        method = Residual({op: slim(config) for op, config in KINDS.values()})
         self.tuned = adapt(backbone, method, **settings)
         adapter = self.tuned.adapters["default"]
-        assert isinstance(adapter, Adaptation)
-        self.slims: dict[str, list[list[Slim]]] = {
+        assert isinstance(adapter, AdapterModule)
+        self.slims: dict[str, list[list[ResizableTuner]]] = {
             kind: [
                 [adapter.tuners[site.name] for site in self.tuned._sites.at(op, (block,))]  # type: ignore[misc]
                 for block in range(adapter.depth)
@@ -213,7 +213,7 @@ def evolve(
         key = json.dumps(subnet)
         if key not in seen:
             net.use(subnet)
-            seen[key] = worth(next(evaluate(net, val, batch_size, kind=kind))[1]), subnet
+            seen[key] = sort_key(next(evaluate(net, val, batch_size, kind=kind))[1]), subnet
 
     for _ in range(population):
         look(space.within(space.any(rng), rng))
@@ -271,7 +271,7 @@ def search(
     if population < 2 or generations < 0:
         raise RestuningError(f"population {population}, generations {generations}: expected at least 2 and 0")
     asked_for = SearchRun(run, limit, population, generations)
-    with claimed(out, asked_for, resume, SearchRun.read, SEARCH):
+    with run_directory(out, asked_for, resume, SearchRun.read, SEARCH):
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
         how = reading_of(backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
         config = replace(run.training, lr=run.lrs[0], accumulate=_SANDWICH)
@@ -309,13 +309,13 @@ def search(
             "best_by_generation": history,
             "settings": run.to_dict(),
         }
-        write_whole(out / METHOD, as_json(to_dict(to_method(subnet))))
-        write_whole(out / SEARCH, as_json(found))
+        atomic_write(out / METHOD, as_json(to_dict(to_method(subnet))))
+        atomic_write(out / SEARCH, as_json(found))
         return found
 
 
-def _sized(recipe: Recipe, size: int) -> Recipe:
-    part = resize(Residual({"mha": recipe}), size)
+def _sized(config: TunerConfig, size: int) -> TunerConfig:
+    part = resize(Residual({"mha": config}), size)
     assert isinstance(part, Residual)
     return part.tuners["mha"]
 

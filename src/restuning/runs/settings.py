@@ -1,6 +1,5 @@
 """A run's settings as data, and the files that record them."""
 
-
 import contextlib
 import json
 import platform
@@ -17,18 +16,39 @@ from torch import nn
 
 from restuning._version import __version__
 from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
+from restuning.features.bank import (
+    LIMIT,
+    Bank,
+    FromBank,
+    FromFeatures,
+    CachedFeatures,
+    build,
+    bytes_per_item,
+    cache_features,
+)
+from restuning.data import (
+    Items,
+    Prepared,
+    Preprocess,
+    Reading,
+    Task,
+    Tokenise,
+    check,
+    load_task,
+    prepared,
+    reading,
+    split,
+)
 from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.utils.files import as_json, contents, locked, atomic_write
 from restuning.training.initialise import initialise, needs_data
 from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
 from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
+from restuning.data.objective import Objective, balanced, objective, sort_key
+from restuning.utils.distributed import is_main_process, barrier
 from restuning.training.logging import bar
 from restuning.training.config import TrainConfig
 from restuning.training.loop import fit

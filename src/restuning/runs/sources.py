@@ -1,6 +1,5 @@
 """Where a run's examples and models come from: items and a backbone, or a bank."""
 
-
 import contextlib
 import json
 import platform
@@ -17,18 +16,39 @@ from torch import nn
 
 from restuning._version import __version__
 from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import (MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of)
-from restuning.features.bank import (LIMIT, Bank, FromBank, FromFeatures, Kept, build, bytes_each, keep)
-from restuning.data import (Items, Prepared, Preprocess, Reading, Task, Tokenise, check, load_task, prepared, reading, split)
+from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
+from restuning.features.bank import (
+    LIMIT,
+    Bank,
+    FromBank,
+    FromFeatures,
+    CachedFeatures,
+    build,
+    bytes_per_item,
+    cache_features,
+)
+from restuning.data import (
+    Items,
+    Prepared,
+    Preprocess,
+    Reading,
+    Task,
+    Tokenise,
+    check,
+    load_task,
+    prepared,
+    reading,
+    split,
+)
 from restuning.errors import CheckpointError, Diverged, RestuningError
 from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.utils.files import as_json, contents, locked, atomic_write
 from restuning.training.initialise import initialise, needs_data
 from restuning.model.count import count
-from restuning.methods.spec import (Bypass, Full, Method, on_blocks, resize)
+from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
 from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, worth
-from restuning.utils.distributed import is_first, meet
+from restuning.data.objective import Objective, balanced, objective, sort_key
+from restuning.utils.distributed import is_main_process, barrier
 from restuning.training.logging import bar
 from restuning.training.config import TrainConfig
 from restuning.training.loop import fit
@@ -41,7 +61,7 @@ class _Prepared(Protocol):
     """Models of a run, and items as they read them."""
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
-        """A newly born tuned model, the same at each call; what begins from data begins from `train`."""
+        """A newly initialised tuned model, the same at each call; what begins from data begins from `train`."""
         ...
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples: ...
@@ -86,7 +106,7 @@ class _FromItems:
             return self._examples(items)
         key = tuple(items.names)
         if key not in self.kept:
-            self.kept[key] = keep(tuned, self._examples(items), self.run.training.batch_size)
+            self.kept[key] = cache_features(tuned, self._examples(items), self.run.training.batch_size)
         return self.kept[key]
 
     def _examples(self, items: Items) -> Examples:
@@ -104,7 +124,7 @@ class _FromItems:
         if self.fits is None:
             whole = self.whole
             items = 2 * len(whole.train) + len(whole.val or ()) + len(whole.test)  # a part of it, and all
-            self.fits = bytes_each(tuned, self._examples(whole.train)) * items <= LIMIT
+            self.fits = bytes_per_item(tuned, self._examples(whole.train)) * items <= LIMIT
         return self.fits
 
 
@@ -144,7 +164,7 @@ def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
 
 
 def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
-    """A maker of the run's newly born models, each on what is left of a backbone without its weights."""
+    """A maker of the run's newly initialised models, each on what is left of a backbone without its weights."""
     prepared = _FromBank(run, whole, bank)
 
     def born() -> FromFeatures:

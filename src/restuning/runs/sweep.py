@@ -18,17 +18,17 @@ from restuning.features.stacked import Point, scores, train
 from restuning.data import Items, Task, split
 from restuning.errors import RestuningError
 from restuning.training.evaluate import padded
-from restuning.utils.files import as_json, contents, locked, write_whole
+from restuning.utils.files import as_json, contents, locked, atomic_write
 from restuning.model.count import count
 from restuning.methods.named import find_method
 from restuning.methods.files import to_dict
-from restuning.data.objective import objective, worth
+from restuning.data.objective import objective, sort_key
 from restuning.training.config import TrainConfig
 from restuning.runs.settings import RESULT, RUN, Run, versions
 from restuning.runs.banks import from_bank
 from restuning.runs.sources import on_bank
 from restuning.model.stack import Stack
-from restuning.side.features import View
+from restuning.side.features import TokenSelection
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 
@@ -95,7 +95,7 @@ def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]
         for method in settings.methods:
             done[method] = done.get(method) or _method(settings, bank, method, out)
             result = {"settings": asdict(settings), "versions": versions(), "methods": done}
-            write_whole(out / SWEEP, as_json(result))
+            atomic_write(out / SWEEP, as_json(result))
         return result
 
 
@@ -107,7 +107,7 @@ def _record(settings: Sweep, out: Path, resume: bool) -> None:
         raise RestuningError(f"{out} is not empty and holds no sweep: choose another folder")
     if record.exists() and json.loads(record.read_text()) != json.loads(as_json(asdict(settings))):
         raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
-    write_whole(record, as_json(asdict(settings)))
+    atomic_write(record, as_json(asdict(settings)))
 
 
 def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         points = [Point(config(lr, epochs, seed), rows(held[seed].train)) for seed, lr, epochs in grid]
         finite = train(stack, features, labels, points, asked)
         validated = scores(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid], asked)
-        trials = {p: worth(a if good else None) for p, a, good in zip(grid, validated, finite, strict=True)}
+        trials = {p: sort_key(a if good else None) for p, a, good in zip(grid, validated, finite, strict=True)}
     pairs = list(itertools.product(settings.lrs, settings.epochs))
     # of equal score the first, as in a run
     best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), -math.inf)) for s in settings.seeds}  # type: ignore[misc]
@@ -165,8 +165,8 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         run = settings.run(method, seed)
         run = replace(run, lrs=(lr,), val_size=0, training=config(lr, epochs, seed))  # it was trained on all
         winners[seed].tuned.save_pretrained(folder)
-        write_whole(folder / RUN, as_json(run.to_dict()))
-        write_whole(folder / RESULT, as_json({**row, "settings": run.to_dict(), "versions": versions()}))
+        atomic_write(folder / RUN, as_json(run.to_dict()))
+        atomic_write(folder / RESULT, as_json({**row, "settings": run.to_dict(), "versions": versions()}))
     found = [a for a, good in zip(tested, finite, strict=True) if good]
     return {
         "test_score": statistics.fmean(found) if found else None,
@@ -207,5 +207,5 @@ def _everything(bank: Bank, layers: Sequence[int]) -> tuple[tuple[Tensor, ...], 
     return features, torch.cat([part[1] for part in parts]), offsets
 
 
-def _only(model: FromFeatures, layers: Sequence[int], kept: View) -> FromFeatures:
+def _only(model: FromFeatures, layers: Sequence[int], kept: TokenSelection) -> FromFeatures:
     return FromFeatures(model.tuned, kept, layers)

@@ -18,19 +18,20 @@ from restuning.tuners.grid import cells, grid_side
 class BypassNet(nn.Module):
     """Res-Tuning-Bypass (Res-Tuning, Eq. 8): a side path along a frozen backbone's features.
 
-    x_0^byp = x_0;  x_l^byp = λ_l T_h(x_l) + (1 − λ_l) T_v(x_{l−1}^byp),  λ_l = sigmoid(a_l), a_l = 0 at birth.
+    x_0^byp = x_0;  x_l^byp = λ_l T_h(x_l) + (1 − λ_l) T_v(x_{l−1}^byp),  λ_l = sigmoid(a_l), a_l = 0 at initialisation.
     T(x) = x + tuner(x) holds its own skip; a layer without a tuner has T(x) = x. Features x_0 … x_L (b, n, d), which
     carry no gradient, become the tokens (b, n, d) that take the place of the final norm's input.
 
     Where x_l is of another grid or width than x_{l−1}, the path is averaged over the cells of the new grid, and mapped
-    to the new width without a bias, before T_v. widths: of x_0 … x_L. These maps are zero at birth: the last stage
-    alone speaks.
+    to the new width without a bias, before T_v. widths: of x_0 … x_L. These maps are zero at initialisation: the last
+    stage alone speaks.
 
-    joins: the path ends in a map from its width to the same, without a bias and zero at birth; its result is added to
-    x_L. Features may then be maps (b, d, h, w) that become finer on the way (the nearest cell), as in a decoder.
+    joins: the path ends in a map from its width to the same, without a bias and zero at initialisation; its result is
+    added to x_L. Features may then be maps (b, d, h, w) that become finer on the way (the nearest cell), as in a
+    decoder.
 
-    gate: λ at birth. by_channel: λ_l is a vector, one of each channel of x_l. normed: features are normalised over
-    their channels, without weights, before the path reads them.
+    gate: λ at initialisation. by_channel: λ_l is a vector, one of each channel of x_l. normed: features are normalised
+    over their channels, without weights, before the path reads them.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from restuning.tuners.grid import cells
 
 
 @dataclass(frozen=True)
-class View:
+class TokenSelection:
     """What is kept of the tokens (b, n, d) of a layer.
 
     `all`: every token; `first`: the first alone, (b, 1, d); `last`: the last that is no padding, (b, 1, d); `mean`: the
@@ -39,7 +39,7 @@ class View:
         grid = cells(x, self.prefix, int(self.tokens))
         return torch.cat([first, grid], 1) if self.prefix else grid
 
-    def of(self, kept: "View") -> "View | None":
+    def of(self, kept: "TokenSelection") -> "TokenSelection | None":
         """What makes this view of tokens that are a view already; None if they hold too little."""
         if kept == self:
             return ALL
@@ -74,4 +74,4 @@ def mean_of(x: Tokens, mask: Tensor | None = None) -> Tensor:
     return ((x * weight).sum(1, dtype=wide) / weight.sum(1, dtype=wide)).to(x.dtype)
 
 
-ALL, FIRST, LAST, MEAN = View(), View("first"), View("last", 0), View("mean", 0)
+ALL, FIRST, LAST, MEAN = TokenSelection(), TokenSelection("first"), TokenSelection("last", 0), TokenSelection("mean", 0)

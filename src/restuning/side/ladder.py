@@ -16,9 +16,9 @@ TEMPERATURE = 0.1
 class LadderNet(nn.Module):
     """Ladder side-tuning (Sung et al. 2022): a thin transformer along a frozen backbone's features.
 
-    s_0 = D_0 x_0;  s_l = block_l(μ_l s_{l−1} + (1 − μ_l) D_l x_l),  μ_l = sigmoid(a_l / 0.1), a_l = 0 at birth; U s_L
-    takes the place of the final norm's input. D (width → side width) and U have no bias. mask (b, n): which tokens are
-    no padding, and are attended to.
+    s_0 = D_0 x_0;  s_l = block_l(μ_l s_{l−1} + (1 − μ_l) D_l x_l),  μ_l = sigmoid(a_l / 0.1), a_l = 0 at
+    initialisation; U s_L takes the place of the final norm's input. D (width → side width) and U have no bias. mask (b,
+    n): which tokens are no padding, and are attended to.
     """
 
     mixes_tokens = True

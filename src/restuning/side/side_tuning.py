@@ -6,13 +6,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port
+from restuning._types import SiteInfo
 from restuning.errors import MethodError, MissingExtra
 from restuning.tuners.scale import check_size
 
 
 class SideNet(nn.Module):
-    """Side-Tuning (Zhang et al. 2020): σ(α) · base + (1 − σ(α)) · side of the pooled features, α = 0 at birth."""
+    """Side-Tuning (Zhang et al. 2020): σ(α) · base + (1 − σ(α)) · side of the pooled features, α = 0 at
+    initialisation."""
 
     mixes_tokens = False  # it reads pixels, and of the backbone what the head reads
     keeps_mean = True
@@ -31,19 +32,19 @@ class SideNet(nn.Module):
 class AlexNet:
     """torchvision's AlexNet features (2,469,696 parameters), 6 × 6 pooled, then Linear(9216, width) without bias."""
 
-    def __call__(self, port: Port) -> nn.Module:
+    def __call__(self, info: SiteInfo) -> nn.Module:
         try:
             from torchvision.models import alexnet
         except ImportError as error:
             raise MissingExtra("torchvision", "timm") from error
-        _check_images(port)
+        _check_images(info)
         model = alexnet()
         return nn.Sequential(
             _AtLeast(63),
             model.features,
             nn.AdaptiveAvgPool2d(6),
             nn.Flatten(),
-            nn.Linear(9216, port.writes, bias=False),
+            nn.Linear(9216, info.out_features, bias=False),
         )
 
 
@@ -56,13 +57,13 @@ class SmallCnn:
     def __post_init__(self) -> None:
         check_size("SmallCnn", "width", self.width)
 
-    def __call__(self, port: Port) -> nn.Module:
-        _check_images(port)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        _check_images(info)
         widths = [3, *(self.width * 2**i for i in range(4))]
         layers: list[nn.Module] = []
         for a, b in pairwise(widths):
             layers += [nn.Conv2d(a, b, 3, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], port.writes))
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], info.out_features))
 
 
 class _AtLeast(nn.Module):
@@ -80,6 +81,6 @@ class _AtLeast(nn.Module):
         return pixels
 
 
-def _check_images(port: Port) -> None:
-    if port.grid is None:
+def _check_images(info: SiteInfo) -> None:
+    if info.grid is None:
         raise MethodError("this side network reads images, and the backbone does not")

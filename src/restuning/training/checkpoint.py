@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.errors import CheckpointError, RestuningError
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 FORMAT = "restuning.train/1"
 
@@ -24,7 +24,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     try:
-        write_whole(path, buffer.getbuffer())
+        atomic_write(path, buffer.getbuffer())
     except OSError as error:
         kept = "the previous state is intact" if path.exists() else "no state was written before"
         raise RestuningError(f"cannot write the state {path}: {error.strerror or error}; {kept}") from error

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from restuning.data.objective import objective
 from restuning.hooks.taps import tap
 from restuning.methods.spec import Ladder, SideTuning, parts_of
-from restuning.model.adapter import Adaptation, prune_ladder
+from restuning.model.adapter import AdapterModule, prune_ladder
 from restuning.model.tuned import Tuned, arguments
 from restuning.side import LadderNet, SideNet
 from restuning.training.evaluate import Examples, loader, to_device
@@ -38,7 +38,7 @@ def initialise(tuned: Tuned, examples: Examples, seed: int = 0) -> None:
                 _distil(tuned, adapter, adapter.side, examples, seed + epoch)
 
 
-def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0) -> dict[nn.Parameter, Tensor]:
+def fisher(tuned: Tuned, adapter: AdapterModule, examples: Examples, seed: int = 0) -> dict[nn.Parameter, Tensor]:
     """The empirical Fisher information of the backbone's weights: the mean of the squared gradients of the loss that
     the adapter's new head has on the frozen features, over at most 128 examples one by one."""
     backbone = tuned.backbone
@@ -55,7 +55,7 @@ def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0)
                 call, named = arguments((to_device(inputs, device),), {})
                 backbone(*call, **named)
                 logits = adapter.head(tuned._readers[tuned._active()[0]].tail(taps.features[0]))
-                loss = objective(adapter.card.kind).loss(logits, label.to(device))
+                loss = objective(adapter.config.kind).loss(logits, label.to(device))
             for weight, grad in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                 if grad is not None:
                     sums[weight] += grad.square() / len(picked)
@@ -65,7 +65,7 @@ def fisher(tuned: Tuned, adapter: Adaptation, examples: Examples, seed: int = 0)
     return sums
 
 
-def _distil(tuned: Tuned, adapter: Adaptation, side: SideNet, examples: Examples, seed: int) -> None:
+def _distil(tuned: Tuned, adapter: AdapterModule, side: SideNet, examples: Examples, seed: int) -> None:
     """One epoch in which the side network learns the backbone's own pooled features (Zhang et al. 2020)."""
     optimizer = torch.optim.AdamW(side.net.parameters(), lr=1e-3)
     device = next(tuned.parameters()).device

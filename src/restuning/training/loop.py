@@ -17,10 +17,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from restuning.data.objective import IGNORED, Objective, worth
+from restuning.data.objective import IGNORED, Objective, sort_key
 from restuning.data.objective import objective as objective_of
 from restuning.errors import Diverged, MissingExtra, RestuningError
-from restuning.hooks.fsdp import shared_out
+from restuning.hooks.fsdp import sharded_parameters
 from restuning.training.checkpoint import (
     changing_tensors,
     described,
@@ -68,7 +68,7 @@ class _Run:
 
     def stale(self) -> bool:
         """Whether the last `patience` epochs brought nothing better."""
-        seen = [worth(e.val_score) for e in self.place.history]
+        seen = [sort_key(e.val_score) for e in self.place.history]
         return bool(self.config.patience and seen and len(seen) - 1 - seen.index(max(seen)) >= self.config.patience)
 
     def epoch(self, show: Callable[[int, str], None]) -> Epoch:
@@ -118,7 +118,7 @@ class _Run:
                 self.lr((place.epoch + 1) * self.steps - 1),
                 place.seconds,
             )
-            better = all(worth(val_score) > worth(e.val_score) for e in place.history)
+            better = all(sort_key(val_score) > sort_key(e.val_score) for e in place.history)
             best = changing_tensors(self.model) if config.patience and better else place.best
             self.place = Place(place.epoch + 1, history=[*place.history, row], best=best, mean=place.mean)
             self.save()
@@ -297,7 +297,7 @@ def fit(
             if dataset is not None and len(dataset) < accelerator.num_processes:
                 raise RestuningError(f"{name} has {len(dataset)} examples for {accelerator.num_processes} processes")
         whole = nn.Sequential(model)
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, shared_out(whole))  # type: ignore[no-untyped-call]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, sharded_parameters(whole))  # type: ignore[no-untyped-call]
         shell, optimizer = accelerator.prepare(whole, torch.optim.AdamW(groups, lr=config.lr))
         run = _Run(model, shell, optimizer, accelerator, train, val, config, objective or objective_of(), state)
         if resume and state is not None and state.exists():

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Port, Read, Said
+from restuning._types import SiteInfo, Input, Output
 from restuning.errors import MethodError
 from restuning.tuners.scale import Scale, branch_scale, check_init, check_rate, check_size
 
@@ -22,11 +22,11 @@ class Adapter:
 
     width: the bottleneck r; (2d + 1) r + d parameters at width d (16,138 at d = 768, r = 10).
     act: φ, one of gelu, relu, silu.
-    scale: a learned weight of the branch, none, scalar or channel (d more parameters), one at birth.
-    init: `zero` (W_up and biases zero, so the operation is unchanged at birth), `kaiming` (the same with LoRA's W_down;
-        He et al. 2022), `xavier` (the paper's: both weights xavier-uniform, biases N(0, 1e-6)), `houlsby` (weights
-        N(0, 1e-3) cut at two deviations; Houlsby et al. 2019), `bert` (weights N(0, 0.02); Pfeiffer et al. 2021) or
-        `zeros` (both weights zero, so that b_up alone ever learns: the adapter of Jia et al. 2022).
+    scale: a learned weight of the branch, none, scalar or channel (d more parameters), one at initialisation.
+    init: `zero` (W_up and biases zero, so the operation is unchanged at initialisation), `kaiming` (the same with
+        LoRA's W_down; He et al. 2022), `xavier` (the paper's: both weights xavier-uniform, biases N(0, 1e-6)),
+        `houlsby` (weights N(0, 1e-3) cut at two deviations; Houlsby et al. 2019), `bert` (weights N(0, 0.02); Pfeiffer
+        et al. 2021) or `zeros` (both weights zero, so that b_up alone ever learns: the adapter of Jia et al. 2022).
     source: z, what the operation read (`normed`), the residual stream before its norm (`stream`), or what it said
         (`out`: the sequential adapter).
     factor: s, a constant. dropout: after φ, in training.
@@ -50,9 +50,9 @@ class Adapter:
         if self.act not in ACTIVATIONS:
             raise MethodError(f"Adapter(act={self.act!r}): expected one of {', '.join(ACTIVATIONS)}")
 
-    def __call__(self, port: Port) -> nn.Module:
-        reads = port.writes if self.source == "out" else port.reads
-        return AdapterTuner(reads, port.writes, self)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        reads = info.out_features if self.source == "out" else info.in_features
+        return AdapterTuner(reads, info.out_features, self)
 
 
 class AdapterTuner(nn.Module):
@@ -60,20 +60,20 @@ class AdapterTuner(nn.Module):
 
     mixes_tokens = False
 
-    def __init__(self, reads: int, writes: int, recipe: Adapter) -> None:
+    def __init__(self, reads: int, writes: int, config: Adapter) -> None:
         super().__init__()
-        self.down = nn.Linear(reads, recipe.width)
-        self.up = nn.Linear(recipe.width, writes)
-        self.scale = branch_scale(recipe.scale, writes)
-        self.act, self.source = ACTIVATIONS[recipe.act], recipe.source
-        self.factor, self.dropout = recipe.factor, recipe.dropout
-        down, up, bias = _INITS[recipe.init]
+        self.down = nn.Linear(reads, config.width)
+        self.up = nn.Linear(config.width, writes)
+        self.scale = branch_scale(config.scale, writes)
+        self.act, self.source = ACTIVATIONS[config.act], config.source
+        self.factor, self.dropout = config.factor, config.dropout
+        down, up, bias = _INITS[config.init]
         down(self.down.weight)
         up(self.up.weight)
         bias(self.down.bias)
         bias(self.up.bias)
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         weight: Tensor = self.up.weight
         bias: Tensor = self.up.bias
         if self.scale is not None:  # folded into W_up: nothing of the size of the tokens is kept for backward

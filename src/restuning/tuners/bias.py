@@ -5,18 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port, Read, Said
+from restuning._types import SiteInfo, Input, Output
 
 
 @dataclass(frozen=True)
 class Bias:
-    """BitFit (Ben Zaken et al. 2022): the change b of an affine map's bias; `writes` parameters, zero at birth.
+    """BitFit (Ben Zaken et al. 2022): the change b of an affine map's bias; `writes` parameters, zero at
+    initialisation.
 
     A map without a bias gets one. It merges into the bias.
     """
 
-    def __call__(self, port: Port) -> nn.Module:
-        return BiasTuner(port.writes)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        return BiasTuner(info.out_features)
 
 
 class BiasTuner(nn.Module):
@@ -30,7 +31,7 @@ class BiasTuner(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         return self.bias.expand_as(y)
 
     def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

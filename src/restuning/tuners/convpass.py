@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Port, Read, Said
+from restuning._types import SiteInfo, Input, Output
 from restuning.errors import MethodError
 from restuning.tuners.grid import patches
 from restuning.tuners.scale import check_rate, check_size
@@ -18,7 +18,7 @@ class Convpass:
     patches; CLS and registers pass it as grids of one. (reads + writes) r + 9 r² + 2 r + writes parameters.
 
     width: r. factor: s. dropout: before up, in training. down is xavier-uniform, the convolution the identity, up and
-    biases zero: the operation is unchanged at birth.
+    biases zero: the operation is unchanged at initialisation.
     Raises MethodError where the tokens are no grid of patches.
     """
 
@@ -30,10 +30,10 @@ class Convpass:
         check_size("Convpass", "width", self.width)
         check_rate("Convpass", self.dropout)
 
-    def __call__(self, port: Port) -> nn.Module:
-        if port.grid is None:
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        if info.grid is None:
             raise MethodError("Convpass needs a grid of patches, and this backbone's tokens are none")
-        return ConvpassTuner(port.reads, port.writes, port.grid, self.width, self.factor, self.dropout)
+        return ConvpassTuner(info.in_features, info.out_features, info.grid, self.width, self.factor, self.dropout)
 
 
 class ConvpassTuner(nn.Module):
@@ -53,7 +53,7 @@ class ConvpassTuner(nn.Module):
             assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         h = _quick_gelu(self.down(x))
         alone = F.linear(h[:, : self.prefix], self.conv.weight[:, :, 1, 1], self.conv.bias)
         grid = self.conv(patches(h, self.prefix)).flatten(2).transpose(1, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Port, Tokens
+from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
 from restuning.tuners.grid import patches
 from restuning.tuners.scale import check_size
@@ -20,8 +20,8 @@ class Dtl:
     block(x_l) + swish(h_l) after each of the last ones, swish(z) = z · sigmoid(β z). 2 · rank · d parameters a block.
 
     rank: of A_l B_l. last: how many blocks are written to; those before the first need no gradient. beta: β.
-    plus: DTL+, the patches of swish(h) pass one shared depthwise 3×3 convolution (9 d more), the identity at birth.
-    A is kaiming-uniform, B zero: the backbone is unchanged at birth.
+    plus: DTL+, the patches of swish(h) pass one shared depthwise 3×3 convolution (9 d more), the identity at
+    initialisation. A is kaiming-uniform, B zero: the backbone is unchanged at initialisation.
     Raises MethodError for a rank below 1 or above the width, and with `plus` where the tokens are no grid of patches.
     """
 
@@ -34,14 +34,14 @@ class Dtl:
         check_size("Dtl", "rank", self.rank)
         check_size("Dtl", "last", self.last)
 
-    def __call__(self, port: Port) -> nn.Module:
-        if self.rank > port.reads:
-            raise MethodError(f"Dtl(rank={self.rank}): expected at most the width, {port.reads}")
-        if self.plus and port.grid is None:
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        if self.rank > info.in_features:
+            raise MethodError(f"Dtl(rank={self.rank}): expected at most the width, {info.in_features}")
+        if self.plus and info.grid is None:
             raise MethodError("Dtl(plus=True) needs a grid of patches, and this backbone's tokens are none")
-        first = max(port.depth - self.last, 0)
-        prefix = port.grid if self.plus else None
-        return DtlTuner(port.reads, self.rank, self.beta, port.block >= first, port.block == first, prefix)
+        first = max(info.depth - self.last, 0)
+        prefix = info.grid if self.plus else None
+        return DtlTuner(info.in_features, self.rank, self.beta, info.block >= first, info.block == first, prefix)
 
 
 class DtlTuner(nn.Module):

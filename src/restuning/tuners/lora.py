@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Kernel, Port, Read, ReadMaps, Said, SaidMaps
+from restuning._types import Kernel, SiteInfo, Input, InputMaps, Output, OutputMaps
 from restuning.errors import MethodError
 from restuning.tuners.scale import check_init, check_rate, check_size
 
@@ -22,7 +22,7 @@ class Lora:
     convolution itself are cut to what it costs.
 
     rank: r. alpha: its numerator; None: the rank, so a factor of one. dropout: on x, in training.
-    A is kaiming-uniform, B zero: the map is unchanged at birth. It merges into the map's weight.
+    A is kaiming-uniform, B zero: the map is unchanged at initialisation. It merges into the map's weight.
     Beside a table of embeddings, A is a table of r columns, zero, and B is normal, as PEFT has it.
     rank_stabilized: the factor is alpha / √rank (Kalajdzievski 2023). dora: the rows of W + ΔW are scaled to learned
     lengths, those of W at first (Liu et al. 2024); `writes` parameters more. init: `kaiming`, or `pissa`, A and B from
@@ -45,17 +45,19 @@ class Lora:
         if self.dora and self.init == "pissa":
             raise MethodError("Lora(dora=True, init='pissa'): expected one of the two")
 
-    def __call__(self, port: Port) -> nn.Module:
-        if (self.dora or self.init == "pissa") and (port.kernel is not None or port.words is not None):
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        if (self.dora or self.init == "pissa") and (info.kernel is not None or info.words is not None):
             raise MethodError("Lora: dora and pissa go beside linear maps alone")
-        if port.words is not None:
-            return EmbeddingLoraTuner(port.words, port.writes, self.rank, self.factor)
-        if port.kernel is not None:
-            return ConvLoraTuner(port.reads, port.writes, port.kernel, self)
-        if self.rank > min(port.reads, port.writes):
-            raise MethodError(f"Lora(rank={self.rank}): expected at most the widths, {port.reads} and {port.writes}")
+        if info.words is not None:
+            return EmbeddingLoraTuner(info.words, info.out_features, self.rank, self.factor)
+        if info.kernel is not None:
+            return ConvLoraTuner(info.in_features, info.out_features, info.kernel, self)
+        if self.rank > min(info.in_features, info.out_features):
+            raise MethodError(
+                f"Lora(rank={self.rank}): expected at most the widths, {info.in_features} and {info.out_features}"
+            )
         kind = DoraTuner if self.dora else PissaTuner if self.init == "pissa" else LoraTuner
-        return kind(port.reads, port.writes, self.rank, self.factor, self.dropout)
+        return kind(info.in_features, info.out_features, self.rank, self.factor, self.dropout)
 
     @property
     def factor(self) -> float:
@@ -78,7 +80,7 @@ class LoraTuner(nn.Module):
         self.factor, self.dropout = factor, dropout
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         x = F.dropout(x, self.dropout, self.training)
         return F.linear(F.linear(x, self.a), self.b if self.factor == 1 else self.b * self.factor)
 
@@ -107,7 +109,7 @@ class DoraTuner(LoraTuner):
         with torch.no_grad():
             self.length.copy_(weight.norm(dim=1))
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         weight, bias = self._frozen
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
@@ -146,7 +148,7 @@ class PissaTuner(LoraTuner):
                 mine.copy_(value)
                 first.copy_(mine)
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         first = F.linear(F.linear(x, self.first_a), self.first_b)
         x = F.dropout(x, self.dropout, self.training)
         return self.factor * (F.linear(F.linear(x, self.a), self.b) - first)
@@ -182,16 +184,16 @@ class ConvLoraTuner(nn.Module):
     merges = True
     on_maps = True
 
-    def __init__(self, reads: int, writes: int, kernel: Kernel, recipe: Lora) -> None:
+    def __init__(self, reads: int, writes: int, kernel: Kernel, config: Lora) -> None:
         super().__init__()
         if kernel.padding is None:
             raise MethodError("LoRA beside a convolution needs one whose padding is fixed")
         shape = (reads // kernel.groups, *kernel.size)
         inner = math.prod(shape)
-        rank = min(recipe.rank, max(1, writes * inner // (writes + inner)))
+        rank = min(config.rank, max(1, writes * inner // (writes + inner)))
         self.a = nn.Parameter(torch.empty(rank, *shape))
         self.b = nn.Parameter(torch.zeros(writes, rank, 1, 1))
-        self.groups, self.factor, self.dropout = kernel.groups, recipe.factor, recipe.dropout
+        self.groups, self.factor, self.dropout = kernel.groups, config.factor, config.dropout
         self.settings: dict[str, Any] = {
             "stride": kernel.stride,
             "padding": kernel.padding,
@@ -199,7 +201,7 @@ class ConvLoraTuner(nn.Module):
         }
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
-    def forward(self, x: ReadMaps, y: SaidMaps) -> SaidMaps:
+    def forward(self, x: InputMaps, y: OutputMaps) -> OutputMaps:
         x = F.dropout(x, self.dropout, self.training)
         if self.groups > 1:
             return F.conv2d(x, self._change(), groups=self.groups, **self.settings)

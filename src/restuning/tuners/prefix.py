@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port, Read, Said
+from restuning._types import SiteInfo, Input, Output
 from restuning.errors import MethodError
 from restuning.tuners.scale import Scale, branch_scale, check_init, check_size
 
@@ -17,8 +17,8 @@ class Prefix:
 
     Multi-head attention (Eq. 1) of what the operation read over `tokens` learned keys and as many learned values;
     2 · tokens · d parameters at width d.
-    scale: a learned weight of the branch, none, scalar or channel, one at birth.
-    init: `zero` (V_pre zero, so the operation is unchanged at birth) or `xavier` (keys and values).
+    scale: a learned weight of the branch, none, scalar or channel, one at initialisation.
+    init: `zero` (V_pre zero, so the operation is unchanged at initialisation) or `xavier` (keys and values).
     Raises MethodError for sizes below 1, an unknown choice, or heads that do not divide the width.
     """
 
@@ -30,8 +30,8 @@ class Prefix:
         check_size("Prefix", "tokens", self.tokens)
         check_init("Prefix", self.init, ("zero", "xavier"))
 
-    def __call__(self, port: Port) -> nn.Module:
-        return PrefixTuner(port.reads, port.writes, port.heads, self.tokens, self.scale, self.init)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        return PrefixTuner(info.in_features, info.out_features, info.heads, self.tokens, self.scale, self.init)
 
 
 class PrefixTuner(nn.Module):
@@ -50,7 +50,7 @@ class PrefixTuner(nn.Module):
         if init == "xavier":
             nn.init.xavier_uniform_(self.values)
 
-    def forward(self, x: Read, y: Said) -> Said:
+    def forward(self, x: Input, y: Output) -> Output:
         values = self.values if self.scale is None else self.values * self.scale
         return attend(x, self.keys, values, self.heads)
 
@@ -61,7 +61,7 @@ def check_heads(heads: int, reads: int, writes: int) -> None:
         raise MethodError(f"{heads} heads do not divide the widths {reads} (read) and {writes} (written)")
 
 
-def attend(x: Read, keys: Tensor, values: Tensor, heads: int) -> Tensor:
+def attend(x: Input, keys: Tensor, values: Tensor, heads: int) -> Tensor:
     """Eq. 1 for queries x (b, n, d) over learned keys (p, d) and values (p, d'), head by head: (b, n, d')."""
     b, n, d = x.shape
     q = x.view(b, n, heads, d // heads)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port
+from restuning._types import SiteInfo
 from restuning.tuners.prefix import check_heads
 from restuning.tuners.scale import check_size
 
@@ -18,7 +18,7 @@ class PrefixTuning:
     Attn(Q, [K_pre; K], [V_pre; V]) = (1 − λ) Attn(Q, K, V) + λ Attn(Q, K_pre, V_pre), λ per query and head from the
     attention's own log-sum-exp. `tokens` keys and as many values, 2 · tokens · d parameters, without
     reparametrisation, N(0, 0.02) (He et al. 2022); grouped queries share them as they share the backbone's keys. λ > 0
-    at birth, so the output changes.
+    at initialisation, so the output changes.
     """
 
     tokens: int = 10
@@ -26,9 +26,9 @@ class PrefixTuning:
     def __post_init__(self) -> None:
         check_size("PrefixTuning", "tokens", self.tokens)
 
-    def __call__(self, port: Port) -> nn.Module:
-        check_heads(port.heads, port.writes, port.writes)
-        return PrefixTuningTuner(port.writes, port.heads, self.tokens)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        check_heads(info.heads, info.out_features, info.out_features)
+        return PrefixTuningTuner(info.out_features, info.heads, self.tokens)
 
 
 class PrefixTuningTuner(nn.Module):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from restuning._types import Port, Tokens
+from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
 from restuning.tuners.prefix import attend, check_heads
 from restuning.tuners.scale import Scale, branch_scale, check_size
@@ -16,8 +16,9 @@ class Prompt:
     """Res-Prompt on any operation (Res-Tuning, section 3.1): Attn(x, P, P), beside the operation.
 
     One set of `tokens` learned tokens P serves as keys and as values; tokens · d parameters at width d. P is
-    xavier-uniform: the tuner is not zero at birth, because shared tokens that start at zero stay identical for ever.
-    scale: a learned weight of the branch, none, scalar or channel, one at birth.
+    xavier-uniform: the tuner is not zero at initialisation, because shared tokens that start at zero stay identical for
+    ever.
+    scale: a learned weight of the branch, none, scalar or channel, one at initialisation.
     Raises MethodError for sizes below 1, an unknown choice, heads that do not divide the width, or an operation that
     reads another width than it writes.
     """
@@ -28,10 +29,12 @@ class Prompt:
     def __post_init__(self) -> None:
         check_size("Prompt", "tokens", self.tokens)
 
-    def __call__(self, port: Port) -> nn.Module:
-        if port.reads != port.writes:
-            raise MethodError(f"Prompt needs an operation of one width; this reads {port.reads}, writes {port.writes}")
-        return PromptTuner(port.reads, port.heads, self.tokens, self.scale)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        if info.in_features != info.out_features:
+            raise MethodError(
+                f"Prompt needs an operation of one width; this reads {info.in_features}, writes {info.out_features}"
+            )
+        return PromptTuner(info.in_features, info.heads, self.tokens, self.scale)
 
 
 class PromptTuner(nn.Module):

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Port, Tokens
+from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
 from restuning.tuners.scale import check_size
 
@@ -32,8 +32,8 @@ class PromptTuning:
         if self.span not in ("block", "rest"):
             raise MethodError(f"PromptTuning(span={self.span!r}): expected block or rest")
 
-    def __call__(self, port: Port) -> nn.Module:
-        return PromptTuningTuner(port.reads, self.tokens, self.span, self.unbound, self.patch)
+    def __call__(self, info: SiteInfo) -> nn.Module:
+        return PromptTuningTuner(info.in_features, self.tokens, self.span, self.unbound, self.patch)
 
 
 class PromptTuningTuner(nn.Module):

@@ -1,4 +1,4 @@
-"""The learned weight of a tuner's branch, one at birth."""
+"""The learned weight of a tuner's branch, one at initialisation."""
 
 from typing import Literal, TypeAlias
 

@@ -11,11 +11,11 @@ def together() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     return not together() or int(os.environ.get("RANK", "0")) == 0
 
 
-def meet() -> int:
+def barrier() -> int:
     """Wait until all processes are here; how many. At the first call each takes its device."""
     if not together():
         return 1

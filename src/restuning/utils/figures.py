@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from restuning.errors import MissingExtra, RestuningError
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 Record = dict[str, Any]
 """what, name, values (unit → median), ratios ("unit / name" → min, median, max, wanted), settings; absent: why."""
@@ -51,14 +51,14 @@ def write(records: Sequence[Record], out: Path) -> None:
         text += [_row(columns), "|" + "---|" + "--:|" * (len(columns) - 1), *map(_row, rows), ""]
     text += [f"- {reason}" for reason in absent(records)]
     try:
-        write_whole(out / f"{what}.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
-        write_whole(out / f"{what}.md", ("\n".join(text).rstrip() + "\n").encode())
+        atomic_write(out / f"{what}.jsonl", "".join(json.dumps(r) + "\n" for r in records).encode())
+        atomic_write(out / f"{what}.md", ("\n".join(text).rstrip() + "\n").encode())
         figure = {"memory": _memory, "multitask": multitask}.get(what, _bars)(plt, records)
         figure.tight_layout()
         data = io.BytesIO()
         figure.savefig(data, format="png", dpi=110, bbox_inches="tight")
         plt.close(figure)
-        write_whole(out / f"{what}.png", data.getvalue())
+        atomic_write(out / f"{what}.png", data.getvalue())
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
 
@@ -99,7 +99,7 @@ def matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], file: Path) 
     figure.savefig(buffer, format=file.suffix.lstrip("."), dpi=120)
     plt.close(figure)
     try:
-        write_whole(file, buffer.getvalue())
+        atomic_write(file, buffer.getvalue())
     except OSError as error:
         raise RestuningError(f"cannot write {file}: {error.strerror}") from error
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from restuning.errors import Busy, RestuningError
+from restuning.errors import Locked, RestuningError
 
 
 def as_json(data: Any) -> bytes:
@@ -16,7 +16,7 @@ def as_json(data: Any) -> bytes:
     return (json.dumps(data, indent=2) + "\n").encode()
 
 
-def write_whole(path: Path, data: bytes | memoryview) -> None:
+def atomic_write(path: Path, data: bytes | memoryview) -> None:
     """Replace a file in one move: whenever the power goes, either the old one or the new one is there.
 
     Raises OSError, the old file intact.
@@ -53,7 +53,7 @@ def contents(folder: Path) -> list[str]:
 
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """A folder, made where it is missing, for one process alone. Raises Busy if another has it."""
+    """A folder, made where it is missing, for one process alone. Raises Locked if another has it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = (out / ".lock").open("w")
@@ -63,5 +63,5 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise Busy(f"{out} is in use by another run: choose another folder, or wait for it") from error
+            raise Locked(f"{out} is in use by another run: choose another folder, or wait for it") from error
         yield

@@ -3,16 +3,16 @@
 from dataclasses import replace
 from typing import Any
 
-from restuning.backbones.anatomy import Anatomy, Loose, Op, Point, into, out_of
+from restuning.backbones.anatomy import Anatomy, GlobalOp, Op, Point, into, out_of
 from restuning.backbones.families.shared import none, zero
 
 
-def _unet_loose(unet: Any) -> dict[str, list[Loose]]:
+def _unet_loose(unet: Any) -> dict[str, list[GlobalOp]]:
     """ResNet blocks, the middle, the decoder, and the skip connections as the decoder's ResNet blocks read them:
     the last channels of what is put together."""
 
-    def whole(path: str, reads: int, writes: int) -> Loose:
-        return Loose(Op(into(path), out_of(path)), reads, writes)
+    def whole(path: str, reads: int, writes: int) -> GlobalOp:
+        return GlobalOp(Op(into(path), out_of(path)), reads, writes)
 
     found = {p: m for p, m in unet.named_modules() if p.split(".")[-2:-1] == ["resnets"]}
     order = sorted(found, key=lambda path: ("down_blocks", "mid_block", "up_blocks").index(path.split(".")[0]))
@@ -23,7 +23,7 @@ def _unet_loose(unet: Any) -> dict[str, list[Loose]]:
         for j, module in enumerate(block.resnets):
             channels = module.in_channels - width
             here = Point(f"up_blocks.{i}.resnets.{j}", "in", channels=channels)
-            skips.append(Loose(Op(here, here), channels, channels))
+            skips.append(GlobalOp(Op(here, here), channels, channels))
             width = module.out_channels
     return {
         "resnet": [whole(path, found[path].in_channels, found[path].out_channels) for path in order],

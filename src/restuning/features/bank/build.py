@@ -29,7 +29,7 @@ from restuning.features.bank.format import (
 from restuning.features.memory import tapped
 from restuning.model.tuned import Tuned
 from restuning.training.evaluate import Examples, HasEpoch
-from restuning.utils.files import as_json, locked, write_whole
+from restuning.utils.files import as_json, locked, atomic_write
 
 
 def build(
@@ -64,7 +64,7 @@ def build(
     plan = {
         "format": FORMAT,
         "version": __version__,
-        "backbone": dict(tuned.card().backbone),
+        "backbone": dict(tuned.adapter_config().backbone),
         "weights_sha256": _hash_of_weights(tuned.backbone),
         "preprocessing": preprocess.to_dict(),
         "data": {
@@ -76,7 +76,7 @@ def build(
         },
         "layers": [int(layer) for layer in tuned._layers()],
         "view": asdict(tuned._live()),
-        "pool": tuned.card().pool,
+        "pool": tuned.adapter_config().pool,
         "dtype": dtype,
         "views": views,
         "seed": seed,
@@ -103,12 +103,12 @@ def build(
                             data = _write(out / file, tensors)
                             shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
                         shards.append(shard)
-                        write_whole(out / PARTIAL, as_json({**plan, "shards": [asdict(s) for s in shards]}))
+                        atomic_write(out / PARTIAL, as_json({**plan, "shards": [asdict(s) for s in shards]}))
                         count += len(rows)
                         seen(count, total)
             tail = hashlib.sha256((out / TAIL).read_bytes()).hexdigest()
             manifest = {**plan, "tail_sha256": tail, "shards": [asdict(shard) for shard in shards]}
-            write_whole(out / PARTIAL, as_json(manifest))
+            atomic_write(out / PARTIAL, as_json(manifest))
             (out / PARTIAL).replace(out / MANIFEST)  # one move: a bank is either finished or not
             return manifest
     except OSError as error:

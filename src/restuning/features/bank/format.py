@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from restuning.data import Items
 from restuning.errors import MissingExtra
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
@@ -45,7 +45,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> bytes:
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
     data: bytes = save(dict(tensors))
-    write_whole(path, data)
+    atomic_write(path, data)
     return data
 
 

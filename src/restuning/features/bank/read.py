@@ -17,10 +17,10 @@ from restuning._types import Features
 from restuning.data import Items, Source
 from restuning.errors import CheckpointError, DataError, line
 from restuning.features.bank.format import FORMAT, MANIFEST, PARTIAL, TAIL, Shard, _hash_of_file, _wide
-from restuning.features.memory import Kept
+from restuning.features.memory import CachedFeatures
 from restuning.methods.spec import Ladder, parts_of
 from restuning.model.tuned import Tuned
-from restuning.side.features import View
+from restuning.side.features import TokenSelection
 from restuning.training.evaluate import padded
 
 
@@ -36,7 +36,7 @@ class Bank:
         try:
             found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             self.shards = [Shard(**shard) for shard in found["shards"]]
-            self.view = View(**found["view"])
+            self.view = TokenSelection(**found["view"])
             self.layers: list[int] = list(found["layers"])
             splits = found["data"]["splits"]
             self.preprocessing: dict[str, Any] = dict(found["preprocessing"])
@@ -117,7 +117,7 @@ class Bank:
         made = self.manifest["backbone"]
         tuned = Tuned(described, backbone_name=made["name"], device="cpu", fingerprint=made["fingerprint"])
         sites, here = tuned._sites, tuned.backbone
-        if (made["width"], made["depth"]) != (sites.port.writes, len(sites.blocks)):
+        if (made["width"], made["depth"]) != (sites.info.out_features, len(sites.blocks)):
             raise CheckpointError(
                 f"{self.path} holds features of {made['name']} (width {made['width']}, {made['depth']} blocks)"
             )
@@ -224,9 +224,9 @@ class FromBank:
         """What `__getitems__` gives is a batch already."""
         return batch
 
-    def kept(self) -> Kept:
+    def kept(self) -> CachedFeatures:
         """All of its rows, in memory; of the first view."""
-        return Kept(*self.__getitems__(range(len(self))))
+        return CachedFeatures(*self.__getitems__(range(len(self))))
 
     def _rows(self, split: str) -> Rows:
         key = split, self.epoch % self.bank.views if split == "train" else 0

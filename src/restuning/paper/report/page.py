@@ -10,7 +10,7 @@ from restuning.paper.experiments import COSTS
 from restuning.paper.report.plots import many_tasks, pictures
 from restuning.paper.report.tables import Cell, Table, tables
 from restuning.paper.results import Record, read
-from restuning.utils.files import write_whole
+from restuning.utils.files import atomic_write
 
 STYLE = """
 body { font: 15px/1.5 Georgia, serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #111 }
@@ -49,15 +49,15 @@ def write(results: Path, out: Path) -> list[str]:
             text += [f"## {_TASKS}", ""]
             _show(out, html, text, *many_tasks(bench))
         head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_TITLE}</title><style>{STYLE}</style>'
-        write_whole(out / "report.html", "\n".join((head, *html, "</html>\n")).encode())
-        write_whole(out / "report.md", ("\n".join(text).rstrip() + "\n").encode())
+        atomic_write(out / "report.html", "\n".join((head, *html, "</html>\n")).encode())
+        atomic_write(out / "report.md", ("\n".join(text).rstrip() + "\n").encode())
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
     return [table.experiment.name for table in found] + ["multitask"] * bench.exists()
 
 
 def _show(out: Path, html: list[str], text: list[str], name: str, caption: str, svg: bytes) -> None:
-    write_whole(out / f"{name}.svg", svg)
+    atomic_write(out / f"{name}.svg", svg)
     source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
     html.append(f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{caption}</figcaption></figure>')
     text += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
