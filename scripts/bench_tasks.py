@@ -17,7 +17,7 @@ import torch
 from bench_vit_tiny import commit
 
 from restuning.data.captions import load_captions
-from restuning.diffusion.base import denoiser_of, load_base, pictures_of, texts_of, denoiser_kwargs
+from restuning.diffusion.base import denoiser_kwargs, denoiser_of, load_base, pictures_of, texts_of
 from restuning.diffusion.generation import SHARES, Asked, painted
 from restuning.diffusion.training import execute
 from restuning.model.tuned import Tuned

@@ -108,10 +108,10 @@ def test_4_keyword_calls_tuples_and_model_outputs(name: str) -> None:
 def test_4_mappings_are_not_written_into() -> None:
     from transformers.modeling_outputs import BaseModelOutput
 
-    from restuning.hooks.points import _say
+    from restuning.hooks.points import replace_first_tensor
 
     said = BaseModelOutput(last_hidden_state=torch.zeros(1), attentions=(torch.ones(1),))
-    new = _say(said, torch.ones(1))
+    new = replace_first_tensor(said, torch.ones(1))
     assert type(new) is BaseModelOutput and said.last_hidden_state.item() == 0
     assert new.last_hidden_state.item() == 1 and new.attentions is said.attentions
 

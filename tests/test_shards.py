@@ -15,7 +15,7 @@ from restuning.errors import MethodError, RestuningError
 from restuning.hooks.fsdp import sharded_parameters
 from restuning.training.config import TrainConfig
 from restuning.training.loop import fit
-from restuning.utils.distributed import is_main_process, barrier, together
+from restuning.utils.distributed import barrier, is_main_process, together
 
 CASES = [
     ("timm-vit", "res-tuning"),

@@ -47,9 +47,14 @@ if TYPE_CHECKING:
     from restuning.tuners import Prompt as Prompt
     from restuning.tuners import PromptTuning as PromptTuning
     from restuning.tuners import Ssf as Ssf
+    from restuning.tuners.base import AttentionTuner as AttentionTuner
+    from restuning.tuners.base import Mergeable as Mergeable
+    from restuning.tuners.base import PromptTuner as PromptTuner
+    from restuning.tuners.base import StatefulTuner as StatefulTuner
+    from restuning.tuners.base import Tuner as Tuner
 
 _PUBLIC = {
-    "_types": ("Features", "Kernel", "Port"),
+    "_types": ("Features", "Kernel", "SiteInfo"),
     "backbones.anatomy": ("Anatomy", "Op", "Weight", "into", "out_of"),
     "backbones.load": ("load_backbone",),
     "backbones.sites": ("find_sites",),
@@ -60,6 +65,7 @@ _PUBLIC = {
     "model.peft": ("load_peft", "save_peft"),
     "model.tuned": ("Tuned", "adapt"),
     "side": ("AlexNet", "SmallCnn"),
+    "tuners.base": ("AttentionTuner", "Mergeable", "PromptTuner", "StatefulTuner", "Tuner"),
     "tuners": ("Adapter", "Bias", "Convpass", "Dtl", "Lora", "Prefix", "PrefixTuning", "Prompt", "PromptTuning", "Ssf"),
 }
 """The public names, by the module that defines them; the imports above say the same to type checkers."""

@@ -199,8 +199,8 @@ def find_sites(
     more = f" and {len(has) - 40} more" if len(has) > 40 else ""
     raise SiteError(
         f"{anatomy.name} does not fit {type(backbone).__name__}; looked for {anatomy.blocks}.*."
-        f"({', '.join(anatomy.paths())}), {', '.join(as_tuple(anatomy.norm))}; the model has {',
-        '.join(has[:40])}{more}"
+        f"({', '.join(anatomy.paths())}), {', '.join(as_tuple(anatomy.norm))}; "
+        f"the model has {', '.join(has[:40])}{more}"
     )
 
 
@@ -299,8 +299,8 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
         assert row.widths is not None
         widths = [row.widths(backbone.get_submodule(path)) for path in stems]
         along = [SiteInfo(reads, writes, 1, i, len(stems), None) for i, (reads, writes) in enumerate(widths)]
-    said = [replace(info, reads=info.out_features) for info in along]
-    first = replace(along[0], writes=along[0].reads)
+    said = [replace(info, in_features=info.out_features) for info in along]
+    first = replace(along[0], out_features=along[0].in_features)
     return Sites(
         anatomy=row,
         blocks=blocks,
@@ -308,7 +308,7 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
         stems=stems,
         features=(first, *said),
         all=(*_sites(backbone, root, blocks, row, infos, (*norm, *post)), *words_of(backbone)),
-        info=replace(said[-1], writes=_widened(backbone, (*norm, *post), said[-1].writes)),
+        info=replace(said[-1], out_features=_widened(backbone, (*norm, *post), said[-1].out_features)),
         norm=norm,
         post=post,
         pooler=_join(root, row.pooler) if row.pooler is not None and row.pool(holder) == "map" else None,
@@ -373,7 +373,7 @@ def _sites(
         fused = weight is None and {"drop", "act"} <= {name for name, _ in affine.named_children()}
         said = Point(_join(path, "drop"), "in", side) if fused else Point(path, "out", side)
         kernel = kernel_of(affine) if block is not None and isinstance(affine, nn.Conv2d) else None
-        here = replace(info, reads=reads, writes=writes, kernel=kernel)
+        here = replace(info, in_features=reads, out_features=writes, kernel=kernel)
         return Site(op, block, name, read, said, read, here, weight)
 
     def parts(role: str, candidates: Sequence[str | Weight], block: str) -> Iterator[tuple[str, str, Weight | None]]:
@@ -414,7 +414,7 @@ def _sites(
             keys = infos[i]
             if row.keys is not None:
                 heads, each = attrgetter(*row.keys)(backbone.get_submodule(block))
-                keys = replace(keys, heads=heads, writes=heads * each)
+                keys = replace(keys, heads=heads, out_features=heads * each)
             yield Site("attention", i, f"{i}_attention{apart}", call, call, call, keys)
         for role, candidates in row.parts.items():
             for name, path, weight in parts(role, candidates, block):
@@ -470,7 +470,7 @@ def _others(
             kernel = kernel_of(module) if isinstance(module, nn.Conv2d) else None
             last = layout_of(module) != "first"
             into, out = Point(path, "in", last), Point(path, "out", last)
-            here = replace(infos[i], reads=reads, writes=writes, kernel=kernel)
+            here = replace(infos[i], in_features=reads, out_features=writes, kernel=kernel)
             yield Site("linear", i, f"{i}_linear_{name.replace('.', '_')}", into, out, into, here)
 
 

@@ -54,11 +54,11 @@ class Ran:
     direct: bool = True
 
     @property
-    def read(self) -> Seen | None:
+    def input(self) -> Seen | None:
         return self.ins[0] if self.ins and self.direct else None
 
     @property
-    def said(self) -> Seen | None:
+    def output(self) -> Seen | None:
         return self.outs[0] if self.outs else None
 
     def within(self) -> Iterator["Ran"]:
@@ -90,8 +90,8 @@ class Mapped:
     ran: Ran
     weight: str
     bias: str | None
-    read: Seen
-    said: Seen
+    input: Seen
+    output: Seen
 
 
 @dataclass
@@ -234,8 +234,8 @@ class _Recorder(TorchFunctionMode):
             for part, bias in (("in_proj_weight", "in_proj_bias"), ("out_proj_weight", "out_proj_bias")):
                 path, to = self.names.get(id(given[part])), self.names.get(id(given[bias]))
                 if path is not None:
-                    said = Seen(self.seen(out).tag, (*rows.shape[:2], len(given[part])), True)
-                    self.mapped.append(Mapped(at - (part[0] == "i"), here, path, to, rows, said))
+                    output = Seen(self.seen(out).tag, (*rows.shape[:2], len(given[part])), True)
+                    self.mapped.append(Mapped(at - (part[0] == "i"), here, path, to, rows, output))
 
     def _scores(self, tag: int) -> tuple[int, int, int, int]:
         """Heads, width, rows and queries of the matrix product that the scores come from; zeros if none is nearby."""

@@ -241,7 +241,7 @@ def _of_transformers(family: str) -> nn.Module:
 
 
 def _works(model: nn.Module) -> None:
-    from restuning.backbones.auto import inputs_of
+    from restuning.backbones.inputs import inputs_of
 
     last: Exception | None = None
     for inputs in inputs_of(model):

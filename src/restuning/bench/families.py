@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.backbones.auto import inputs_of
+from restuning.backbones.inputs import inputs_of
 from restuning.backbones.sites import Sites, find_sites
 from restuning.backbones.trace import quiet, tensors
 from restuning.backbones.zoo import Unbuilt, build, families
@@ -23,7 +23,6 @@ from restuning.hooks.attention import merged, on_call
 from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.points import as_tokens
 from restuning.hooks.taps import tap
-
 from restuning.methods.named import find_method
 from restuning.methods.spec import Bypass, Method, Residual, resize
 from restuning.model.tuned import Tuned, adapt
@@ -274,7 +273,7 @@ def _tokens_of(x: Tensor, sites: Sites, layer: int) -> Tensor:
     """As tokens (b, n, d), by the width that the sites name."""
     if x.ndim != 4:
         return x[:, None] if x.ndim == 2 else x
-    width = sites.features[layer].writes
+    width = sites.features[layer].out_features
     last = x.shape[-1] == width and (x.shape[1] != width or sites.layer(layer).last)
     return x.flatten(1, 2) if last else x.flatten(2).transpose(1, 2)
 
@@ -398,19 +397,25 @@ def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+INTRODUCTION = (
+    "Every family of module that timm, transformers and torchvision have, tried with one small random model each.",
+    "Written by `restuning backbones page` from what `restuning backbones check` tried; `make backbones` runs both.",
+    "",
+    "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward, with the share of the",
+    "parameters in the blocks and what follows them (`restuning.backbones.auto`). A method is ✓ if, on a random model,",
+    "features are those that hooks of the check's own see, the pooled feature is the model's own, the output at",
+    "initialisation is the backbone's (but for bypass and prefix, which are not zero then), the backbone has no",
+    "gradient, what is saved and loaded gives the same output to the bit, and the backbone is as it was after `unload`.",
+    "LoRA is on `all-linear`.",
+)
+
+
 def page(done: Sequence[Mapping[str, Any]]) -> str:
     """A page of all families: totals, a row for each, and why methods and families are refused."""
     lines = [
         "# Backbones",
         "",
-        "Every family of module that timm, transformers and torchvision have, tried with one small random model each.
-        Written by", "`restuning backbones page`, from what `restuning backbones check` has tried; `make backbones` runs
-        both.", "",
-        "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward
-        (`restuning.backbones.auto`).", "A method is ✓ if, on a random model, features are those that hooks of the
-        check's own see, the pooled feature is the", "model's own, the output at initialisation is the backbone's (but
-        for bypass and prefix, which are not zero then), the", "backbone has no gradient, what is saved and loaded gives
-        the same output to the bit, and the backbone is as it was", "after `unload`. LoRA is on `all-linear`.",
+        *INTRODUCTION,
         "",
         f"| library | reads | families | built | table | trace | refused | {' | '.join(METHODS)} | wrong |",
         f"|---|---|{'---:|' * (6 + len(METHODS))}",

@@ -93,11 +93,8 @@ def _sites(args: argparse.Namespace) -> None:
         stages = "" if found.uniform else f" in {len(found.stages)} stages"
         print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")
         if found.found is not None:
-            notes = "".join(f"; {note}" for note in found.found.notes)
-            print(
-                f"found by a trace, {found.found.share:.0%} of the parameters in the blocks, sure:
-                {found.found.sure}{notes}"
-            )
+            share, notes = found.found.share, "".join(f"; {note}" for note in found.found.notes)
+            print(f"found by a trace, {share:.0%} of the parameters in it, sure: {found.found.sure}{notes}")
         table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
 
 

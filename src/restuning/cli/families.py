@@ -13,10 +13,9 @@ def add_commands(add: Add) -> None:
     command = add(
         "backbones",
         _backbones,
-        "Try every family of backbones, one small random model each: what is found, which methods are right on it,
-        why\n" "others are refused. `page` writes what was tried as a page.",
-        "restuning backbones check --library timm --out timm.json; restuning backbones page timm.json --out
-        backbones.md",
+        "Try every family of backbones, one small random model each: what is found, which methods are right on it,\n"
+        "why others are refused. `page` writes what was tried as a page.",
+        "restuning backbones check --library timm --out timm.json; restuning backbones page timm.json --out page.md",
     )
     command.add_argument("what", choices=["check", "page"])
     command.add_argument("files", nargs="*", metavar="FILE", help="after page: files that check has written")

@@ -46,7 +46,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from restuning.data import check, load_task, prepared
     from restuning.data.objective import confusion, objective
     from restuning.data.task import some
-    from restuning.runs.load import transform_of, load_tuned
+    from restuning.runs.load import load_tuned, transform_of
     from restuning.runs.settings import RUN, read_run
     from restuning.training.evaluate import predict_logits
 
@@ -68,8 +68,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     if (tuple(task.classes), task.kind) != (tuple(config.classes or ()), config.kind):
         raise RestuningError(
             f"{spec} is {task.kind} of {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "
-            f"{config.kind} of {len(config.classes or ())} ({', '.join((config.classes or ())[:3])}, …): expected the
-            same"
+            f"{config.kind} of {len(config.classes or ())} ({', '.join((config.classes or ())[:3])}, …): "
+            "expected the same"
         )
     check(test)
     logits, labels = predict_logits(

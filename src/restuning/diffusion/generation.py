@@ -14,12 +14,12 @@ from restuning._version import __version__
 from restuning.diffusion.base import (
     check_prompts,
     check_size,
+    denoiser_kwargs,
     denoiser_of,
     noise_of,
     pictures_of,
     scheduler_of,
     texts_of,
-    denoiser_kwargs,
 )
 from restuning.errors import RestuningError
 from restuning.model.denoiser import Plug

@@ -15,7 +15,7 @@ from restuning.data.captioned import Captioned, Square
 from restuning.diffusion.base import check_prompts, check_size, latents_of, texts_of
 from restuning.errors import CheckpointError, RestuningError
 from restuning.model.files import fingerprint_of
-from restuning.utils.files import as_json, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, locked
 
 MANIFEST, FORMAT, SHARD = "latents.json", "restuning.latents/1", 256
 

@@ -18,12 +18,12 @@ from restuning.data.folder import Files
 from restuning.data.objective import Objective
 from restuning.diffusion.base import (
     check_prompts,
+    denoiser_kwargs,
     denoiser_of,
     load_base,
     noise_of,
     sampler_of,
     scheduler_of,
-    denoiser_kwargs,
 )
 from restuning.diffusion.generation import Asked, draw, grid, pictures
 from restuning.diffusion.latents import Latents, keep_latents
@@ -38,7 +38,7 @@ from restuning.training.config import TrainConfig, parameter_groups, seed_of
 from restuning.training.evaluate import Examples, loader, to_device
 from restuning.training.logging import History, bar
 from restuning.training.loop import accelerated, fit
-from restuning.utils.distributed import is_main_process, barrier
+from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.profiling import peak_bytes, saved_bytes
 

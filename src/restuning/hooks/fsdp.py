@@ -31,8 +31,8 @@ def sharded_parameters(module: nn.Module) -> list[str]:
 class Shards:
     """What was done to a backbone so that it is shared out, and undoes it.
 
-    Each block is gathered as it begins and given back as it ends, forward and backward; the backbone's own call, the
-    root, lets the next one come while one runs. What belongs to no block, or to several, stays whole everywhere.
+    Each block is gathered as it begins and given back as it ends, forward and backward; the backbone's own call,
+    the root, lets the next one come while one runs. What belongs to no block, or to several, stays whole everywhere.
     """
 
     def __init__(self, backbone: nn.Module, blocks: Iterable[str], device: torch.device | str) -> None:

@@ -1,6 +1,8 @@
-"""The law, written once: OP(x) becomes OP(x) + tuner(x, OP(x)), by hooks that live in a `with` block.
+"""The law, written once: OP(x) becomes OP(x) + tuner(x, OP(x)) (Res-Tuning, Eq. 7), by hooks that live in a `with`
+block.
 
-Beside it, what the law cannot say: tokens appended to the stream (`rewrites`), and prefixes merged into the attention.
+Beside it, what is no sum: tokens appended to the stream (`hooks.prompts`), and keys and values merged into the
+attention (`hooks.attention`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,159 +16,165 @@ from torch.nn import functional as F
 from restuning.backbones.sites import Site, Sites
 from restuning.errors import MethodError, SiteError
 from restuning.hooks.attention import Call, merged, on_call, on_weight
-from restuning.hooks.points import Hook, Tuner, Tuners, _as, _on_grid_of, _on_read, _on_write, as_tokens
-from restuning.hooks.prompts import AppendedTokens, _beside, _rewritten
+from restuning.hooks.points import (
+    AnyTuner,
+    Hook,
+    NamedTuners,
+    as_tokens,
+    in_layout_of,
+    on_input,
+    on_output,
+    pooled_to_grid_of,
+)
+from restuning.hooks.prompts import AppendedTokens, append_tokens, prompts_apart
+from restuning.tuners.base import is_prompt
+
+OPTIONAL = ("linear", "words")
+"""Operations that a forward need not call: modules that are named by what they are, not by what they do."""
 
 
-def group_by_site(tuners: Iterable[tuple[Site, str, Tuner]]) -> dict[Site, list[tuple[str, Tuner]]]:
-    """Site by site, in their order."""
-    found: dict[Site, list[tuple[str, Tuner]]] = {}
+def group_by_site(tuners: Iterable[tuple[Site, str, AnyTuner]]) -> dict[Site, list[tuple[str, AnyTuner]]]:
+    """{site: [(adapter, tuner), …]}, in their order.
+
+    Args:
+        tuners: (site, name of the adapter, tuner).
+    """
+    found: dict[Site, list[tuple[str, AnyTuner]]] = {}
     for site, name, tuner in tuners:
         found.setdefault(site, []).append((name, tuner))
     return found
 
 
 class SiteSum:
-    """What is added at one site: the sum of its tuners. Holds what the operation read only until it has spoken, and
-    what its tuners were given to carry, so that it can say the same once more."""
+    """The sum of the tuners at one site. Holds the operation's input only until its output is there."""
 
     def __init__(
-        self, site: Site, tuners: Tuners, carries: Mapping[str, dict[str, Any]], grown: list[AppendedTokens]
+        self, site: Site, tuners: NamedTuners, states: Mapping[str, dict[str, Any]], appended: list[AppendedTokens]
     ) -> None:
-        self.site, self.tuners, self.carries, self.grown = site, tuners, carries, grown
-        self.x: dict[str, list[Tensor]] = {source: [] for source in {_source(t) for _, t in tuners} - {"out"}}
-        self.given: dict[str, dict[str, Any]] = {}
-        self.spoke = self.again = False
+        self.site, self.tuners, self.states, self.appended = site, tuners, states, appended
+        self.inputs: dict[str, list[Tensor]] = {kind: [] for kind in {t.input for _, t in tuners} - {"output"}}
+        self.states_given: dict[str, dict[str, Any]] = {}  # so that a recomputed block is given the same
+        self.called = self.recomputing = False
 
-    def read(self, source: str, x: Tensor) -> None:
-        self.x[source].append(x)
+    def read(self, kind: str, x: Tensor) -> None:
+        """Keep the operation's input (`normed`) or the stream before its norm (`residual`) for its output."""
+        self.inputs[kind].append(x)
 
-    def says(self, x: Tensor, y: Tensor) -> Tensor:
-        """Read and written in one."""
-        for source in self.x:
-            self.read(source, x)
-        return self.write(y)
+    def read_and_add(self, x: Tensor, y: Tensor) -> Tensor:
+        """The sum where input and output come together: at a weight that no module is called for."""
+        for kind in self.inputs:
+            self.read(kind, x)
+        return self.add_to_output(y)
 
-    def write(self, y: Tensor) -> Tensor:
-        self.spoke = True
-        if not all(self.x.values()):
-            raise SiteError("an operation spoke before it read: the anatomy's points are in the wrong order")
-        x = {source: stack.pop() for source, stack in self.x.items()}
-        said = x["out"] = y
+    def add_to_output(self, y: Tensor) -> Tensor:
+        """OP(x) + Σ tuner(x, OP(x)), in the output's own layout."""
+        self.called = True
+        if not all(self.inputs.values()):
+            raise SiteError("an operation's output came before its input: the anatomy's points are in the wrong order")
+        inputs = {kind: stack.pop() for kind, stack in self.inputs.items()}
+        output = inputs["output"] = y
         for name, tuner in self.tuners:
-            on_grid = getattr(tuner, "on_grid", False)
-            if on_grid and said.ndim == 4 and said.shape[2] != said.shape[3]:
-                raise MethodError(f"{type(tuner).__name__} needs a square map, not {said.shape[2]} x {said.shape[3]}")
-            more = sum(g.more for g in self.grown if self.site.block in g.span) if on_grid else 0
-            read = x[_source(tuner)]
-            if getattr(tuner, "on_maps", False):
-                pair = [read, said]
+            if tuner.layout == "patches" and output.ndim == 4 and output.shape[2] != output.shape[3]:
+                shape = f"{output.shape[2]} x {output.shape[3]}"
+                raise MethodError(f"{type(tuner).__name__} needs a square map, not {shape}")
+            appended = 0
+            if tuner.layout == "map":
+                pair = [inputs[tuner.input], output]
             else:
-                pair = [t[:, : t.shape[1] - more] for t in (as_tokens(_on_grid_of(said, read)), as_tokens(said))]
-            added = tuner(*pair, self._carry(name)) if _carries(tuner) else tuner(*pair)
+                x = as_tokens(pooled_to_grid_of(output, inputs[tuner.input]))
+                if tuner.layout == "patches":
+                    appended = sum(a.count for a in self.appended if self.site.block in a.span)
+                pair = [t[:, : t.shape[1] - appended] for t in (x, as_tokens(output))]
+            added = tuner(*pair, self._state(name)) if tuner.form == "stateful" else tuner(*pair)
             if added is not None:
-                y = y + _as(F.pad(added, (0, 0, 0, more)) if more else added, y)
+                y = y + in_layout_of(y, F.pad(added, (0, 0, 0, appended)) if appended else added)
         return y
 
-    def _carry(self, name: str) -> dict[str, Any]:
-        if self.again:
-            return dict(self.given[name])
-        self.given[name] = dict(self.carries[name])
-        return self.carries[name]
+    def _state(self, name: str) -> dict[str, Any]:
+        if self.recomputing:
+            return dict(self.states_given[name])
+        self.states_given[name] = dict(self.states[name])
+        return self.states[name]
 
 
 class Attachment:
-    """Every site says OP(x) plus what its tuners add to it, while `on()` lasts."""
+    """Every site's output is OP(x) plus the sum of its tuners, while `on()` lasts."""
 
-    def __init__(self, backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> None:
-        carries: dict[str, dict[str, Any]] = {name: {} for here in tuners.values() for name, _ in here}
-        self.joints: list[SiteSum] = []
+    def __init__(self, backbone: nn.Module, sites: Sites, tuners: Mapping[Site, NamedTuners]) -> None:
+        states: dict[str, dict[str, Any]] = {name: {} for at_site in tuners.values() for name, _ in at_site}
+        self.sums: list[SiteSum] = []
         self._hooks: list[Hook] = []
-        self._again = [False]
-        grown: list[AppendedTokens] = []
+        self._recomputing = [False]
+        appended: list[AppendedTokens] = []
 
-        def again(state: list[bool] = self._again) -> bool:  # without self: no cycle that would keep activations
+        def recomputing(state: list[bool] = self._recomputing) -> bool:  # without self: no cycle keeps activations
             return state[0]
 
-        for site, here in tuners.items():
-            plain = [(name, t) for name, t in here if not _rewrites(t)]
-            if plain and site.op == "attention":
-                change = _merging([t for _, t in plain])
-                self._hooks.append(partial(on_call, backbone.get_submodule(site.reads.path), change, again))
-            elif plain:
-                joint = SiteSum(site, plain, carries, grown)
-                self.joints.append(joint)
+        for site, at_site in tuners.items():
+            added = [(name, tuner) for name, tuner in at_site if not is_prompt(tuner)]
+            if added and site.op == "attention":
+                module = backbone.get_submodule(site.reads.path)
+                self._hooks.append(partial(on_call, module, _merging([tuner for _, tuner in added]), recomputing))
+            elif added:
+                total = SiteSum(site, added, states, appended)
+                self.sums.append(total)
                 if site.weight is not None:
                     owner, weight = backbone.get_submodule(site.weight.owner), partial(_weight, site, backbone)
-                    self._hooks.append(partial(on_weight, owner, weight, joint.says, again))
+                    self._hooks.append(partial(on_weight, owner, weight, total.read_and_add, recomputing))
                     continue
-                for source in sorted(joint.x):
-                    point = site.stream if source == "stream" else site.reads
-                    self._hooks.append(_on_read(backbone, point, _reader(joint, source)))
-                self._hooks.append(_on_write(backbone, site.writes, joint.write))
-        for site, here in tuners.items():  # around all others, so that these read and write the same tokens
-            for tuner in (t for _, t in here if _rewrites(t)):
+                for kind in sorted(total.inputs):
+                    point = site.stream if kind == "residual" else site.reads
+                    self._hooks.append(on_input(backbone, point, partial(total.read, kind)))
+                self._hooks.append(on_output(backbone, site.writes, total.add_to_output))
+        for site, at_site in tuners.items():  # around all others, so that these see the same tokens
+            for tuner in (tuner for _, tuner in at_site if is_prompt(tuner)):
                 first = site.block or 0
-                span = range(first, first + 1 if _rewrites(tuner) == "block" else len(sites.blocks))
-                if getattr(tuner, "unbound", False):
-                    self._hooks += _beside(backbone, sites, span, tuner, again)
+                span = range(first, first + 1 if tuner.span == "block" else len(sites.blocks))
+                if tuner.unbound:
+                    self._hooks += prompts_apart(backbone, sites, span, tuner, recomputing)
                 else:
-                    grown.append(AppendedTokens(span))
-                    self._hooks += _rewritten(backbone, sites, grown[-1], tuner)
+                    appended.append(AppendedTokens(span))
+                    self._hooks += append_tokens(backbone, sites, appended[-1], tuner)
 
     @contextmanager
-    def on(self, again: bool = False) -> Iterator[None]:
-        """again: for blocks of a pass that is over, in whatever order, as often as wanted: they say what they said.
+    def on(self, recomputing: bool = False) -> Iterator[None]:
+        """Attach, and detach at the end.
 
-        Raises SiteError if the backbone's forward did not call an operation that carries tuners.
+        Args:
+            recomputing: for blocks of a pass that is over, run again in any order, as often as needed: tuners are given
+                the states that they were given then.
+
+        Raises:
+            SiteError: the backbone's forward did not call an operation that carries tuners.
         """
-        self._again[0] = again
-        for joint in self.joints:
-            joint.again = again
+        self._recomputing[0] = recomputing
+        for total in self.sums:
+            total.recomputing = recomputing
         with ExitStack() as stack:
             for hook in self._hooks:
                 stack.enter_context(hook())
             yield
-        for joint in self.joints:
-            for left in joint.x.values():
+        for total in self.sums:
+            for left in total.inputs.values():
                 left.clear()
-        silent = [
-            joint.site.name for joint in self.joints if not joint.spoke and joint.site.op not in ("linear", "words")
-        ]
-        if silent or (self.joints and not any(joint.spoke for joint in self.joints)):
-            raise SiteError(f"the backbone's forward calls no module at {', '.join(silent)}: no tuner can be there")
+        uncalled = [s.site.name for s in self.sums if not s.called and s.site.op not in OPTIONAL]
+        if uncalled or (self.sums and not any(s.called for s in self.sums)):
+            raise SiteError(f"the backbone's forward calls no module at {', '.join(uncalled)}: no tuner can be there")
 
 
 @contextmanager
-def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, Tuners]) -> Iterator[Attachment]:
-    """An attachment that is on while it lasts."""
+def attach(backbone: nn.Module, sites: Sites, tuners: Mapping[Site, NamedTuners]) -> Iterator[Attachment]:
+    """An `Attachment` that is on while it lasts."""
     attachment = Attachment(backbone, sites, tuners)
     with attachment.on():
         yield attachment
 
 
-def _reader(joint: SiteSum, source: str) -> Callable[[Tensor], None]:
-    return lambda x: joint.read(source, x)
-
-
 def _weight(site: Site, backbone: nn.Module) -> Tensor:
-    """As it is at the moment: a backbone that is shared out has other tensors in a block while this runs."""
+    """As it is at the moment: a backbone whose blocks are sharded has other tensors while a block runs."""
     weight: Tensor = site.affine(backbone).weight
     return weight
 
 
-def _source(tuner: Tuner) -> str:
-    return getattr(tuner, "source", "normed")
-
-
-def _carries(tuner: Tuner) -> bool:
-    return getattr(tuner, "carries", False)
-
-
-def _rewrites(tuner: Tuner) -> str | None:
-    return getattr(tuner, "rewrites", None)
-
-
-def _merging(tuners: Sequence[Tuner]) -> Callable[[Call], Tensor]:
-    """Tuners of the attention itself say which keys and values are merged into it."""
+def _merging(tuners: Sequence[AnyTuner]) -> Callable[[Call], Tensor]:
     return lambda call: merged(call, [tuner(call) for tuner in tuners])

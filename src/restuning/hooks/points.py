@@ -1,4 +1,4 @@
-"""Read or replace a module's input or output while a `with` block lasts."""
+"""Read or replace a module's input or output, while a `with` block lasts."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import count
 from threading import RLock
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,98 +16,73 @@ from torch.nn import functional as F
 from restuning.backbones.anatomy import Point
 from restuning.errors import SiteError
 
-Tuner = Any
-"""A module, or what declares and does the same."""
+AnyTuner: TypeAlias = Any
+"""A module of one of the forms of `restuning.tuners.base`, or an object that declares the same."""
 
-Hook = Callable[[], AbstractContextManager[None]]
+NamedTuners: TypeAlias = Sequence[tuple[str, AnyTuner]]
+"""(name of the adapter, tuner): what is added at one site."""
+
+Hook: TypeAlias = Callable[[], AbstractContextManager[None]]
 """Puts a hook on a module, for as long as a `with` block lasts."""
 
-Tuners = Sequence[tuple[str, Tuner]]
-"""(adapter, tuner): what is added at one site."""
-
-
-_BUSY: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
+_LOCKS: "WeakKeyDictionary[nn.Module, RLock]" = WeakKeyDictionary()
 
 
 def backbone_lock(backbone: nn.Module) -> RLock:
-    """Held while hooks are on a backbone, which they are for all of its callers: of several threads, one at a time."""
-    return _BUSY.setdefault(backbone, RLock())
+    """Held while hooks are on a backbone, which all of its callers would run into: of several threads, one at a
+    time."""
+    return _LOCKS.setdefault(backbone, RLock())
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """(b, d, h, w), as convolutions have it, or pooled (b, d) → (b, n, d); tokens as they are."""
+    """Tokens (b, n, d): maps (b, d, h, w) row by row, pooled features (b, d) as one token, tokens as they are."""
     if x.ndim == 2:
         return x[:, None]
     return x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
 
 
-def _as(added: Tensor, y: Tensor) -> Tensor:
+def in_layout_of(y: Tensor, added: Tensor) -> Tensor:
+    """Tokens (b, n, d) in the layout of the output `y`."""
     return (added.transpose(1, 2) if added.ndim < y.ndim == 4 else added).reshape(y.shape)
 
 
-def _on_grid_of(y: Tensor, x: Tensor) -> Tensor:
-    """A map that was read, averaged over the cells of the map that was said of it, where that is a coarser one."""
-    other = x.ndim == y.ndim == 4 and x.shape[2:] != y.shape[2:]
-    return F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3])) if other else x
+def pooled_to_grid_of(y: Tensor, x: Tensor) -> Tensor:
+    """The input map x, averaged over the cells of the output map y where that is a coarser one."""
+    coarser = x.ndim == y.ndim == 4 and x.shape[2:] != y.shape[2:]
+    return F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3])) if coarser else x
 
 
-def _seen(x: Tensor, point: Point) -> Tensor:
-    """(b, h, w, d), if it is one that has its channels last, → (b, d, h, w); of its channels those of the point."""
-    x = x.permute(0, 3, 1, 2) if point.last and x.ndim == 4 else x
-    return x if point.channels is None else x[:, -point.channels :]
-
-
-def _written(write: Callable[[Tensor], Tensor], y: Tensor, point: Point) -> Tensor:
-    said = write(_seen(y, point))
-    if point.channels is not None:
-        return torch.cat([y[:, : -point.channels], said], 1)
-    return said.permute(0, 2, 3, 1) if point.last and y.ndim == 4 else said
-
-
-@contextmanager
-def before(module: nn.Module, hook: Callable[..., Any], first: bool = False) -> Iterator[None]:
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _on_read(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
+def on_input(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
+    """A hook that calls `read` with the tensor at a point. first: before the hooks that are there already."""
     module = backbone.get_submodule(point.path)
     if point.side == "in":
 
         def see(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read(_seen(argument(m, args, kwargs)[1], point))
+            read(_channels_first(argument(m, args, kwargs)[1], point))
 
         return partial(_at_call, point.call, partial(before, module, first=first), see)
-    return partial(_at_call, point.call, partial(_after, module), lambda m, args, out: read(_seen(_said(out), point)))
+
+    def see_output(m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        read(_channels_first(first_tensor(out), point))
+
+    return partial(_at_call, point.call, partial(after, module), see_output)
 
 
-def _on_write(backbone: nn.Module, point: Point, write: Callable[[Tensor], Tensor]) -> Hook:
+def on_output(backbone: nn.Module, point: Point, change: Callable[[Tensor], Tensor]) -> Hook:
+    """A hook that puts `change(y)` in the place of the tensor y at a point."""
     module = backbone.get_submodule(point.path)
     if point.side == "in":
 
-        def change(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def replace(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             name, y = argument(m, args, kwargs)
-            y = _written(write, y, point)
-            return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
+            return replace_argument(args, kwargs, name, _changed(change, y, point))
 
-        return partial(_at_call, point.call, partial(before, module), change)
+        return partial(_at_call, point.call, partial(before, module), replace)
 
-    def say(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
-        return _say(out, _written(write, _said(out), point))
+    def replace_output(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        return replace_first_tensor(out, _changed(change, first_tensor(out), point))
 
-    return partial(_at_call, point.call, partial(_after, module), say)
+    return partial(_at_call, point.call, partial(after, module), replace_output)
 
 
 def _at_call(
@@ -120,8 +95,32 @@ def _at_call(
     return on(lambda *given: hook(*given) if next(calls) == call else None)
 
 
+@contextmanager
+def before(module: nn.Module, hook: Callable[..., Any], first: bool = False) -> Iterator[None]:
+    """A forward pre-hook (module, args, kwargs), while it lasts."""
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True, prepend=first)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def after(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook (module, args, output), while it lasts."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[str | None, Tensor]:
-    """The first argument of a call, and its name if it came by keyword."""
+    """The first argument of a call, and its name if it was passed by keyword.
+
+    Raises:
+        SiteError: the module was called without it.
+    """
     if args:
         return None, args[0]
     name = next(iter(inspect.signature(module.forward).parameters))
@@ -130,20 +129,39 @@ def argument(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     return name, kwargs[name]
 
 
-def _said(out: Any) -> Tensor:
+def replace_argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], name: str | None, value: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call's arguments with another first one, which `argument` named."""
+    return ((value, *args[1:]), dict(kwargs)) if name is None else (args, {**kwargs, name: value})
+
+
+def first_tensor(out: Any) -> Tensor:
     """The first tensor of an output that may be a tensor, a tuple or a mapping."""
     if isinstance(out, Tensor):
         return out
-    first = next(iter(out.values())) if isinstance(out, Mapping) else out[0]
-    return _said(first)
+    return first_tensor(next(iter(out.values())) if isinstance(out, Mapping) else out[0])
 
 
-def _say(out: Any, y: Tensor) -> Any:
+def replace_first_tensor(out: Any, y: Tensor) -> Any:
     """The same output with its first tensor replaced; the original is left alone."""
     if isinstance(out, Tensor):
         return y
     if isinstance(out, Mapping):
         name = next(iter(out))
-        return type(out)(**{**out, name: _say(out[name], y)})
-    items = (_say(out[0], y), *out[1:])
+        return type(out)(**{**out, name: replace_first_tensor(out[name], y)})
+    items = (replace_first_tensor(out[0], y), *out[1:])
     return type(out)(*items) if hasattr(out, "_fields") else type(out)(items)
+
+
+def _channels_first(x: Tensor, point: Point) -> Tensor:
+    """A map (b, h, w, d) as (b, d, h, w); of its channels those of the point."""
+    x = x.permute(0, 3, 1, 2) if point.last and x.ndim == 4 else x
+    return x if point.channels is None else x[:, -point.channels :]
+
+
+def _changed(change: Callable[[Tensor], Tensor], y: Tensor, point: Point) -> Tensor:
+    changed = change(_channels_first(y, point))
+    if point.channels is not None:
+        return torch.cat([y[:, : -point.channels], changed], 1)
+    return changed.permute(0, 2, 3, 1) if point.last and y.ndim == 4 else changed

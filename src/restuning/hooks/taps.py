@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from restuning._types import Features
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
-from restuning.hooks.points import _on_read, argument, as_tokens, before
+from restuning.hooks.points import argument, as_tokens, before, on_input
 from restuning.side.features import ALL, TokenSelection
 
 INPUT = -1
@@ -86,5 +86,5 @@ def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: TokenSel
                 continue
             if layer == MASK:
                 continue
-            stack.enter_context(_on_read(backbone, sites.layer(layer), partial(taps.keep, layer), first=True)())
+            stack.enter_context(on_input(backbone, sites.layer(layer), partial(taps.keep, layer), first=True)())
         yield taps

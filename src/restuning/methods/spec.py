@@ -6,10 +6,10 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from restuning._types import TunerConfig
 from restuning.errors import MethodError
 from restuning.side import AlexNet, SmallCnn
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
+from restuning.tuners.base import TunerConfig
 
 
 def _check_config(where: str, config: Any) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Features, SiteInfo, TunerConfig
+from restuning._types import Features, SiteInfo
 from restuning.backbones.anatomy import PARTS, Affine, as_tuple
 from restuning.backbones.sites import Site, Sites, check_blocks
 from restuning.errors import MethodError
@@ -18,6 +18,7 @@ from restuning.methods.spec import Bypass, Full, Ladder, Method, Residual, grid_
 from restuning.model.files import AdapterConfig
 from restuning.side import BypassNet, LadderNet, SideNet, keeps_mean, mixes_tokens, prune
 from restuning.side.features import ALL, FIRST, LAST, MEAN, TokenSelection
+from restuning.tuners.base import NeedsWeight, TunerConfig, as_tuner, is_prompt
 
 
 class AdapterModule(nn.Module):
@@ -46,9 +47,9 @@ class AdapterModule(nn.Module):
         width = head_width(sites.info.out_features, pool, 1 if pool != "flat" else self.view.count())
         for part in parts_of(method):
             if isinstance(part, Residual):
-                for op, config in part.tuners.items():
+                for op, tuner_config in part.tuners.items():
                     for site in sites.at(op, part.blocks, part.exclude):
-                        self._add(backbone, sites, site, config)
+                        self._add(backbone, sites, site, tuner_config)
             elif isinstance(part, Bypass):
                 self.path = sites.stages if _over_stages(sites, part) else self.path
                 self.side = _bypass(sites, part, self.path)
@@ -59,7 +60,7 @@ class AdapterModule(nn.Module):
             else:
                 if pool == "none":
                     raise MethodError("side-tuning blends pooled features: pool must not be none")
-                self.side = SideNet(_made(part.net, replace(sites.info, writes=width), "side-tuning"))
+                self.side = SideNet(_made(part.net, replace(sites.info, out_features=width), "side-tuning"))
         alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
         one_grid = sites.uniform or not isinstance(self.side, BypassNet)  # between others tokens are averaged
         alone, averaged = alone and one_grid, averaged and one_grid
@@ -77,20 +78,20 @@ class AdapterModule(nn.Module):
     def _add(self, backbone: nn.Module, sites: Sites, site: Site, config: TunerConfig) -> None:
         name, copies = site.name, sum(other == site for other in self.sites.values())
         name = name if not copies else f"{name}_{copies + 1}"
-        tuner = _made(config, site.info, site.op)
-        place = getattr(tuner, "place", None)
-        if site.op != place and (place is not None or site.op == "attention"):
-            where = f"operation {place!r}" if place else f"operations other than {site.op!r}"
+        tuner = as_tuner(_made(config, site.info, site.op))
+        if site.op != tuner.only_on and (tuner.only_on is not None or site.op == "attention"):
+            where = f"operation {tuner.only_on!r}" if tuner.only_on else f"operations other than {site.op!r}"
             raise MethodError(f"{type(config).__name__} goes to {where}, not to {site.op!r}")
-        rewrites, apart = getattr(tuner, "rewrites", None), sites.join is not None
-        if not sites.uniform and ((rewrites and not (apart and rewrites == "block")) or getattr(tuner, "carries", 0)):
+        prompt, denoises = is_prompt(tuner), sites.join is not None
+        over_stages = tuner.form == "stateful" or (prompt and not (denoises and tuner.span == "block"))
+        if not sites.uniform and over_stages:
             raise MethodError(
                 f"{type(config).__name__} needs blocks of one width, whose tokens are a sequence: {sites.anatomy.name} "
                 f"has {len(sites.stages)} stages of maps, with the operations {', '.join(sites.ops)}"
             )
-        if getattr(tuner, "unbound", False) and len(as_tuple(sites.anatomy.attention)) != 1:
+        if prompt and tuner.unbound and len(as_tuple(sites.anatomy.attention)) != 1:
             raise MethodError(f"unbound prompts need one attention a block, which {sites.anatomy.name} does not name")
-        if hasattr(tuner, "bind"):
+        if isinstance(tuner, NeedsWeight):
             affine = site.affine(backbone)
             tuner.bind(affine.weight, affine.bias)
         self.sites[name], self.tuners[name] = site, tuner
@@ -200,7 +201,7 @@ def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
         if config is None:
             return {}
         made = {step: _made(config, infos[step + 1], "the bypass") for step in steps}
-        if any(getattr(tuner, "place", None) for tuner in made.values()):
+        if any(as_tuner(tuner).only_on for tuner in made.values()):
             raise MethodError(f"{type(config).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
         return made
 
@@ -211,7 +212,7 @@ def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
 
 def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
     if not sites.uniform:
-        widths = ", ".join(str(sites.features[layer].writes) for layer in sites.stages)
+        widths = ", ".join(str(sites.features[layer].out_features) for layer in sites.stages)
         raise MethodError(f"a ladder needs blocks of one width: {sites.anatomy.name} has stages of widths {widths}")
     width, heads = sites.info.out_features, sites.info.heads
     side = width // part.reduction

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
-from restuning.hooks.points import argument, before
+from restuning.hooks.points import argument, before, replace_argument
 from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule
 
@@ -53,7 +53,7 @@ def joined(
             said = torch.cat([*([x] if apart.plain else []), *(x + m for m in more)])
         else:
             said = x + sum(more[1:], more[0])
-        return ((said, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: said})
+        return replace_argument(args, kwargs, name, said)
 
     with (
         torch.set_grad_enabled(grad and not frozen),

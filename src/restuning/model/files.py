@@ -47,11 +47,11 @@ def write(folder: Path, config: AdapterConfig, state: Mapping[str, Tensor]) -> N
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    config = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(config)})
+    described = as_json({"format": FORMAT, "restuning_version": __version__, **asdict(config)})
     tensors = save({key: value.detach().cpu().clone().contiguous() for key, value in state.items()})
     try:
         atomic_write(folder / MODEL, tensors)
-        atomic_write(folder / CONFIG, config)
+        atomic_write(folder / CONFIG, described)
     except OSError as error:
         raise CheckpointError(f"cannot write the adapter to {folder}: {error.strerror or error}") from error
 

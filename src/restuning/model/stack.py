@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from restuning.errors import MethodError
+from restuning.tuners.base import copy_contract
 
 
 class Stack:
@@ -75,12 +76,10 @@ class Stack:
 class PerRow:
     """One tuner for every row of a batch: row i is tuned by `tuners[which[i]]`. Declares what they declare."""
 
-    def __init__(self, tuners: Sequence[nn.Module], which: Tensor) -> None:
-        self.like, self.which = tuners[0], which
-        self.stack = Stack([_Carrying(t) for t in tuners] if getattr(self.like, "carries", False) else tuners)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.like, name)
+    def __init__(self, tuners: Sequence[Any], which: Tensor) -> None:
+        self.which, self.parameters = which, tuners[0].parameters
+        copy_contract(tuners[0], self)
+        self.stack = Stack([_Stateful(t) for t in tuners] if tuners[0].form == "stateful" else tuners)
 
     def __call__(self, first: Any, *rest: Any) -> Any:
         if not isinstance(first, Tensor):  # a call of the attention: keys and values for all of its rows
@@ -92,22 +91,22 @@ class PerRow:
         out = self.stack(*rows, own=True, which=which)
         if isinstance(out, Tensor):
             return out.squeeze(1)
-        carry, said = out
-        rest[-1].update(carry)
-        return said[0].squeeze(1) if said else None
+        state, added = out
+        rest[-1].update(state)
+        return added[0].squeeze(1) if added else None
 
 
-class _Carrying(nn.Module):
-    """A tuner that carries, as a function: what is carried goes in and comes out."""
+class _Stateful(nn.Module):
+    """A stateful tuner as a function: its state goes in and comes out."""
 
     def __init__(self, tuner: nn.Module) -> None:
         super().__init__()
         self.tuner = tuner
 
-    def forward(self, x: Tensor, y: Tensor, carry: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
-        carry = dict(carry)
-        out = self.tuner(x, y, carry)
-        return carry, () if out is None else (out,)
+    def forward(self, x: Tensor, y: Tensor, state: dict[str, Any]) -> tuple[dict[str, Any], tuple[Tensor, ...]]:
+        state = dict(state)
+        out = self.tuner(x, y, state)
+        return state, () if out is None else (out,)
 
 
 def _own(module: nn.Module) -> dict[str, Tensor]:

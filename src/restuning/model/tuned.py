@@ -19,7 +19,7 @@ from restuning.errors import CheckpointError, MethodError
 from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import Attachment, group_by_site
 from restuning.hooks.memory import FrozenOpMemory
-from restuning.hooks.points import Tuners, backbone_lock
+from restuning.hooks.points import NamedTuners, backbone_lock
 from restuning.hooks.recompute import Replay, checkpoints, replays_nothing, switch_checkpoints
 from restuning.hooks.tail import live, tail_of
 from restuning.hooks.taps import Taps, tap
@@ -30,18 +30,19 @@ from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.denoiser import PerAdapter, Plug, each_of, joined, output_of, serves
 from restuning.model.files import (
     AdapterConfig,
-    read_config,
     check_config,
     fetch,
     fingerprint_of,
     push,
     read,
+    read_config,
     same_weights,
     write,
 )
-from restuning.model.mixed import AdapterStack, kind_of, take_rows, serve
+from restuning.model.mixed import AdapterStack, kind_of, serve, take_rows
 from restuning.model.stack import PerRow, Stack
 from restuning.side.features import ALL, TokenSelection
+from restuning.tuners.base import Mergeable
 
 
 class Tuned(nn.Module):
@@ -218,8 +219,8 @@ class Tuned(nn.Module):
             kind = "a side path" if adapter.side is not None else "full fine-tuning"
             raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
         for place, site in adapter.sites.items():
-            tuner: Any = adapter.tuners[place]
-            if not getattr(tuner, "merges", False) or site.op not in (*AFFINE, *PARTS, "words"):
+            tuner = adapter.tuners[place]
+            if not isinstance(tuner, Mergeable) or site.op not in (*AFFINE, *PARTS, "words"):
                 raise MethodError(
                     f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {place} is no change of a weight; "
                     "LoRA, SSF and BitFit on affine modules are"
@@ -230,11 +231,11 @@ class Tuned(nn.Module):
         self.gather()
         changed: dict[Site, tuple[Tensor, Tensor]] = {}
         for place, site in adapter.sites.items():
-            tuner = adapter.tuners[place]
+            change: Any = adapter.tuners[place]
             affine = site.affine(self.backbone)
             weight, bias = affine.weight, affine.bias
             bias = weight.new_zeros(len(weight)) if bias is None else bias
-            more_weight, more_bias = tuner.merged(weight, bias)
+            more_weight, more_bias = change.merged(weight, bias)
             # tuners of one site add up, each to the frozen map
             to_weight, to_bias = changed.get(site, (weight, bias))
             changed[site] = to_weight + (more_weight - weight), to_bias + (more_bias - bias)
@@ -319,7 +320,7 @@ class Tuned(nn.Module):
 
         def spoke(out: Any) -> None:
             if replays:
-                self._replay.watch([output_of(out)], partial(attachment.on, again=True))
+                self._replay.watch([output_of(out)], partial(attachment.on, recomputing=True))
 
         thrifty = torch.is_grad_enabled() and not checkpoints(self.backbone)
         with (
@@ -368,7 +369,7 @@ class Tuned(nn.Module):
 
     def _read(
         self,
-        inside: Mapping[Site, Tuners],
+        inside: Mapping[Site, NamedTuners],
         layers: Sequence[int],
         view: TokenSelection,
         frozen: bool,
@@ -379,8 +380,8 @@ class Tuned(nn.Module):
         attachment = Attachment(self.backbone, self._sites, inside)
 
         @contextmanager
-        def on(again: bool = False) -> Iterator[Taps]:
-            with attachment.on(again), tap(self.backbone, self._sites, layers, view) as taps:
+        def on(recomputing: bool = False) -> Iterator[Taps]:
+            with attachment.on(recomputing), tap(self.backbone, self._sites, layers, view) as taps:
                 yield taps
 
         # a block that is run again in a backward pass has to keep what it kept
@@ -392,7 +393,7 @@ class Tuned(nn.Module):
             raise MethodError("a side path over stages needs square maps: images as high as wide")
         trained = any(p.requires_grad for here in inside.values() for _, tuner in here for p in tuner.parameters())
         if trained and torch.is_grad_enabled() and checkpoints(self.backbone):
-            self._replay.watch(taps.features, partial(on, again=True))
+            self._replay.watch(taps.features, partial(on, recomputing=True))
         return taps.features
 
     def from_features(self, features: Features, kept: TokenSelection | None = None, *, head: bool = True) -> Any:

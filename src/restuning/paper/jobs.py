@@ -25,8 +25,8 @@ from restuning.features.bank.format import MANIFEST
 from restuning.methods.files import to_dict
 from restuning.methods.named import find_method
 from restuning.methods.spec import Bypass, Full, Residual, grid_of, on_blocks, parts_of, resize
-from restuning.model.files import read_config
 from restuning.model.files import read as read_adapter
+from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
 from restuning.paper.results import RESULTS, Record, append, key_of, read, where
 from restuning.runs.banks import build_bank
@@ -37,7 +37,7 @@ from restuning.runs.sweep import Sweep, sweep
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import loader, predict_logits, to_device
 from restuning.tuners import Adapter, Prefix, Prompt
-from restuning.utils.files import as_json, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, locked
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
 BANKS, JOBS = "banks", "jobs"

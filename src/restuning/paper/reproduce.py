@@ -19,7 +19,7 @@ from restuning.methods.spec import grid_of
 from restuning.paper.experiments import Data, Experiment, Row
 from restuning.paper.jobs import Done, Job, blank, finish, method_of, one_seed, reads_features
 from restuning.paper.results import RESULTS, key_of, read
-from restuning.utils.files import as_json, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, locked
 
 SETTINGS = "reproduce.json"
 Engine = Callable[[Sequence[Job], Path, str], Iterator[Done]]

@@ -1,60 +1,26 @@
 """Runs and banks: build one by names, and the settings that one decides."""
 
-import contextlib
-import json
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
-from torch import nn
 
-from restuning._version import __version__
-from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
-from restuning.features.bank import (
-    LIMIT,
-    Bank,
-    FromBank,
-    FromFeatures,
-    CachedFeatures,
-    build,
-    bytes_per_item,
-    cache_features,
-)
+from restuning.backbones.load import MICRO, load_backbone, reading_of
 from restuning.data import (
-    Items,
-    Prepared,
-    Preprocess,
-    Reading,
-    Task,
     Tokenise,
-    check,
     load_task,
-    prepared,
-    reading,
-    split,
 )
-from restuning.errors import CheckpointError, Diverged, RestuningError
-from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, atomic_write
-from restuning.training.initialise import initialise, needs_data
-from restuning.model.count import count
-from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
-from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, sort_key
-from restuning.utils.distributed import is_main_process, barrier
-from restuning.training.logging import bar
-from restuning.training.config import TrainConfig
-from restuning.training.loop import fit
-from restuning.side.features import MEAN
-
+from restuning.errors import RestuningError
+from restuning.features.bank import (
+    Bank,
+    build,
+)
+from restuning.methods.spec import Bypass
+from restuning.model.tuned import adapt
 from restuning.runs.settings import Run
+from restuning.side.features import MEAN
+from restuning.training.logging import bar
 
 
 def from_bank(path: str | Path) -> dict[str, Any]:

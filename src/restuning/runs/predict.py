@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restuning.model.tuned import Tuned
 from restuning.data import Items, Preprocess, Texts, load_images, prepared
+from restuning.data.objective import IGNORED
 from restuning.errors import CheckpointError, DataError, RestuningError, line
+from restuning.model.files import AdapterConfig
+from restuning.model.tuned import Tuned
+from restuning.runs.load import load_tuned, transform_of
 from restuning.training.evaluate import loader, padded
 from restuning.utils.files import atomic_write
-from restuning.data.objective import IGNORED
-from restuning.runs.load import transform_of, load_tuned
-from restuning.model.files import AdapterConfig
 
 
 def predict(

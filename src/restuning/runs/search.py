@@ -11,21 +11,22 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from restuning._types import SiteInfo, TunerConfig
-from restuning.model.tuned import adapt
-from restuning.model.adapter import AdapterModule
+from restuning._types import SiteInfo
 from restuning.backbones.load import load_backbone, reading_of
 from restuning.data import load_task, prepared
-from restuning.errors import MethodError, RestuningError
-from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, atomic_write
-from restuning.methods.spec import Method, Mix, Residual, resize
-from restuning.methods.files import to_dict
 from restuning.data.objective import objective, sort_key
-from restuning.runs.settings import Run
+from restuning.errors import MethodError, RestuningError
+from restuning.methods.files import to_dict
+from restuning.methods.spec import Method, Mix, Residual, resize
+from restuning.model.adapter import AdapterModule
+from restuning.model.tuned import adapt
 from restuning.runs.folder import run_directory
+from restuning.runs.settings import Run
+from restuning.training.evaluate import Examples, evaluate
 from restuning.training.loop import fit
 from restuning.tuners import Adapter, Lora, PromptTuning
+from restuning.tuners.base import TunerConfig, as_tuner, copy_contract
+from restuning.utils.files import as_json, atomic_write
 
 KINDS: Mapping[str, tuple[str, TunerConfig]] = {
     "adapter": ("ffn", Adapter(10, source="out")),
@@ -127,9 +128,7 @@ class ResizableTuner(nn.Module):
     def __init__(self, config: TunerConfig, info: SiteInfo, sizes: Sequence[int]) -> None:
         super().__init__()
         self.whole = config(info)
-        for trait in ("place", "source", "rewrites", "merges", "mixes_tokens"):
-            if hasattr(self.whole, trait):
-                setattr(self, trait, getattr(self.whole, trait))
+        copy_contract(as_tuner(self.whole), self)
         with torch.device("meta"):  # in a plain dict: they are shapes and a forward, not modules of this one
             self.slim: dict[int, nn.Module] = {size: _sized(config, size)(info) for size in sizes}
         self.size = max(sizes)

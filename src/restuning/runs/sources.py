@@ -1,60 +1,34 @@
 """Where a run's examples and models come from: items and a backbone, or a bank."""
 
-import contextlib
-import json
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from restuning._version import __version__
-from restuning.model.tuned import Tuned, adapt
-from restuning.backbones.load import MICRO, describe_backbone, load_backbone, preprocessing_of, reading_of
+from restuning.backbones.load import describe_backbone, load_backbone, reading_of
+from restuning.data import (
+    Items,
+    Prepared,
+    Reading,
+    Task,
+    prepared,
+    reading,
+)
 from restuning.features.bank import (
     LIMIT,
     Bank,
     FromBank,
     FromFeatures,
-    CachedFeatures,
-    build,
     bytes_per_item,
     cache_features,
 )
-from restuning.data import (
-    Items,
-    Prepared,
-    Preprocess,
-    Reading,
-    Task,
-    Tokenise,
-    check,
-    load_task,
-    prepared,
-    reading,
-    split,
-)
-from restuning.errors import CheckpointError, Diverged, RestuningError
-from restuning.training.evaluate import Examples, evaluate
-from restuning.utils.files import as_json, contents, locked, atomic_write
-from restuning.training.initialise import initialise, needs_data
-from restuning.model.count import count
-from restuning.methods.spec import Bypass, Full, Method, on_blocks, resize
 from restuning.methods.named import find_method
-from restuning.data.objective import Objective, balanced, objective, sort_key
-from restuning.utils.distributed import is_main_process, barrier
-from restuning.training.logging import bar
-from restuning.training.config import TrainConfig
-from restuning.training.loop import fit
-from restuning.side.features import MEAN
-
+from restuning.methods.spec import Full
+from restuning.model.tuned import Tuned
 from restuning.runs.settings import Run
+from restuning.training.evaluate import Examples
+from restuning.training.initialise import initialise, needs_data
 
 
 class _Prepared(Protocol):

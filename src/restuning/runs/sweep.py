@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from restuning.data import Items, Task, split
+from restuning.data.objective import objective, sort_key
+from restuning.errors import RestuningError
 from restuning.features.bank import Bank, FromFeatures
 from restuning.features.stacked import Point, scores, train
-from restuning.data import Items, Task, split
-from restuning.errors import RestuningError
-from restuning.training.evaluate import padded
-from restuning.utils.files import as_json, contents, locked, atomic_write
-from restuning.model.count import count
-from restuning.methods.named import find_method
 from restuning.methods.files import to_dict
-from restuning.data.objective import objective, sort_key
-from restuning.training.config import TrainConfig
-from restuning.runs.settings import RESULT, RUN, Run, versions
-from restuning.runs.banks import from_bank
-from restuning.runs.sources import on_bank
+from restuning.methods.named import find_method
+from restuning.model.count import count
 from restuning.model.stack import Stack
+from restuning.runs.banks import from_bank
+from restuning.runs.settings import RESULT, RUN, Run, versions
+from restuning.runs.sources import on_bank
 from restuning.side.features import TokenSelection
+from restuning.training.config import TrainConfig
+from restuning.training.evaluate import padded
+from restuning.utils.files import as_json, atomic_write, contents, locked
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 

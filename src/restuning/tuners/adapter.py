@@ -9,8 +9,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import SiteInfo, Input, Output
+from restuning._types import Input, Output, SiteInfo
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner, TunerInput
 from restuning.tuners.scale import Scale, branch_scale, check_init, check_rate, check_size
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu}
@@ -51,21 +52,21 @@ class Adapter:
             raise MethodError(f"Adapter(act={self.act!r}): expected one of {', '.join(ACTIVATIONS)}")
 
     def __call__(self, info: SiteInfo) -> nn.Module:
-        reads = info.out_features if self.source == "out" else info.in_features
-        return AdapterTuner(reads, info.out_features, self)
+        in_features = info.out_features if self.source == "out" else info.in_features
+        return AdapterTuner(in_features, info.out_features, self)
 
 
-class AdapterTuner(nn.Module):
-    """(b, n, reads) → (b, n, writes); see `Adapter`."""
+class AdapterTuner(Tuner):
+    """(b, n, in_features) → (b, n, out_features); see `Adapter`."""
 
     mixes_tokens = False
 
-    def __init__(self, reads: int, writes: int, config: Adapter) -> None:
+    def __init__(self, in_features: int, out_features: int, config: Adapter) -> None:
         super().__init__()
-        self.down = nn.Linear(reads, config.width)
-        self.up = nn.Linear(config.width, writes)
-        self.scale = branch_scale(config.scale, writes)
-        self.act, self.source = ACTIVATIONS[config.act], config.source
+        self.down = nn.Linear(in_features, config.width)
+        self.up = nn.Linear(config.width, out_features)
+        self.scale = branch_scale(config.scale, out_features)
+        self.act, self.input = ACTIVATIONS[config.act], _INPUT[config.source]
         self.factor, self.dropout = config.factor, config.dropout
         down, up, bias = _INITS[config.init]
         down(self.down.weight)
@@ -86,6 +87,7 @@ class AdapterTuner(nn.Module):
         return f"act={getattr(self.act, '__name__', self.act)}, scale={None if self.scale is None else len(self.scale)}"
 
 
+_INPUT: dict[str, TunerInput] = {"normed": "normed", "stream": "residual", "out": "output"}
 _lora = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))
 _houlsby = partial(nn.init.trunc_normal_, std=1e-3, a=-2e-3, b=2e-3)
 _bert = partial(nn.init.normal_, std=0.02)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from restuning._types import SiteInfo, Input, Output
+from restuning._types import Input, Output, SiteInfo
+from restuning.tuners.base import Tuner
 
 
 @dataclass(frozen=True)
 class Bias:
-    """BitFit (Ben Zaken et al. 2022): the change b of an affine map's bias; `writes` parameters, zero at
+    """BitFit (Ben Zaken et al. 2022): the change b of an affine map's bias; `out_features` parameters, zero at
     initialisation.
 
     A map without a bias gets one. It merges into the bias.
@@ -20,12 +21,11 @@ class Bias:
         return BiasTuner(info.out_features)
 
 
-class BiasTuner(nn.Module):
-    """(b, n, writes) → (b, n, writes); see `Bias`."""
+class BiasTuner(Tuner):
+    """(b, n, out_features) → (b, n, out_features); see `Bias`."""
 
     mixes_tokens = False
-    merges = True
-    source = "out"
+    input = "output"
 
     def __init__(self, width: int) -> None:
         super().__init__()

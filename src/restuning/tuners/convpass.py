@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import SiteInfo, Input, Output
+from restuning._types import Input, Output, SiteInfo
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.grid import patches
 from restuning.tuners.scale import check_rate, check_size
 
@@ -15,7 +16,8 @@ from restuning.tuners.scale import check_rate, check_size
 @dataclass(frozen=True)
 class Convpass:
     """Convpass (Jie and Deng 2022): s · up(QuickGELU(conv₃ₓ₃(QuickGELU(down(x))))), the convolution over the grid of
-    patches; CLS and registers pass it as grids of one. (reads + writes) r + 9 r² + 2 r + writes parameters.
+    patches; CLS and registers pass it as grids of one. (in_features + out_features) r + 9 r² + 2 r + out_features
+    parameters.
 
     width: r. factor: s. dropout: before up, in training. down is xavier-uniform, the convolution the identity, up and
     biases zero: the operation is unchanged at initialisation.
@@ -36,15 +38,17 @@ class Convpass:
         return ConvpassTuner(info.in_features, info.out_features, info.grid, self.width, self.factor, self.dropout)
 
 
-class ConvpassTuner(nn.Module):
-    """(b, n, reads) → (b, n, writes); see `Convpass`."""
+class ConvpassTuner(Tuner):
+    """(b, n, in_features) → (b, n, out_features); see `Convpass`."""
 
-    on_grid = True
+    layout = "patches"
 
-    def __init__(self, reads: int, writes: int, prefix: int, width: int, factor: float, dropout: float) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, prefix: int, width: int, factor: float, dropout: float
+    ) -> None:
         super().__init__()
         self.prefix, self.factor, self.dropout = prefix, factor, dropout
-        self.down, self.up = nn.Linear(reads, width), nn.Linear(width, writes)
+        self.down, self.up = nn.Linear(in_features, width), nn.Linear(width, out_features)
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         nn.init.xavier_uniform_(self.down.weight)
         nn.init.dirac_(self.conv.weight)

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
+from restuning.tuners.base import StatefulTuner
 from restuning.tuners.grid import patches
 from restuning.tuners.scale import check_size
 
@@ -44,34 +45,33 @@ class Dtl:
         return DtlTuner(info.in_features, self.rank, self.beta, info.block >= first, info.block == first, prefix)
 
 
-class DtlTuner(nn.Module):
+class DtlTuner(StatefulTuner):
     """(b, n, d) → (b, n, d), or nothing to add before the first write-back; see `Dtl`."""
 
-    place = "block"
-    carries = True
+    only_on = "block"
 
     def __init__(self, width: int, rank: int, beta: float, writes: bool, first: bool, prefix: int | None) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.empty(rank, width)), nn.Parameter(torch.zeros(width, rank))
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
         self.writes, self.beta, self.prefix = writes, beta, prefix
-        self.on_grid = prefix is not None
+        self.layout = "tokens" if prefix is None else "patches"
         self.conv: nn.Conv2d | None = None
-        if first and self.on_grid:
+        if first and prefix is not None:
             self.conv = nn.Conv2d(width, width, 3, padding=1, groups=width, bias=False)
             nn.init.dirac_(self.conv.weight, groups=width)
 
-    def forward(self, x: Tokens, y: Tokens, carry: dict[str, Any]) -> Tensor | None:
+    def forward(self, x: Tokens, y: Tokens, state: dict[str, Any]) -> Tensor | None:
         more = x @ self.a.T @ self.b.T
-        h: Tensor = carry["h"] + more if "h" in carry else more
-        carry["h"] = h
+        h: Tensor = state["h"] + more if "h" in state else more
+        state["h"] = h
         if not self.writes:
             return None
         out = h * torch.sigmoid(self.beta * h)
         if self.conv is not None:
-            carry["weight"] = self.conv.weight
+            state["weight"] = self.conv.weight
         if self.prefix is not None:
-            grid = F.conv2d(patches(out, self.prefix), carry["weight"].to(out.dtype), padding=1, groups=out.shape[-1])
+            grid = F.conv2d(patches(out, self.prefix), state["weight"].to(out.dtype), padding=1, groups=out.shape[-1])
             grid = grid.flatten(2).transpose(1, 2)
             out = torch.cat([out[:, : self.prefix], grid], 1)
         return out

@@ -8,25 +8,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Kernel, SiteInfo, Input, InputMaps, Output, OutputMaps
+from restuning._types import Input, InputMaps, Kernel, Output, OutputMaps, SiteInfo
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.scale import check_init, check_rate, check_size
 
 
 @dataclass(frozen=True)
 class Lora:
-    """LoRA (Hu et al. 2022): (alpha / rank) · x A Bᵀ beside an affine map; rank · (reads + writes) parameters.
+    """LoRA (Hu et al. 2022): (alpha / rank) · x A Bᵀ beside an affine map; rank · (in_features + out_features)
+    parameters.
 
-    Beside a convolution, A is one of its kernel and stride, to r channels, and B one of 1 × 1: r (reads · k² + writes).
-    In a grouped one ΔW is the matrix BA, r (reads / groups · k² + writes). Ranks that would cost more than the
-    convolution itself are cut to what it costs.
+    Beside a convolution, A is one of its kernel and stride, to r channels, and B one of 1 × 1: r (in_features · k² +
+    out_features). In a grouped one ΔW is the matrix BA, r (in_features / groups · k² + out_features). Ranks that would
+    cost more than the convolution itself are cut to what it costs.
 
     rank: r. alpha: its numerator; None: the rank, so a factor of one. dropout: on x, in training.
     A is kaiming-uniform, B zero: the map is unchanged at initialisation. It merges into the map's weight.
     Beside a table of embeddings, A is a table of r columns, zero, and B is normal, as PEFT has it.
     rank_stabilized: the factor is alpha / √rank (Kalajdzievski 2023). dora: the rows of W + ΔW are scaled to learned
-    lengths, those of W at first (Liu et al. 2024); `writes` parameters more. init: `kaiming`, or `pissa`, A and B from
-    the largest singular values of W, of which ΔW is the change (Meng et al. 2024); the map is unchanged at first.
+    lengths, those of W at first (Liu et al. 2024); `out_features` parameters more. init: `kaiming`, or `pissa`, A and B
+    from the largest singular values of W, of which ΔW is the change (Meng et al. 2024); the map is unchanged at first.
     Raises MethodError for a rank below 1 or above the widths, beside a convolution whose padding is not fixed, and for
     dora and pissa beside anything but a linear map.
     """
@@ -67,16 +69,16 @@ class Lora:
         return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
 
-class LoraTuner(nn.Module):
-    """(b, n, reads) → (b, n, writes); see `Lora`. a (rank, reads) and b (writes, rank) as PEFT has them."""
+class LoraTuner(Tuner):
+    """(b, n, in_features) → (b, n, out_features); see `Lora`. a (rank, in_features) and b (out_features, rank) as
+    PEFT has them."""
 
     mixes_tokens = False
-    merges = True
 
-    def __init__(self, reads: int, writes: int, rank: int, factor: float, dropout: float) -> None:
+    def __init__(self, in_features: int, out_features: int, rank: int, factor: float, dropout: float) -> None:
         super().__init__()
-        self.a = nn.Parameter(torch.empty(rank, reads))
-        self.b = nn.Parameter(torch.zeros(writes, rank))
+        self.a = nn.Parameter(torch.empty(rank, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, rank))
         self.factor, self.dropout = factor, dropout
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
 
@@ -90,21 +92,21 @@ class LoraTuner(nn.Module):
         return weight + self.change(), bias
 
     def change(self) -> Tensor:
-        """ΔW (writes, reads)."""
+        """ΔW (out_features, in_features)."""
         return self.factor * self.b @ self.a
 
 
 class DoraTuner(LoraTuner):
-    """(b, n, reads) → (b, n, writes); see `Lora`. length (writes,): of the rows of the map. The frozen map's own weight
-    is referred to, and not held."""
+    """(b, n, in_features) → (b, n, out_features); see `Lora`. length (out_features,): of the rows of the map. The
+    frozen map's own weight is referred to, and not held."""
 
-    def __init__(self, reads: int, writes: int, rank: int, factor: float, dropout: float) -> None:
-        super().__init__(reads, writes, rank, factor, dropout)
-        self.length = nn.Parameter(torch.ones(writes))
+    def __init__(self, in_features: int, out_features: int, rank: int, factor: float, dropout: float) -> None:
+        super().__init__(in_features, out_features, rank, factor, dropout)
+        self.length = nn.Parameter(torch.ones(out_features))
         self._frozen: tuple[Tensor, Tensor | None] = (torch.empty(0), None)
 
     def bind(self, weight: Tensor, bias: Tensor | None) -> None:
-        """The frozen map's weight (writes, reads) and bias (writes,)."""
+        """The frozen map's weight (out_features, in_features) and bias (out_features,)."""
         self._frozen = (weight, bias)
         with torch.no_grad():
             self.length.copy_(weight.norm(dim=1))
@@ -126,18 +128,18 @@ class DoraTuner(LoraTuner):
 
 
 class PissaTuner(LoraTuner):
-    """(b, n, reads) → (b, n, writes); see `Lora`. first_a, first_b: a and b as they were at first."""
+    """(b, n, in_features) → (b, n, out_features); see `Lora`. first_a, first_b: a and b as they were at first."""
 
     first_a: Tensor
     first_b: Tensor
 
-    def __init__(self, reads: int, writes: int, rank: int, factor: float, dropout: float) -> None:
-        super().__init__(reads, writes, rank, factor, dropout)
+    def __init__(self, in_features: int, out_features: int, rank: int, factor: float, dropout: float) -> None:
+        super().__init__(in_features, out_features, rank, factor, dropout)
         self.register_buffer("first_a", self.a.detach().clone())
         self.register_buffer("first_b", self.b.detach().clone())
 
     def bind(self, weight: Tensor, bias: Tensor | None) -> None:
-        """The frozen map's weight (writes, reads), of which the largest singular values are taken."""
+        """The frozen map's weight (out_features, in_features), of which the largest singular values are taken."""
         u, s, v = torch.linalg.svd(weight.detach().float(), full_matrices=False)
         root = (s[: len(self.a)] / self.factor).sqrt()
         with torch.no_grad():
@@ -157,17 +159,16 @@ class PissaTuner(LoraTuner):
         return self.factor * (self.b @ self.a - self.first_b @ self.first_a)
 
 
-class EmbeddingLoraTuner(nn.Module):
-    """Words (b, n) → (b, n, writes); see `Lora`. a (rank, words) and b (writes, rank) as PEFT has them."""
+class EmbeddingLoraTuner(Tuner):
+    """Words (b, n) → (b, n, out_features); see `Lora`. a (rank, words) and b (out_features, rank) as PEFT has them."""
 
     mixes_tokens = False
-    merges = True
-    on_maps = True
+    layout = "map"  # words (b, n) are no tokens with a width
 
-    def __init__(self, words: int, writes: int, rank: int, factor: float) -> None:
+    def __init__(self, words: int, out_features: int, rank: int, factor: float) -> None:
         super().__init__()
         self.a = nn.Parameter(torch.zeros(rank, words))
-        self.b = nn.Parameter(torch.randn(writes, rank))
+        self.b = nn.Parameter(torch.randn(out_features, rank))
         self.factor = factor
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -177,22 +178,21 @@ class EmbeddingLoraTuner(nn.Module):
         return weight + self.factor * (self.b @ self.a).T, bias
 
 
-class ConvLoraTuner(nn.Module):
-    """(b, reads, h, w) → (b, writes, h', w'); see `Lora`. a (rank, reads / groups, k, k) and b (writes, rank, 1, 1), as
-    PEFT has them where there are no groups."""
+class ConvLoraTuner(Tuner):
+    """(b, in_features, h, w) → (b, out_features, h', w'); see `Lora`. a (rank, in_features / groups, k, k) and b
+    (out_features, rank, 1, 1), as PEFT has them where there are no groups."""
 
-    merges = True
-    on_maps = True
+    layout = "map"
 
-    def __init__(self, reads: int, writes: int, kernel: Kernel, config: Lora) -> None:
+    def __init__(self, in_features: int, out_features: int, kernel: Kernel, config: Lora) -> None:
         super().__init__()
         if kernel.padding is None:
             raise MethodError("LoRA beside a convolution needs one whose padding is fixed")
-        shape = (reads // kernel.groups, *kernel.size)
+        shape = (in_features // kernel.groups, *kernel.size)
         inner = math.prod(shape)
-        rank = min(config.rank, max(1, writes * inner // (writes + inner)))
+        rank = min(config.rank, max(1, out_features * inner // (out_features + inner)))
         self.a = nn.Parameter(torch.empty(rank, *shape))
-        self.b = nn.Parameter(torch.zeros(writes, rank, 1, 1))
+        self.b = nn.Parameter(torch.zeros(out_features, rank, 1, 1))
         self.groups, self.factor, self.dropout = kernel.groups, config.factor, config.dropout
         self.settings: dict[str, Any] = {
             "stride": kernel.stride,
@@ -208,7 +208,7 @@ class ConvLoraTuner(nn.Module):
         return F.conv2d(F.conv2d(x, self.a, **self.settings), self.b * self.factor)
 
     def _change(self) -> Tensor:
-        """ΔW (writes, reads / groups, k, k)."""
+        """ΔW (out_features, in_features / groups, k, k)."""
         product = self.b.flatten(1) @ self.a.flatten(1)
         return self.factor * product.view(len(self.b), *self.a.shape[1:])
 

@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from restuning._types import SiteInfo, Input, Output
+from restuning._types import Input, Output, SiteInfo
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.scale import Scale, branch_scale, check_init, check_size
 
 
@@ -34,18 +35,18 @@ class Prefix:
         return PrefixTuner(info.in_features, info.out_features, info.heads, self.tokens, self.scale, self.init)
 
 
-class PrefixTuner(nn.Module):
-    """(b, n, reads) → (b, n, writes); see `Prefix`."""
+class PrefixTuner(Tuner):
+    """(b, n, in_features) → (b, n, out_features); see `Prefix`."""
 
     mixes_tokens = False
 
-    def __init__(self, reads: int, writes: int, heads: int, tokens: int, scale: Scale, init: str) -> None:
+    def __init__(self, in_features: int, out_features: int, heads: int, tokens: int, scale: Scale, init: str) -> None:
         super().__init__()
-        check_heads(heads, reads, writes)
+        check_heads(heads, in_features, out_features)
         self.heads = heads
-        self.keys = nn.Parameter(torch.empty(tokens, reads))
-        self.values = nn.Parameter(torch.zeros(tokens, writes))
-        self.scale = branch_scale(scale, writes)
+        self.keys = nn.Parameter(torch.empty(tokens, in_features))
+        self.values = nn.Parameter(torch.zeros(tokens, out_features))
+        self.scale = branch_scale(scale, out_features)
         nn.init.xavier_uniform_(self.keys)
         if init == "xavier":
             nn.init.xavier_uniform_(self.values)
@@ -55,10 +56,10 @@ class PrefixTuner(nn.Module):
         return attend(x, self.keys, values, self.heads)
 
 
-def check_heads(heads: int, reads: int, writes: int) -> None:
+def check_heads(heads: int, in_features: int, out_features: int) -> None:
     """Every head has the same width."""
-    if reads % heads or writes % heads:
-        raise MethodError(f"{heads} heads do not divide the widths {reads} (read) and {writes} (written)")
+    if in_features % heads or out_features % heads:
+        raise MethodError(f"{heads} heads do not divide the widths {in_features} (input) and {out_features} (output)")
 
 
 def attend(x: Input, keys: Tensor, values: Tensor, heads: int) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning._types import SiteInfo
+from restuning.tuners.base import AttentionTuner
 from restuning.tuners.prefix import check_heads
 from restuning.tuners.scale import check_size
 
@@ -31,11 +32,9 @@ class PrefixTuning:
         return PrefixTuningTuner(info.out_features, info.heads, self.tokens)
 
 
-class PrefixTuningTuner(nn.Module):
+class PrefixTuningTuner(AttentionTuner):
     """Keys and values (heads, tokens, width / heads) each, for whatever queries; see `PrefixTuning`. Heads and width
     are the keys' own, and each is there for the queries that share it."""
-
-    place = "attention"
 
     def __init__(self, width: int, heads: int, tokens: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from torch import nn
 
 from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
+from restuning.tuners.base import Tuner
 from restuning.tuners.prefix import attend, check_heads
 from restuning.tuners.scale import Scale, branch_scale, check_size
 
@@ -20,7 +21,7 @@ class Prompt:
     ever.
     scale: a learned weight of the branch, none, scalar or channel, one at initialisation.
     Raises MethodError for sizes below 1, an unknown choice, heads that do not divide the width, or an operation that
-    reads another width than it writes.
+    in_features another width than it out_features.
     """
 
     tokens: int = 10
@@ -32,12 +33,13 @@ class Prompt:
     def __call__(self, info: SiteInfo) -> nn.Module:
         if info.in_features != info.out_features:
             raise MethodError(
-                f"Prompt needs an operation of one width; this reads {info.in_features}, writes {info.out_features}"
+                f"Prompt needs an operation of one width; this one's input is {info.in_features} wide, its output "
+                f"{info.out_features}"
             )
-        return PromptTuner(info.in_features, info.heads, self.tokens, self.scale)
+        return ResPromptTuner(info.in_features, info.heads, self.tokens, self.scale)
 
 
-class PromptTuner(nn.Module):
+class ResPromptTuner(Tuner):
     """(b, n, d) → (b, n, d); see `Prompt`."""
 
     mixes_tokens = False

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from restuning._types import SiteInfo, Tokens
 from restuning.errors import MethodError
+from restuning.tuners.base import PromptTuner
 from restuning.tuners.scale import check_size
 
 
@@ -36,14 +37,12 @@ class PromptTuning:
         return PromptTuningTuner(info.in_features, self.tokens, self.span, self.unbound, self.patch)
 
 
-class PromptTuningTuner(nn.Module):
+class PromptTuningTuner(PromptTuner):
     """The tokens (b, tokens, d) for a stream (b, n, d); see `PromptTuning`."""
 
-    place = "block"
-
-    def __init__(self, width: int, tokens: int, span: str, unbound: bool, patch: int) -> None:
+    def __init__(self, width: int, tokens: int, span: Literal["block", "rest"], unbound: bool, patch: int) -> None:
         super().__init__()
-        self.rewrites, self.unbound = span, unbound
+        self.span, self.unbound = span, unbound
         self.tokens = nn.Parameter(torch.empty(tokens, width))
         bound = (6 / (3 * patch**2 + width)) ** 0.5
         nn.init.uniform_(self.tokens, -bound, bound)

@@ -6,13 +6,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from restuning._types import SiteInfo, Input, Output
+from restuning._types import Input, Output, SiteInfo
+from restuning.tuners.base import Tuner
 from restuning.tuners.scale import check_init
 
 
 @dataclass(frozen=True)
 class Ssf:
-    """SSF (Lian et al. 2022): γ ⊙ y + β of what an operation says, so (γ − 1) ⊙ y + β beside it; 2 · writes parameters.
+    """SSF (Lian et al. 2022): γ ⊙ y + β of what an operation says, so (γ − 1) ⊙ y + β beside it; 2 · out_features
+    parameters.
 
     init: `normal`, γ ~ N(1, 0.02) and β ~ N(0, 0.02) as published, or `identity`, γ = 1 and β = 0, which leaves the
     operation unchanged at initialisation. It merges into the weight and bias of an affine map or a norm.
@@ -27,12 +29,11 @@ class Ssf:
         return SsfTuner(info.out_features, self.init)
 
 
-class SsfTuner(nn.Module):
-    """(b, n, writes) → (b, n, writes); see `Ssf`."""
+class SsfTuner(Tuner):
+    """(b, n, out_features) → (b, n, out_features); see `Ssf`."""
 
     mixes_tokens = False
-    merges = True
-    source = "out"
+    input = "output"
 
     def __init__(self, width: int, init: str) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from restuning.features.bank.build import build as build
 from restuning.features.bank.read import Bank as Bank
 from restuning.features.bank.read import FromBank as FromBank
 from restuning.features.memory import LIMIT as LIMIT
-from restuning.features.memory import FromFeatures as FromFeatures
 from restuning.features.memory import CachedFeatures as CachedFeatures
+from restuning.features.memory import FromFeatures as FromFeatures
 from restuning.features.memory import bytes_per_item as bytes_per_item
 from restuning.features.memory import cache_features as cache_features

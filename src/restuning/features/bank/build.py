@@ -29,7 +29,7 @@ from restuning.features.bank.format import (
 from restuning.features.memory import tapped
 from restuning.model.tuned import Tuned
 from restuning.training.evaluate import Examples, HasEpoch
-from restuning.utils.files import as_json, locked, atomic_write
+from restuning.utils.files import as_json, atomic_write, locked
 
 
 def build(
