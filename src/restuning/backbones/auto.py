@@ -16,7 +16,7 @@ from torch import nn
 from restuning.backbones.described import describe, under
 from restuning.backbones.inputs import inputs_of as inputs_of
 from restuning.backbones.modules import count_of, kind_of, weights_in
-from restuning.backbones.sites import Sites
+from restuning.backbones.sites import CLASSIFIERS, Sites
 from restuning.backbones.trace import Ran, Trace, trace
 from restuning.errors import SiteError, TowersError
 
@@ -75,13 +75,24 @@ class _Finder:
     # ---- blocks
 
     def sites(self) -> Sites:
-        blocks = self._blocks()
-        if not blocks:
-            raise SiteError(self._refusal(blocks, 0.0))
-        found = describe(self.backbone, self.trace, blocks, self.inputs, self.share)
-        if found.found is not None and found.found.share < LEAST:
-            raise SiteError(self._refusal(blocks, found.found.share))
-        return found
+        """By the lists of blocks; where these hold too little, by what the whole calls, one after another."""
+        self._find_lists()
+        found: list[Sites] = []
+        errors: list[SiteError] = []
+        for runs in (self._expand(self.tower), self._plain(self.tower, 2), self._plain(self.tower)):
+            blocks = self._chained([ran for ran in runs if self._stream(ran)])
+            if not blocks:
+                continue
+            try:
+                found.append(describe(self.backbone, self.trace, blocks, self.inputs, self.share))
+            except SiteError as error:
+                errors.append(error)
+                continue
+            if found[-1].found is not None and found[-1].found.share >= LEAST:
+                return found[-1]
+        if errors:
+            raise errors[0]
+        raise SiteError(self._refusal(max((s.found.share for s in found if s.found), default=0.0)))
 
     def share(self, blocks: Sequence[Ran], tail: Sequence[nn.Module] = ()) -> float:
         """What blocks, and what comes after them, hold of the parameters that the forward passed."""
@@ -91,21 +102,11 @@ class _Finder:
         for module in self.tower.module.modules():
             if isinstance(module, nn.Embedding):  # words are looked up, not computed with
                 ran.pop(id(module.weight), None)
+        for path, module in self.tower.module.named_modules():
+            if isinstance(module, nn.Linear) and CLASSIFIERS & {*path.split(".")}:
+                for p in module.parameters():
+                    ran.pop(id(p), None)
         return sum(held.values()) / max(sum((ran | held).values()), 1)
-
-    def _blocks(self) -> list[Ran]:
-        self._find_lists()
-        self.stage_types = {
-            type(m)
-            for _, runs in self.lists
-            for m in self._holders(runs[0])
-            if type(m) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-        }
-        found = [ran for ran in self._expand(self.tower) if self._stream(ran)]
-        if not found or self.share(found) < LEAST:
-            plain = [ran for ran in self._plain(self.tower) if self._stream(ran)]
-            found = plain if not found or self.share(plain) >= LEAST else found
-        return self._chained(found)
 
     @staticmethod
     def _stream(ran: Ran) -> bool:
@@ -155,6 +156,12 @@ class _Finder:
             if not any(path == r.path or under(path, r.path) for other in kept if other != path for r in kept[other])
         ]
         self.elements = {kind_of(ran.module) for _, runs in self.lists for ran in runs}
+        self.stage_types = {
+            type(m)
+            for _, runs in self.lists
+            for m in self._holders(runs[0])
+            if type(m) not in (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+        }
 
     def _in_a_row(self, runs: Sequence[Ran]) -> bool:
         ordered = sorted(runs, key=lambda ran: ran.start)
@@ -186,6 +193,10 @@ class _Finder:
         if any(under(r.path, ran.path) for _, runs in self.lists for r in runs):
             return True
         kinds = {kind_of(child.module) for child in ran.children}
+        around = ran.path.rpartition(".")[0]
+        beside = {path for path, _ in self.lists if path.rpartition(".")[0] == around}
+        if beside and type(module) is nn.Sequential and type(self._owner(ran.path)) in (nn.Sequential, nn.ModuleList):
+            return all(self._stream(child) for child in ran.children)
         return isinstance(module, nn.Sequential) and bool(kinds & self.elements)
 
     def _block(self, ran: Ran) -> bool:
@@ -195,8 +206,14 @@ class _Finder:
         in_list = isinstance(self._owner(ran.path), nn.Sequential | nn.ModuleList | nn.ModuleDict)
         started = any(r.start < ran.start for _, runs in self.lists for r in runs)
         big = count_of(module) >= 0.1 * self.total and started
-        alone = weights_in(module) == 1 and count_of(module) >= 0.2 * self.total and started
-        return alone or (weights_in(module) > 1 and ((in_list and self._listed(ran)) or big))
+        owner = ran.path.rpartition(".")[0]
+        staged = (
+            weights_in(module) > 0
+            and owner
+            and any(p.rpartition(".")[0] == owner.rpartition(".")[0] for p, _ in self.lists)
+        )
+        staged = staged and type(self._owner(ran.path)) is nn.Sequential and in_list
+        return bool(staged or (weights_in(module) > 1 and ((in_list and self._listed(ran)) or big)))
 
     def _listed(self, ran: Ran) -> bool:
         """Whether it stands in a container in which there are blocks, or beside one."""
@@ -209,13 +226,14 @@ class _Finder:
     def _owner(self, path: str) -> nn.Module:
         return self.backbone.get_submodule(path.rpartition(".")[0])
 
-    def _plain(self, ran: Ran) -> Iterator[Ran]:
-        """Without lists: what the whole calls, one after another; what holds nearly all is opened."""
-        held = [child for child in ran.children if weights_in(child.module)]
-        for child in held:
-            as_tuple = sum(weights_in(inner.module) > 1 for inner in child.children) > 1
-            if as_tuple and (count_of(child.module) > 0.7 * self.total or type(child.module) is nn.Sequential):
-                yield from self._plain(child)
+    def _plain(self, ran: Ran, least: int = 1) -> Iterator[Ran]:
+        """Without lists: what the whole calls, one after another, of `least` weights; what holds nearly all is opened."""
+        for child in (child for child in ran.children if weights_in(child.module) >= least):
+            inner = [c for c in child.children if weights_in(c.module) > 1]
+            nearly = len(inner) == 1 and count_of(inner[0].module) > 0.9 * count_of(child.module)
+            many = len(inner) > 1 and (count_of(child.module) > 0.7 * self.total or type(child.module) is nn.Sequential)
+            if nearly or many:
+                yield from self._plain(child, least)
             else:
                 yield child
 
@@ -263,7 +281,7 @@ class _Finder:
             for own in around
         )
 
-    def _refusal(self, blocks: Sequence[Ran], share: float) -> str:
+    def _refusal(self, share: float) -> str:
         name = type(self.backbone).__name__
         seen = [f"{p} ({len(runs)} {type(runs[0].module).__name__})" for p, runs in self.lists] or ["no list of blocks"]
         where = self.lists[0][0] if self.lists else "PATH"

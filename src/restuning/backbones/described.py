@@ -99,7 +99,7 @@ class _Described:
                 self.notes.append(f"{op} in {len(have)} of {depth} blocks")
         if not tail.checked:
             self.notes.append("the pooling could not be tried out on a backbone that is only described")
-        after = [self.backbone.get_submodule(path) for path in (*tail.norm, *tail.post)]
+        after = [self.backbone.get_submodule(path) for path in (*tail.norm, *tail.post, *filter(None, [tail.pooler]))]
         sure = "low" if not tail.checked else "high" if {"mha", "ffn"} & ops and tail.more is None else "medium"
         anatomy = Anatomy(
             f"found in {type(self.backbone).__name__}",

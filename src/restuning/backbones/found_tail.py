@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.backbones.modules import is_norm, last_of_map, passes, width_of
-from restuning.backbones.sites import layout_of
+from restuning.backbones.sites import CLASSIFIERS, layout_of
 from restuning.backbones.trace import BATCH, WORDS, Ran, Seen, Trace, quiet, run, tensors
 from restuning.errors import SiteError
 
@@ -75,7 +75,7 @@ def _targets(backbone: nn.Module, out: Any, kept: Mapping[str, list[Any]], seen:
             c
             for c in reversed(list(seen.root.within()))
             if isinstance(c.module, nn.Linear)
-            and {*c.path.split(".")} & {"head", "fc", "classifier", "heads", "last_linear"}
+            and {*c.path.split(".")} & CLASSIFIERS
             and isinstance(out, Tensor)
             and c.output is not None
             and tuple(out.shape) == c.output.shape
@@ -113,7 +113,7 @@ def _fitting(
         splits = [(end, k) for end in range(len(modules) + 1) for k in range(end, -1, -1)]
         for end, k in splits:
             norm, post = modules[:k], modules[k:end]
-            if any(isinstance(m.module, nn.Tanh) for m in post):
+            if any(isinstance(m.module, nn.Tanh) for m in modules[:end]):
                 continue  # a pooler that was trained for another task
             try:
                 y = through([m.module for m in norm], x)

@@ -57,7 +57,25 @@ class _Operations:
         names = self._names(found, ran)
         for name, one in zip(names, found, strict=True):
             if name:
-                yield replace(one, op=name)
+                yield replace(self._past_depthwise(one, ran) if name == "ffn" else one, op=name)
+
+    def _past_depthwise(self, one: Operation, ran: Ran) -> Operation:
+        """Where a depthwise convolution comes first, as in ConvNeXt, the feed-forward part begins after it."""
+        maps = [c for c in one.calls if is_linear(c.module)]
+        if not maps or not depthwise(maps[0].module):
+            return one
+        first = next(c for c in maps if pointwise(c.module))
+        norms = [c for c in one.calls if is_norm(c.module) and maps[0].end < c.start and c.end < first.start]
+        to = seen_at([*ran.within(), ran], one.writes)
+        if first.input is None or not first.input.streams:
+            return one
+        reads = Point(first.path, "in", last_of_map(first.module, first.input))
+        if tokens_in(first.input, reads.last) != tokens_in(to, one.writes.last):
+            return one
+        stream = reads
+        if norms and norms[-1].input is not None and norms[-1].input.streams:
+            stream = Point(norms[-1].path, "in", last_of_map(norms[-1].module, norms[-1].input))
+        return replace(one, reads=reads, stream=stream, width=(width_of(first.input, reads.last), one.width[1]))
 
     def _names(self, found: Sequence[Operation], ran: Ran) -> list[str]:
         def maps_of(one: Operation) -> list[Ran]:

@@ -217,14 +217,20 @@ MOST = 0.6
 """The share of a backbone's parameters that a row of the table must hold, or it has found a part of another family."""
 
 
+CLASSIFIERS = {"head", "heads", "fc", "classifier", "last_linear"}
+"""Names under which a classifier stands."""
+
+
 def _covers(backbone: nn.Module, sites: Sites) -> bool:
     """Whether blocks, embedding and tail are most of a backbone; words and a classifier do not count."""
     paths = (*sites.blocks, *sites.norm, *sites.post, *(s.reads.path for s in sites.all if s.block is None))
     paths = (*paths, *((sites.pooler,) if sites.pooler else ()))
+    embed = sites.anatomy.embed or " "
+    paths = (*paths, *(path for path, _ in backbone.named_modules() if _named(path, embed)))
     held = {id(p): p.numel() for path in paths for p in backbone.get_submodule(path).parameters()}
     total = {id(p): p.numel() for p in backbone.parameters()}
     for path, module in backbone.named_modules():
-        head = isinstance(module, nn.Linear) and {"head", "heads", "fc", "classifier"} & {*path.split(".")}
+        head = isinstance(module, nn.Linear) and CLASSIFIERS & {*path.split(".")}
         if isinstance(module, nn.Embedding) or head:
             for p in module.parameters():
                 if id(p) not in held:

@@ -113,13 +113,15 @@ class Trace:
         return tag
 
     def origins(self, outs: Sequence[Sequence[int]]) -> Mapping[int, int]:
-        """Tensor → a bit for each of `outs`, tensors that some calls gave: whether it was computed from one of them."""
+        """Tensor → a bit for each of `outs`, tensors that some calls gave: whether it was computed from one of them,
+        by no way that leads through another."""
         bits: dict[int, int] = defaultdict(int)
         for i, tags in enumerate(outs):
             for tag in tags:
                 bits[tag] |= 1 << i
+        given = {*bits}
         for tag in sorted(self.parents):  # in the order in which they were made
-            for parent in self.parents[tag]:
+            for parent in () if tag in given else self.parents[tag]:
                 bits[tag] |= bits[parent]
         return bits
 

@@ -4,7 +4,7 @@ import copy
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from restuning.backbones.inputs import inputs_of
-from restuning.backbones.sites import Sites, find_sites
+from restuning.backbones.sites import Sites, find_sites, tower_of
 from restuning.backbones.trace import quiet, tensors
-from restuning.backbones.zoo import Unbuilt, build, families
+from restuning.backbones.zoo import Unbuilt, build
 from restuning.errors import RestuningError, TowersError, line
 from restuning.hooks.attention import merged, on_call
 from restuning.hooks.law import attach, group_by_site
@@ -68,25 +68,23 @@ class _Wrong(Exception):
     """A check that does not hold."""
 
 
-def check_families(library: str, names: Sequence[str] = ()) -> Iterator[Checked]:
-    """Try the families of a library (`names`: these alone), one after another. Raises RestuningError for unknown
-    ones."""
-    known = families(library)
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        build(library, unknown[0])  # says which are near
-    for name in names or known:
-        yield check_family(library, name, known[name])
-
-
 def check_family(library: str, family: str, kind: str) -> Checked:
     """One family; see `Checked`."""
-    found = Checked(library, family, kind)
     try:
         backbone = build(library, family)
     except Unbuilt as error:
-        found.found, found.why = "not built", str(error)
-        return found
+        return Checked(library, family, kind, found="not built", why=str(error))
+    return check_backbone(backbone, Checked(library, family, kind))
+
+
+def check_backbone(backbone: nn.Module, found: Checked | None = None) -> Checked:
+    """One model: how it is found, and which methods are right on it.
+
+    Args:
+        backbone: in eval mode; it is as it was afterwards.
+        found: what is known of it already.
+    """
+    found = found or Checked("", type(backbone).__name__, "")
     found.parameters = sum(p.numel() for p in backbone.parameters())
     found.model = type(backbone).__name__
     try:
@@ -94,9 +92,10 @@ def check_family(library: str, family: str, kind: str) -> Checked:
             sites = find_sites(backbone)
         except TowersError as error:
             found.tower = error.towers[0]
-            backbone = backbone.get_submodule(found.tower)
+            backbone = tower_of(backbone, found.tower)
             sites = find_sites(backbone)
-        inputs = _inputs(backbone)
+        inputs = {key: value[:ROWS] for key, value in _inputs(backbone).items()}
+        own, before = _hooked(backbone, sites, inputs)
     except RestuningError as error:
         found.why = str(error)
         return found
@@ -108,12 +107,6 @@ def check_family(library: str, family: str, kind: str) -> Checked:
     found.stages = len(sites.stages)
     if sites.found:
         found.share, found.sure, found.notes = sites.found.share, sites.found.sure, sites.found.notes
-    inputs = {key: value[:ROWS] for key, value in inputs.items()}
-    try:
-        own, before = _hooked(backbone, sites, inputs)
-    except Exception as error:
-        found.methods = dict.fromkeys(METHODS, f"wrong: {type(error).__name__}: {line(error)}")
-        return found
     for method in METHODS:
         found.methods[method] = _outcome(partial(_check, method, backbone, sites, inputs, own, before))
     return found
