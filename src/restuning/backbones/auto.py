@@ -227,7 +227,7 @@ class _Finder:
         return self.backbone.get_submodule(path.rpartition(".")[0])
 
     def _plain(self, ran: Ran, least: int = 1) -> Iterator[Ran]:
-        """Without lists: what the whole calls, one after another, of `least` weights; what holds nearly all is opened."""
+        """Without lists: what the whole calls, one after another, of `least` weights; what holds most is opened."""
         for child in (child for child in ran.children if weights_in(child.module) >= least):
             inner = [c for c in child.children if weights_in(c.module) > 1]
             nearly = len(inner) == 1 and count_of(inner[0].module) > 0.9 * count_of(child.module)

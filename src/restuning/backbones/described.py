@@ -1,7 +1,6 @@
 """Sites of blocks that a trace found."""
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -63,7 +62,7 @@ class _Described:
         self.every = [trace.root, *trace.root.within()]
         self.notes: list[str] = []
         self.text = "input_ids" in inputs
-        self.times = Counter(ran.path for ran in self.every)
+        self.parts: set[str] = set()
 
     def sites(self) -> Sites:
         tail = tail_of_blocks(self.backbone, self.trace, self.blocks, self.inputs, self.prefix(self.blocks[-1]))
@@ -72,13 +71,6 @@ class _Described:
             self.notes.append(
                 f"{tail.more.path or 'the whole'} counts as the last block: what comes before it branches"
             )
-        counts = Counter(ran.path for ran in self.blocks)
-        nth: Counter[str] = Counter()
-        calls: list[int | None] = []
-        for ran in self.blocks:
-            calls.append(nth[ran.path] if counts[ran.path] > 1 else None)
-            nth[ran.path] += 1
-        self.calls = calls
         operations = [operations_of(self.trace, ran) for ran in self.blocks]
         depth = len(self.blocks)
         outs = [self._out(i) for i in range(depth)]
@@ -144,7 +136,7 @@ class _Described:
 
     def _out(self, i: int) -> Point:
         ran = self.blocks[i]
-        return Point(ran.path, "out", last_of_map(ran.module, self._said(i)), call=self.calls[i])
+        return Point(ran.path, "out", last_of_map(ran.module, self._said(i)), call=ran.nth)
 
     def _start(self, first: Point) -> tuple[Point, int]:
         """Where x_0 can be seen, and its width."""
@@ -152,12 +144,12 @@ class _Described:
         read = ran.input
         if read is not None and read.streams:
             last = last_of_map(ran.module, read)
-            return Point(ran.path, "in", last, call=self.calls[0]), width_of(read, last)
+            return Point(ran.path, "in", last, call=ran.nth), width_of(read, last)
         for seen in ran.ins:
             for other in reversed(self.every):
                 if seen.streams and other.end < ran.start and other.output is not None and other.output.tag == seen.tag:
                     last = last_of_map(other.module, seen)
-                    return Point(other.path, "out", last), width_of(seen, last)
+                    return Point(other.path, "out", last, call=other.nth), width_of(seen, last)
         return first, width_of(self._said(0), first.last)  # nothing before it can be seen
 
     def prefix(self, ran: Ran) -> int:
@@ -185,24 +177,22 @@ class _Described:
         return SiteInfo(reads, width, heads, i, len(self.blocks), grid)
 
     def _of_block(self, i: int, info: SiteInfo, out: Point, operations: Sequence[Operation]) -> Iterator[Site]:
-        ran, call = self.blocks[i], self.calls[i]
+        ran = self.blocks[i]
 
         def site(
             op: str, name: str, reads: Point, writes: Point, stream: Point, here: SiteInfo, weight: Weight | None = None
         ) -> Site:
-            reads, writes, stream = (
-                p if p.call is not None or call is None else replace(p, call=call) for p in (reads, writes, stream)
-            )
             return Site(op, i, f"{i}_{name}", reads, writes, stream, here, weight)
 
         for one in operations:
-            points = (one.reads, one.writes, one.stream)
-            if call is not None and any(self.times[p.path] != self.times[ran.path] for p in points):
-                continue
             here = replace(info, in_features=one.width[0], out_features=one.width[1])
             yield site(one.op, one.op, one.reads, one.writes, one.stream, here)
         read = ran.input
-        into = Point(ran.path, "in", last_of_map(ran.module, read)) if read is not None and read.streams else out
+        into = (
+            Point(ran.path, "in", last_of_map(ran.module, read), call=ran.nth)
+            if read is not None and read.streams
+            else out
+        )
         if read is not None and into.side == "in":
             maps = len(read.shape) == len(self._said(i).shape) == 4
             if not maps and tokens_in(read, into.last) != tokens_in(self._said(i), out.last):
@@ -216,7 +206,7 @@ class _Described:
             info if into.side == "in" else replace(info, in_features=info.out_features),
         )
         for op in operations:
-            if len(op.attended) == 1 and call is None and (a := op.attended[0]).known:
+            if len(op.attended) == 1 and op.attended[0].ran.nth is None and (a := op.attended[0]).known:
                 rows, n = a.queries
                 tokens = BATCH * tokens_in(seen_at([*ran.within(), ran], op.writes), op.writes.last)
                 path = a.ran.path
@@ -226,23 +216,22 @@ class _Described:
                     yield site(
                         "attention", f"attention{'' if op.op == 'mha' else '_' + op.op}", point, point, point, keys
                     )
-        yield from self._parts(i, info, operations, site)
+        if not ran.nth:  # a map that is shared by several blocks is one: what changes it is there at every call
+            yield from self._parts(i, info, operations, site)
 
     def _parts(self, i: int, info: SiteInfo, operations: Sequence[Operation], site: Any) -> Iterator[Site]:
-        ran, call = self.blocks[i], self.calls[i]
+        ran = self.blocks[i]
         roles: dict[str, str] = {}
         for one in operations:
             maps = [c for c in one.calls if is_linear(c.module)]
             norm = next(
                 (c for c in one.calls if is_norm(c.module) and c.end < min((m.start for m in maps), default=0)), None
             )
-            after = [c for c in ran.within() if is_norm(c.module) and c.input is not None and c.path not in roles]
             if norm is not None:
                 roles.setdefault(norm.path, {"mha": "norm1", "ffn": "norm2"}.get(one.op, "norms"))
             for c in maps:
                 roles.setdefault(c.path, self._role(one, c, maps))
-            del after
-        seen: set[str] = set()
+        seen = self.parts
         for c in ran.within():
             if c.path in seen or c.input is None or c.output is None:
                 continue
@@ -250,8 +239,6 @@ class _Described:
             if not (is_linear(c.module) or (is_norm(c.module) and getattr(c.module, "weight", None) is not None)):
                 continue
             seen.add(c.path)
-            if call is not None and self.times[c.path] != self.times[ran.path]:
-                continue
             role = roles.get(c.path, kind)
             last = not isinstance(c.module, nn.Conv2d) and len(c.input.shape) == 4 and channels_last(c)
             if len(c.input.shape) not in (2, 3, 4) or not c.input.floating:
@@ -265,7 +252,7 @@ class _Described:
             into = Point(c.path, "in", last)
             here = replace(info, in_features=width[0], out_features=width[1], kernel=kernel)
             yield site(role, f"{role}_{_short_name(c.path, ran.path)}", into, out, into, here)
-        for mapped in self.trace.mapped if call is None else ():
+        for mapped in self.trace.mapped:
             if not (ran.start < mapped.at < ran.end) or mapped.weight in seen or not under(mapped.ran.path, ran.path):
                 continue
             seen.add(mapped.weight)

@@ -40,7 +40,7 @@ def operations_of(trace: Trace, ran: Ran) -> list["Operation"]:
 
 def seen_at(runs: Sequence[Ran], point: Point) -> Seen:
     """The tensor at a point of one of some calls."""
-    call = next(c for c in runs if c.path == point.path)
+    call = next(c for c in runs if (c.path, c.nth) == (point.path, point.call))
     seen = call.input if point.side == "in" else call.output
     assert seen is not None
     return seen
@@ -69,12 +69,12 @@ class _Operations:
         to = seen_at([*ran.within(), ran], one.writes)
         if first.input is None or not first.input.streams:
             return one
-        reads = Point(first.path, "in", last_of_map(first.module, first.input))
+        reads = Point(first.path, "in", last_of_map(first.module, first.input), call=first.nth)
         if tokens_in(first.input, reads.last) != tokens_in(to, one.writes.last):
             return one
         stream = reads
         if norms and norms[-1].input is not None and norms[-1].input.streams:
-            stream = Point(norms[-1].path, "in", last_of_map(norms[-1].module, norms[-1].input))
+            stream = Point(norms[-1].path, "in", last_of_map(norms[-1].module, norms[-1].input), call=norms[-1].nth)
         return replace(one, reads=reads, stream=stream, width=(width_of(first.input, reads.last), one.width[1]))
 
     def _names(self, found: Sequence[Operation], ran: Ran) -> list[str]:
@@ -165,12 +165,12 @@ class _Operations:
         if output:
             one = min(output, key=lambda c: c.end)
             assert one.output is not None
-            return Point(one.path, "out", last_of_map(one.module, one.output))
+            return Point(one.path, "out", last_of_map(one.module, one.output), call=one.nth)
         read = [c for c in inner if c.input is not None and source(c.input.tag) == source(y.tag) and c.input.streams]
         if read:
             one = min(read, key=lambda c: c.start)
             assert one.input is not None
-            return Point(one.path, "in", last_of_map(one.module, one.input))
+            return Point(one.path, "in", last_of_map(one.module, one.input), call=one.nth)
         return None
 
     def _operation(
@@ -218,7 +218,7 @@ class _Operations:
         norm = normed.get(entry)
         stream_at = reads
         if norm is not None and norm.input is not None and norm.input.streams and reads != writes:
-            stream_at = Point(norm.path, "in", last_of_map(norm.module, norm.input))
+            stream_at = Point(norm.path, "in", last_of_map(norm.module, norm.input), call=norm.nth)
         before_norm = [norm] if norm is not None else []
         return Operation(
             "", reads, writes, stream_at, width, tuple(before_norm + calls if maps or calls else ()), attended
@@ -226,7 +226,7 @@ class _Operations:
 
     @staticmethod
     def _time(inner: Sequence[Ran], point: Point, ran: Ran) -> int:
-        call = next(c for c in (*inner, ran) if c.path == point.path)
+        call = next(c for c in (*inner, ran) if (c.path, c.nth) == (point.path, point.call))
         return call.start if point.side == "in" else call.end
 
     def _reads(
@@ -245,16 +245,16 @@ class _Operations:
         n = tokens_in(to, writes.last)
         names = {c.path for c in calls}
         points = [
-            (c.input, Point(c.path, "in", last_of_map(c.module, c.input)))
+            (c.input, Point(c.path, "in", last_of_map(c.module, c.input), call=c.nth))
             for c in inner
             if c.input is not None and source(c.input.tag) == entry and c.path in names and not is_norm(c.module)
         ]
         if (norm := normed.get(entry)) is not None:
             assert norm.output is not None and norm.input is not None
-            points.append((norm.output, Point(norm.path, "out", last_of_map(norm.module, norm.output))))
-            points.append((norm.input, Point(norm.path, "in", last_of_map(norm.module, norm.input))))
+            points.append((norm.output, Point(norm.path, "out", last_of_map(norm.module, norm.output), call=norm.nth)))
+            points.append((norm.input, Point(norm.path, "in", last_of_map(norm.module, norm.input), call=norm.nth)))
         if ran.input is not None:
-            points.append((ran.input, Point(ran.path, "in", last_of_map(ran.module, ran.input))))
+            points.append((ran.input, Point(ran.path, "in", last_of_map(ran.module, ran.input), call=ran.nth)))
         for seen, point in points:
             if self._time(inner, point, ran) > self._time(inner, writes, ran):
                 continue

@@ -40,7 +40,8 @@ class Seen:
 class Ran:
     """One call of one module: when it began and ended, by the clock of the trace, and what went in and came out.
 
-    direct: whether the first argument (or the first tensor of the output) is a tensor itself, not a list of some.
+    direct: whether the first argument (or the first tensor of the output) is a tensor itself, not a list of some. nth:
+    which of its module's calls in the pass, from 0, where there are several.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Ran:
     outs: list[Seen] = field(default_factory=list)
     children: list["Ran"] = field(default_factory=list)
     direct: bool = True
+    nth: int | None = None
 
     @property
     def input(self) -> Seen | None:
@@ -302,6 +304,12 @@ def trace(backbone: nn.Module, inputs: Mapping[str, Any]) -> Trace:
             stack.callback(module.register_forward_pre_hook(before(path), with_kwargs=True).remove)
             stack.callback(module.register_forward_hook(after).remove)
         out = run(backbone, inputs)
+    calls: dict[str, list[Ran]] = {}
+    for ran in roots[0].within():
+        calls.setdefault(ran.path, []).append(ran)
+    for several in calls.values():
+        for nth, ran in enumerate(several if len(several) > 1 else ()):
+            ran.nth = nth
     return Trace(roots[0], out, recorder.sums, recorder.alike, recorder.attended, recorder.mapped, recorder.parents)
 
 

@@ -253,7 +253,7 @@ def _hooked(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor]) -> 
         with quiet(backbone):
             out = backbone(**inputs)
     nth: dict[str, int] = {}
-    layers = [_tokens_of(ins[0], sites, 0)]
+    layers = [_tokens_of(ins[start.call or 0], sites, 0)]
     for i, path in enumerate(sites.blocks):
         k = nth.get(path, 0)
         nth[path] = k + 1
@@ -398,8 +398,8 @@ INTRODUCTION = (
     "parameters in the blocks and what follows them (`restuning.backbones.auto`). A method is ✓ if, on a random model,",
     "features are those that hooks of the check's own see, the pooled feature is the model's own, the output at",
     "initialisation is the backbone's (but for bypass and prefix, which are not zero then), the backbone has no",
-    "gradient, what is saved and loaded gives the same output to the bit, and the backbone is as it was after `unload`.",
-    "LoRA is on `all-linear`.",
+    "gradient, what is saved and loaded gives the same output to the bit, and the backbone is after `unload` as it was",
+    "before. LoRA is on `all-linear`.",
 )
 
 

@@ -49,6 +49,8 @@ class AdapterModule(nn.Module):
             if isinstance(part, Residual):
                 for op, tuner_config in part.tuners.items():
                     for site in sites.at(op, part.blocks, part.exclude):
+                        if op == "all-linear" and _narrow(site, tuner_config):
+                            continue
                         self._add(backbone, sites, site, tuner_config)
             elif isinstance(part, Bypass):
                 self.path = sites.stages if _over_stages(sites, part) else self.path
@@ -168,6 +170,11 @@ class Reader(nn.Module):
             features = tuple(x.detach() for x in features)
         pooled = self.adapter.pooled(features, self.tail)
         return self.adapter.head(pooled) if head else pooled
+
+
+def _narrow(site: Site, config: TunerConfig) -> bool:
+    """Whether a map is narrower than the rank: among all linear maps there may be a few that LoRA has no use for."""
+    return site.info.kernel is None and getattr(config, "rank", 0) > min(site.info.in_features, site.info.out_features)
 
 
 def _view(sites: Sites, method: Method, pool: str) -> TokenSelection:
