@@ -8,7 +8,7 @@ import timm
 import torch
 import transformers as hf
 from timm.models.mlp_mixer import MlpMixer
-from tiny import GROUPED, HF, MORE, TEXT, TINY, Keywords, Tiny
+from tiny import GROUPED, HF, MORE, TEXT, TINY, Keywords, Tiny, small
 from torch import Tensor, nn
 
 import restuning as rt
@@ -20,6 +20,7 @@ from restuning.cli.main import main
 from restuning.errors import RestuningError, SiteError, TowersError
 from restuning.hooks.tail import tail_of
 from restuning.hooks.taps import tap
+from restuning.utils.profiling import saved_bytes
 
 SMALL = ("timm-resnext",)
 """At this size its stem holds more than its blocks, which a trace does not take for a backbone's."""
@@ -256,3 +257,66 @@ def test_totals_count_what_is_right_and_what_is_wrong() -> None:
     )
     more = {"share": 0.9, "tower": "", "blocks": 2, "stages": 1, "pool": "cls", "why": ""}
     assert "| b | refused 90% |" in page([{**one, **more} for one in (ok, bad, wrong)])
+
+
+ASKED = ("gpt2", "distilbert", "t5-encoder", "albert", "phi", "segformer")
+"""Families without a row that PEFT's own tests and examples use most, for text and for images."""
+
+
+def examples(name: str, rows: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(2)
+    if name == "segformer":
+        return {"pixel_values": torch.randn(rows, 3, 64, 64, generator=draw)}
+    return {"input_ids": torch.randint(3, 50, (rows, 7), generator=draw)}
+
+
+@pytest.mark.parametrize("method", ["bypass", "res-tuning"])
+@pytest.mark.parametrize("name", ASKED)
+def test_a_family_without_a_row_is_trained_kept_mixed_and_compiled(name: str, method: str) -> None:
+    """A step that lowers the loss, features that are kept and read again, two adapters in one batch, one graph."""
+    tuned, inputs, labels = rt.adapt(made(name), method, 3, "first"), examples(name, 4), torch.tensor([0, 1, 2, 1])
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.05)
+    losses = []
+    for _ in range(3):
+        loss = tuned(**inputs, labels=labels)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        out = tuned(**inputs)
+        assert torch.equal(tuned.from_features(tuned.features(**inputs)), out)
+        tuned.add_adapter("second", method, 3)
+        nn.init.normal_(tuned.adapters["second"].head.weight)
+        other = tuned(**inputs)
+        mixed = tuned(**inputs, adapter_names=["first", "second", None, "first"])
+        torch.testing.assert_close(mixed[[0, 3], :3], out[[0, 3]], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mixed[[1], :3], other[[1]], rtol=1e-4, atol=1e-5)
+        tuned.set_adapter("first")
+        tuned.compile(backend="eager")
+        torch.testing.assert_close(tuned(**inputs), out, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["linear", "bypass", "res-tuning", "lora"])
+@pytest.mark.parametrize("name", ["timm-vit", "bert", "timm-swin", "timm-convnext"])
+def test_a_found_anatomy_keeps_as_much_for_backward_as_a_written_one(name: str, method: str) -> None:
+    tiny = WRITTEN[name]
+    inputs = tiny.inputs(batch=3)
+    given = {"input_ids": torch.randint(3, 50, (3, 12))} if "input_ids" in inputs else inputs
+    kept = []
+    for found in (False, True):
+        backbone = tiny.backbone()
+        sites = find(backbone, given) if found else find_sites(backbone)
+        spec = small(method, sites.anatomy.family)
+        tuned = rt.adapt(backbone, spec, 3, anatomy=sites).train()
+        kept.append(saved_bytes(lambda: tuned(**given), tuned.parameters()))  # noqa: B023
+    assert kept[0] == kept[1]
+
+
+def test_what_is_only_described_is_found_as_what_is_there() -> None:
+    """A bank and `restuning sites` describe a backbone, on the meta device."""
+    for name in ("gpt2", "segformer", "albert"):
+        with torch.device("meta"):
+            described = FOUND[name]()
+        assert find_sites(described) == find_sites(made(name))

@@ -5,12 +5,14 @@ after another, the sums that end an operation, the softmax inside an attention, 
 What follows the blocks is tried out, and kept if it gives the backbone's own output.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import nn
 
 from restuning.backbones.described import describe, under
@@ -36,6 +38,8 @@ def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None, root: str
         SiteError: in one line, what was seen, where it cannot be read, where its blocks hold less than 60 % of its
             parameters, or where nothing that is known gives its output.
     """
+    if inputs is None and any(p.is_meta for p in backbone.parameters()) and (twin := _twin(backbone)) is not None:
+        return find(twin, root=root)
     known = _KNOWN.get(backbone, {})
     if inputs is None and root in known:
         return known[root]
@@ -52,6 +56,30 @@ def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None, root: str
     if inputs is None:
         _KNOWN.setdefault(backbone, {})[root] = found
     return found
+
+
+TWIN = 200_000_000
+"""Parameters up to which a backbone that is only described is built, with random weights, to try its pooling out."""
+
+
+def _twin(backbone: nn.Module) -> nn.Module | None:
+    """A small described backbone with values; None where it is large, or nothing says how it is built."""
+    if count_of(backbone) > TWIN:
+        return None
+    timm, config = getattr(backbone, "pretrained_cfg", None), getattr(backbone, "config", None)
+    kind: Any = type(backbone)
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        try:
+            if config is not None:
+                return kind(copy.deepcopy(config)).float().eval()  # type: ignore[no-any-return]
+            if isinstance(timm, Mapping):
+                from timm import create_model
+
+                return create_model(timm["architecture"], num_classes=0).eval()  # type: ignore[no-any-return]
+        except Exception:  # it is built in a way of its own
+            return None
+    return None
 
 
 _KNOWN: "WeakKeyDictionary[nn.Module, dict[str, Sites]]" = WeakKeyDictionary()
