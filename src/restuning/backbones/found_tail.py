@@ -129,8 +129,8 @@ def _fitting(
                 except Exception:
                     continue
                 if _same(z, wanted):
-                    paths = [tuple(m.path for m in some) for some in (norm, post)]
-                    return FoundTail(*paths, None, pool, skip, z.shape[1], True)
+                    ahead, behind = (tuple(m.path for m in some) for some in (norm, post))
+                    return FoundTail(ahead, behind, None, pool, skip, z.shape[1], True)
             if k == end and k < len(modules):
                 pooler = modules[k]
                 try:

@@ -99,7 +99,7 @@ class _Operations:
             maps = [c.module for c in maps_of(found[0])]
             if any(depthwise(m) for m in maps[1:]):  # an inverted bottleneck is a block of convolutions
                 names = [""]
-        kept = {}
+        kept: dict[str, int] = {}
         for i, name in enumerate(names):
             if name == "mha" and attends[i] and "mha" in kept:
                 names[i] = "cross" if "cross" not in kept else ""
@@ -196,18 +196,15 @@ class _Operations:
         if not calls or not ends:
             return None
         attended = tuple(a for a in self.trace.attended if ran.start < a.at < ran.end and a.tag in before)
-        writes, to = None, y
-        if (point := self._producer(inner, y)) is not None:
-            writes = point
-        else:  # a product with a bare parameter: what it is a product of
-            todo = [(y.tag, 0)]
-            while todo and writes is None:
-                tag, steps = todo.pop(0)
-                for parent in sorted(self.trace.parents.get(tag, ()), reverse=True):
-                    like = Seen(parent, y.shape, True)
-                    writes = writes or (self._producer(inner, like) if parent in before else None)
-                    if steps < 3:
-                        todo.append((parent, steps + 1))
+        writes = self._producer(inner, y)
+        near = [(y.tag, 0)]
+        while near and writes is None:  # a product with a bare parameter: what it is a product of
+            tag, steps = near.pop(0)
+            for parent in sorted(self.trace.parents.get(tag, ()), reverse=True):
+                like = Seen(parent, y.shape, True)
+                writes = writes or (self._producer(inner, like) if parent in before else None)
+                if steps < 3:
+                    near.append((parent, steps + 1))
         if writes is None:
             return None
         to = seen_at(inner, writes)

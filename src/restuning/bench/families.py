@@ -319,7 +319,7 @@ def _law_holds(tuned: Tuned, sites: Sites, inputs: Mapping[str, Tensor], own: Se
     """The first block's output is its own plus what the tuner adds, which is worked out here."""
     backbone = tuned.backbone
     site = next(s for s in sites.at("block") if s.block == 0)
-    tuner = tuned.adapters["default"].tuners[site.name]  # type: ignore[index, union-attr]
+    tuner = dict(tuned._find("default").inside)[site]
     with torch.no_grad():
         layers = [0, 1] if site.reads.side == "in" else [1, 1]
         x, y = (own[layer] for layer in layers)
@@ -328,12 +328,13 @@ def _law_holds(tuned: Tuned, sites: Sites, inputs: Mapping[str, Tensor], own: Se
         if x.shape[1] != y.shape[1]:
             return  # pooled on the way: the tuner's own tests say how
         want = y + tuner(x, y)
-        kept: list[Tensor] = []
         inside = group_by_site((site, "", tuner) for site, tuner in tuned._find("default").inside if site.block == 0)
         with quiet(backbone), attach(backbone, sites, inside), tap(backbone, sites, [1]) as taps:
             backbone(**inputs)
-        kept = list(taps.features)
-    _require(torch.allclose(kept[0], want, rtol=1e-4, atol=1e-5), "OP(x) + tuner(x) is not what the first block gives")
+    _require(
+        torch.allclose(taps.features[0], want, rtol=1e-4, atol=1e-5),
+        "OP(x) + tuner(x) is not what the first block gives",
+    )
 
 
 def _attention_is_understood(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor], before: Any) -> None:

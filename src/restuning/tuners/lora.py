@@ -120,7 +120,8 @@ class DoraTuner(LoraTuner):
             y = y - bias
         # the length of the rows is taken for a constant in the backward pass, as published (Section 4.3)
         scale = self.length / (weight + self.change()).norm(dim=1).detach()
-        return (scale - 1) * y + scale * self.factor * F.linear(F.linear(x, self.a), self.b)
+        added: Tensor = (scale - 1) * y + scale * self.factor * F.linear(F.linear(x, self.a), self.b)
+        return added
 
     def merged(self, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         changed = weight + self.change()
