@@ -160,7 +160,7 @@ def test_a_text_is_pooled_by_what_sees_all_of_it() -> None:
 
 def test_a_model_without_a_configuration_is_traced_on_what_it_is_given() -> None:
     model, x = Keywords().eval(), torch.randn(3, 5, 8)
-    with pytest.raises(SiteError, match="Keywords does not say what it reads: expected a configuration"):
+    with pytest.raises(SiteError, match="no known anatomy fits Keywords, and it does not say what it reads"):
         find_sites(model)
     sites = find_sites(model, inputs={"x": x})
     assert sites.blocks == ("layers.0", "layers.1", "layers.2") and sites.norm == ("final",) and sites.pool == "cls"

@@ -56,8 +56,8 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
         yield from pixels(3, [(side, side), (299, 299)], _first_name(backbone))
         return
     raise SiteError(
-        f"{type(backbone).__name__} does not say what it reads: expected a configuration of timm, transformers or "
-        "torchvision; give find_sites(backbone, inputs={...}) the arguments of one forward, "
+        f"no known anatomy fits {type(backbone).__name__}, and it does not say what it reads, to be traced: expected a "
+        "configuration of timm, transformers or torchvision, or describe it with restuning.Anatomy; or give find_sites(backbone, inputs={...}) the arguments of one forward, "
         f"{BATCH} rows, and pass the result as anatomy="
     )
 
