@@ -27,7 +27,7 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
 
     if isinstance(timm, Mapping) and "input_size" in timm:
         channels, *size = timm["input_size"]
-        low = () if timm.get("fixed_input_size") or min(size) <= 128 else ((128, 128),)
+        low = () if timm.get("fixed_input_size") or min(size) <= 128 else ((64, 64), (128, 128))
         own = _size(getattr(getattr(backbone, "patch_embed", None), "img_size", None))  # where it was built for another
         yield from pixels(channels, (*((own,) if own else low), (size[0], size[1])), _first_name(backbone))
         return
@@ -57,8 +57,8 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
         return
     raise SiteError(
         f"no known anatomy fits {type(backbone).__name__}, and it does not say what it reads, to be traced: expected a "
-        "configuration of timm, transformers or torchvision, or describe it with restuning.Anatomy; or give find_sites(backbone, inputs={...}) the arguments of one forward, "
-        f"{BATCH} rows, and pass the result as anatomy="
+        "configuration of timm, transformers or torchvision; describe it with restuning.Anatomy, or give "
+        f"find_sites(backbone, inputs={{...}}) the arguments of one forward, {BATCH} rows, and pass the result as anatomy="
     )
 
 
