@@ -26,27 +26,26 @@ LEAST = 0.6
 """The share of the parameters that the blocks must hold."""
 
 
-def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None, root: str = "") -> Sites:
+def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
     """The sites of a backbone that no row of the table fits.
 
     Args:
         backbone: any module whose forward runs blocks one after another.
         inputs: keyword arguments of one forward, of `BATCH` rows; None: as the backbone's own configuration says.
-        root: the path of the tower that is meant, where there are several.
 
     Raises:
+        TowersError: of a model with several towers, which are to be passed one by one.
         SiteError: in one line, what was seen, where it cannot be read, where its blocks hold less than 60 % of its
             parameters, or where nothing that is known gives its output.
     """
     if inputs is None and any(p.is_meta for p in backbone.parameters()) and (twin := _twin(backbone)) is not None:
-        return find(twin, root=root)
-    known = _KNOWN.get(backbone, {})
-    if inputs is None and root in known:
-        return known[root]
+        return find(twin)
+    if inputs is None and backbone in _KNOWN:
+        return _KNOWN[backbone]
     given = [inputs] if inputs is not None else list(inputs_of(backbone))
     for i, one in enumerate(given):
         try:
-            found = _Finder(backbone, one, root).sites()
+            found = _Finder(backbone, one).sites()
             break
         except TowersError:
             raise
@@ -54,7 +53,7 @@ def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None, root: str
             if i + 1 == len(given):
                 raise
     if inputs is None:
-        _KNOWN.setdefault(backbone, {})[root] = found
+        _KNOWN[backbone] = found
     return found
 
 
@@ -82,32 +81,27 @@ def _twin(backbone: nn.Module) -> nn.Module | None:
     return None
 
 
-_KNOWN: "WeakKeyDictionary[nn.Module, dict[str, Sites]]" = WeakKeyDictionary()
+_KNOWN: "WeakKeyDictionary[nn.Module, Sites]" = WeakKeyDictionary()
 
 
 class _Finder:
-    def __init__(self, backbone: nn.Module, inputs: Mapping[str, Any], root: str) -> None:
-        self.backbone, self.inputs, self.top = backbone, inputs, root
-        self.described = any(p.is_meta for p in backbone.parameters())
+    def __init__(self, backbone: nn.Module, inputs: Mapping[str, Any]) -> None:
+        self.backbone, self.inputs = backbone, inputs
         self.trace: Trace = trace(backbone, inputs)
-        self.calls = [self.trace.root, *self.trace.root.within()]
-        tower = [ran for ran in self.calls if ran.path == root]
-        if not tower:
-            raise SiteError(f"no module {root!r} is called by {type(backbone).__name__}: expected the path of a tower")
-        self.tower = tower[0]
+        self.root = self.trace.root
+        self.calls = [self.root, *self.root.within()]
         ran = {id(p): p.numel() for c in self.calls for p in c.module.parameters(recurse=False)}
         self.total = sum(ran.values())
         self.elements: set[Any] = set()
+        self.stage_types: set[type] = set()
         self.lists: list[tuple[str, list[Ran]]] = []
-
-    # ---- blocks
 
     def sites(self) -> Sites:
         """By the lists of blocks; where these hold too little, by what the whole calls, one after another."""
         self._find_lists()
         found: list[Sites] = []
         errors: list[SiteError] = []
-        for runs in (self._expand(self.tower), self._plain(self.tower, 2), self._plain(self.tower)):
+        for runs in (self._expand(self.root), self._plain(self.root, 2), self._plain(self.root)):
             blocks = self._chained([ran for ran in runs if self._stream(ran)])
             if not blocks:
                 continue
@@ -127,10 +121,10 @@ class _Finder:
         modules = [*(ran.module for ran in blocks), *tail]
         held = {id(p): p.numel() for module in modules for p in module.parameters()}
         ran = {id(p): p.numel() for c in self.calls for p in c.module.parameters(recurse=False)}
-        for module in self.tower.module.modules():
+        for module in self.backbone.modules():
             if isinstance(module, nn.Embedding):  # words are looked up, not computed with
                 ran.pop(id(module.weight), None)
-        for path, module in self.tower.module.named_modules():
+        for path, module in self.backbone.named_modules():
             if isinstance(module, nn.Linear) and CLASSIFIERS & {*path.split(".")}:
                 for p in module.parameters():
                     ran.pop(id(p), None)
@@ -146,7 +140,7 @@ class _Finder:
         Of lists in lists the inner ones are meant, unless they run side by side or hold too little.
         """
         first: dict[str, Ran] = {}
-        for ran in self.tower.within():
+        for ran in self.root.within():
             first.setdefault(ran.path, ran)
         inside: dict[str, list[Ran]] = {}
         for path, module in self.backbone.named_modules():
@@ -201,7 +195,7 @@ class _Finder:
 
     def _holders(self, ran: Ran) -> Iterator[nn.Module]:
         """The called modules around a block, but for the whole."""
-        while ran.parent is not None and ran.parent is not self.tower and ran is not self.tower:
+        while ran.parent is not None and ran.parent is not self.root and ran is not self.root:
             ran = ran.parent
             yield ran.module
 
@@ -247,9 +241,9 @@ class _Finder:
         """Whether it stands in a container in which there are blocks, or beside one."""
         parent = ran.path.rpartition(".")[0]
         around = parent.rpartition(".")[0]
-        return any(
-            path == parent or (under(path, around) and around != self.tower.path) for path, _ in self.lists
-        ) or any(under(r.path, parent) for _, runs in self.lists for r in runs)
+        return any(path == parent or (under(path, around) and around != "") for path, _ in self.lists) or any(
+            under(r.path, parent) for _, runs in self.lists for r in runs
+        )
 
     def _owner(self, path: str) -> nn.Module:
         return self.backbone.get_submodule(path.rpartition(".")[0])

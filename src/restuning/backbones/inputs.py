@@ -58,7 +58,7 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
     raise SiteError(
         f"no known anatomy fits {type(backbone).__name__}, and it does not say what it reads, to be traced: expected a "
         "configuration of timm, transformers or torchvision; describe it with restuning.Anatomy, or give "
-        f"find_sites(backbone, inputs={{...}}) the arguments of one forward, {BATCH} rows, and pass the result as anatomy="
+        f"find_sites(backbone, inputs={{...}}) the arguments of a forward, {BATCH} rows; pass the result as anatomy="
     )
 
 

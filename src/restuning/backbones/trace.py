@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from restuning.errors import SiteError, line
 
@@ -145,12 +146,16 @@ VIEWS = {
     *("dropout", "swapaxes", "movedim", "to", "float", "type_as", "clone", "expand", "alias", "view_as", "reshape_as"),
 }
 SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
-TAG = "_restuning_tag"
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, names: Mapping[int, str]) -> None:
+    """What is known of a tensor is kept beside it, in a table that does not keep it alive."""
+
+    def __init__(self, names: Mapping[int, str], frozen: set[int]) -> None:
+        """names: of parameters, by their id. frozen: ids of parameters and buffers, which no tensor follows from."""
         super().__init__()
+        self.known: Any = WeakTensorKeyDictionary()
+        self.frozen = frozen
         self.names, self.clock, self.tags = names, 0, 0
         self.sums: list[tuple[int, Seen, Seen, Seen]] = []
         self.alike: dict[int, int] = {}
@@ -165,12 +170,12 @@ class _Recorder(TorchFunctionMode):
         return self.clock
 
     def seen(self, t: Tensor, new: bool = False) -> Seen:
-        tag = None if new else t.__dict__.get(TAG)
+        tag = None if new else self.known.get(t)
         if tag is None:
             self.tags += 1
             tag = self.tags
-            if not isinstance(t, nn.Parameter):
-                setattr(t, TAG, tag)
+            if id(t) not in self.frozen:
+                self.known[t] = tag
         return Seen(tag, tuple(t.shape), t.is_floating_point())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -178,7 +183,7 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__", "size", "dim", "numel", "stride", "is_floating_point"):
             return func(*args, **kwargs)
-        given = [self.seen(t) for t in tensors((args, kwargs)) if not isinstance(t, nn.Parameter)]
+        given = [self.seen(t) for t in tensors((args, kwargs)) if id(t) not in self.frozen]
         before = {t.tag for t in given}
         out = func(*args, **kwargs)
         made = list(tensors(out))
@@ -186,7 +191,7 @@ class _Recorder(TorchFunctionMode):
             return out
         at = self.tick()
         for t in made:
-            fresh = t.__dict__.get(TAG) in (None, *before)
+            fresh = self.known.get(t) in (None, *before)
             if fresh:
                 self.parents.setdefault(self.seen(t, new=True).tag, set()).update(before)
         first = made[0]
@@ -278,7 +283,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
 def trace(backbone: nn.Module, inputs: Mapping[str, Any]) -> Trace:
     """Run `backbone` once on `inputs`, without gradients, and record it. Raises SiteError if it fails."""
     names = {id(p): name for name, p in backbone.named_parameters(remove_duplicate=False)}
-    recorder = _Recorder(names)
+    frozen = {id(t) for t in (*backbone.parameters(), *backbone.buffers())}
+    recorder = _Recorder(names, frozen)
     roots: list[Ran] = []
 
     def before(path: str) -> Callable[..., None]:
