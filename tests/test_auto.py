@@ -15,11 +15,13 @@ import restuning as rt
 from restuning.backbones.auto import find
 from restuning.backbones.sites import find_sites
 from restuning.backbones.zoo import build, families
-from restuning.bench.families import METHODS, check_backbone, page, totals
+from restuning.bench.families import METHODS, check_backbone
+from restuning.bench.pages import page, totals
 from restuning.cli.main import main
 from restuning.errors import RestuningError, SiteError, TowersError
 from restuning.hooks.tail import tail_of
 from restuning.hooks.taps import tap
+from restuning.side.features import FeatureRequest
 from restuning.utils.profiling import saved_bytes
 
 SMALL = ("timm-resnext",)
@@ -70,10 +72,10 @@ def test_written_rows_and_found_ones_agree(tiny: Tiny, request: pytest.FixtureRe
     with torch.no_grad():
         pooled = []
         for sites in (written, found):
-            with tap(backbone, sites, range(len(sites.blocks) + 1)) as taps:
+            with tap(backbone, sites, FeatureRequest(tuple(range(len(sites.blocks) + 1)))) as taps:
                 backbone(**inputs)
             pool = None if found.pool == written.pool else written.pool
-            pooled.append((taps.features, tail_of(backbone, sites, pool)(taps.features[-1])))
+            pooled.append((taps.features.tensors(), tail_of(backbone, sites, pool)(taps.features.last)))
         (features, wanted), (others, got) = pooled
         assert all(torch.equal(a, b) for a, b in zip(features, others, strict=True))
         torch.testing.assert_close(got, wanted)
@@ -142,15 +144,15 @@ def test_one_layer_called_three_times_is_three_blocks() -> None:
     handle = model.get_submodule(sites.blocks[0]).register_forward_hook(
         lambda m, args, out: outs.append(out[0] if isinstance(out, tuple) else out)
     )
-    with torch.no_grad(), tap(model, sites, range(4)) as taps:
+    with torch.no_grad(), tap(model, sites, FeatureRequest((0, 1, 2, 3))) as taps:
         model(input_ids=ids)
     handle.remove()
-    assert all(torch.equal(a, b) for a, b in zip(taps.features[1:], outs, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(taps.features.tensors()[1:], outs, strict=True))
     tuned = rt.adapt(model, rt.Residual({"block": rt.Adapter(3)}, blocks=(1,)))
     nn.init.normal_(tuned.adapters["default"].tuners["1_block"].up.bias)
-    with torch.no_grad(), tuned._attached() if hasattr(tuned, "_attached") else torch.no_grad():
+    with torch.no_grad():
         changed = tuned.features(input_ids=ids)
-    assert not torch.equal(changed[-1], outs[-1])
+    assert not torch.equal(changed.last, outs[-1])
 
 
 def test_a_text_is_pooled_by_what_sees_all_of_it() -> None:

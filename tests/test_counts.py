@@ -117,13 +117,30 @@ def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert {name: counts[name]["trainable"] for name in GOLDEN} == GOLDEN
     assert set(counts) == set(rt.METHODS)
     assert counts["noah"]["tuners"] <= 360_000
-    heads = {"bypass-mean": 2, "bypass-grid2": 5, "bypass-grid4": 17, "ladder-grid4": 17}
+    tokens = {"bypass-mean": 2, "bypass-grid2": 5, "bypass-grid4": 17, "ladder-grid4": 17, "linear-all-gated": 2}
+    reads = {name: 768 * n for name, n in tokens.items()}  # what the head reads, if not one token
+    every = 2 * 13 * 768
+    reads |= {"linear-all": every, "bypass-query": every + 8 * 64, "bypass-attention": every + 2 * 64}
     for name, c in counts.items():
         assert c["trainable"] == c["tuners"] + c["head"]
-        assert c["head"] == 100 * (768 * heads.get(name, 1) + 1)
+        assert c["head"] == 100 * (reads.get(name, 768) + 1)
     for name, c in counts.items():
         if name != "full":
             assert c["total"] == 85_798_656 + c["trainable"]
+
+
+def test_paths_of_attention(vit) -> None:
+    """By arithmetic: projections of 13 layers, queries, and of 4 stages the attention and its norms."""
+    attention = 4 * (64 * 64 + 64)
+    query = {"tuners": 8 * 64 + 4 * (attention + 4 * 64) + 2 * 64, "head": 100 * (2 * 13 * 768 + 8 * 64 + 1)}
+    alone = {"tuners": 4 * (attention + 2 * 64) + 2 * 64, "head": 100 * (2 * 13 * 768 + 2 * 64 + 1)}
+    for part, expected in ((rt.BypassQuery, query), (rt.BypassAttention, alone)):
+        for components, rows in ((None, 768), (64, 64)):
+            counts = rt.count(rt.adapt(vit, part(components=components), 100))
+            assert counts["tuners"] == expected["tuners"] + 13 * rows * 64 and counts["head"] == expected["head"]
+        gated = rt.count(rt.adapt(vit, part(readout="gated"), 100))
+        assert gated["tuners"] == expected["tuners"] + 13 * 768 * 64 + 2 * 13 * 768
+        assert gated["head"] == expected["head"] - 100 * 2 * 12 * 768
 
 
 def test_clip_vit_l_14(tmp_path: Path) -> None:

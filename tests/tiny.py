@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -249,6 +249,8 @@ def small(method: str, family: str = "") -> Any:
         return rt.Ladder(4)
     if method == "ladder-grid4":
         return rt.Ladder(4, grid=2)
+    if method in ("bypass-query", "bypass-attention"):
+        return replace(find_method(method), width=8, stages=2, heads=2, **({"queries": 2} if "query" in method else {}))
     if method == "side-tuning":
         return rt.SideTuning(rt.SmallCnn(4))
     return rt.resize(find_method(method, family), 3)
@@ -267,6 +269,7 @@ _STAGES = {
     **dict.fromkeys(("lst", "ladder-grid4"), "a ladder needs blocks of one width: .* has stages of widths"),
     **dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "PromptTuning needs blocks of one width"),
     **dict.fromkeys(("dtl", "dtl-plus"), "Dtl needs blocks of one width"),
+    "linear-all-gated": "gates sum layers of one width: .* has",
 }
 _CONVNEXT = {
     **_STAGES,

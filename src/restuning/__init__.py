@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from restuning._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from restuning._types import Features as Features
     from restuning._types import Kernel as Kernel
     from restuning._types import SiteInfo as SiteInfo
     from restuning.backbones.anatomy import Anatomy as Anatomy
@@ -23,8 +22,11 @@ if TYPE_CHECKING:
     from restuning.errors import RestuningError as RestuningError
     from restuning.methods import METHODS as METHODS
     from restuning.methods import Bypass as Bypass
+    from restuning.methods import BypassAttention as BypassAttention
+    from restuning.methods import BypassQuery as BypassQuery
     from restuning.methods import Full as Full
     from restuning.methods import Ladder as Ladder
+    from restuning.methods import LinearAll as LinearAll
     from restuning.methods import Mix as Mix
     from restuning.methods import Residual as Residual
     from restuning.methods import SideTuning as SideTuning
@@ -37,6 +39,11 @@ if TYPE_CHECKING:
     from restuning.model.tuned import adapt as adapt
     from restuning.side import AlexNet as AlexNet
     from restuning.side import SmallCnn as SmallCnn
+    from restuning.side.base import SideConfig as SideConfig
+    from restuning.side.base import SideNetwork as SideNetwork
+    from restuning.side.features import FeatureRequest as FeatureRequest
+    from restuning.side.features import Features as Features
+    from restuning.side.features import TokenSelection as TokenSelection
     from restuning.tuners import Adapter as Adapter
     from restuning.tuners import Bias as Bias
     from restuning.tuners import Convpass as Convpass
@@ -54,17 +61,32 @@ if TYPE_CHECKING:
     from restuning.tuners.base import Tuner as Tuner
 
 _PUBLIC = {
-    "_types": ("Features", "Kernel", "SiteInfo"),
+    "_types": ("Kernel", "SiteInfo"),
     "backbones.anatomy": ("Anatomy", "Op", "Weight", "into", "out_of"),
     "backbones.load": ("load_backbone",),
     "backbones.sites": ("find_sites",),
     "data": ("load_task",),
     "errors": ("RestuningError",),
-    "methods": ("METHODS", "Bypass", "Full", "Ladder", "Mix", "Residual", "SideTuning", "on_blocks", "resize"),
+    "methods": (
+        "METHODS",
+        "Bypass",
+        "BypassAttention",
+        "BypassQuery",
+        "Full",
+        "Ladder",
+        "LinearAll",
+        "Mix",
+        "Residual",
+        "SideTuning",
+        "on_blocks",
+        "resize",
+    ),
     "model.count": ("count",),
     "model.peft": ("load_peft", "save_peft"),
     "model.tuned": ("Tuned", "adapt"),
     "side": ("AlexNet", "SmallCnn"),
+    "side.base": ("SideConfig", "SideNetwork"),
+    "side.features": ("FeatureRequest", "Features", "TokenSelection"),
     "tuners.base": ("AttentionTuner", "Mergeable", "PromptTuner", "StatefulTuner", "Tuner"),
     "tuners": ("Adapter", "Bias", "Convpass", "Dtl", "Lora", "Prefix", "PrefixTuning", "Prompt", "PromptTuning", "Ssf"),
 }

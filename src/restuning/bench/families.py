@@ -1,14 +1,11 @@
 """Every family of backbones tried: what is found, and which methods are right on it, by one small random model each."""
 
 import copy
-import json
-import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,10 +21,11 @@ from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.points import as_tokens
 from restuning.hooks.taps import tap
 from restuning.methods.named import find_method
-from restuning.methods.spec import Bypass, Method, Residual, resize
+from restuning.methods.spec import Method, Residual, resize
 from restuning.model.tuned import Tuned, adapt
+from restuning.side.bypass import Bypass
+from restuning.side.features import FeatureRequest
 from restuning.tuners import Adapter, Lora, PrefixTuning
-from restuning.utils.files import as_json, atomic_write
 
 METHODS = ("linear", "bypass", "block adapter", "lora", "res-tuning", "prefix")
 
@@ -156,9 +154,9 @@ def _check(
                 _pooled_is_its_own(bare(**inputs), before, bare.adapter_config().pool, sites)
         if name not in ("linear", "bypass", "prefix"):
             with torch.no_grad():
-                after = bare.features(**inputs)[-1]
+                after = bare.features(**inputs).last
             want = _view(bare, own[-1])
-            loose = any(site.weight for site in bare._find("default").sites.values())
+            loose = any(site.weight for site in bare.adapter("default").sites.values())
             _require(_equal(after, want, loose), "the output at initialisation is not the backbone's")
         if name == "prefix":
             _attention_is_understood(backbone, sites, inputs, before)
@@ -273,14 +271,14 @@ def _tokens_of(x: Tensor, sites: Sites, layer: int) -> Tensor:
 
 def _features_are_hooks(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor]) -> None:
     """Of one and the same forward, to the bit."""
-    with tap(backbone, sites, range(len(sites.blocks) + 1)) as taps:
+    with tap(backbone, sites, FeatureRequest(tuple(range(len(sites.blocks) + 1)))) as taps:
         own, _ = _hooked(backbone, sites, inputs)
-    for layer, (a, b) in enumerate(zip(taps.features, own, strict=True)):
+    for layer, (a, b) in enumerate(zip(taps.features.tensors(), own, strict=True)):
         _require(torch.equal(a, b), f"feature {layer} is not what hooks of the check's own see")
 
 
 def _view(tuned: Tuned, x: Tensor) -> Tensor:
-    return tuned._live()(x)
+    return tuned.request.tokens(x)
 
 
 def _equal(a: Tensor, b: Tensor, loose: bool = False) -> bool:
@@ -316,14 +314,14 @@ def _pooled_is_its_own(pooled: Tensor, out: Any, pool: str, sites: Sites) -> Non
 def _features_carry_no_gradient(tuned: Tuned, inputs: Mapping[str, Tensor]) -> None:
     with torch.enable_grad():
         features = tuned.features(**inputs)
-    _require(not any(x.requires_grad for x in features), "features of a side path carry a gradient")
+    _require(not any(x.requires_grad for x in features.tensors()), "features of a side path carry a gradient")
 
 
 def _law_holds(tuned: Tuned, sites: Sites, inputs: Mapping[str, Tensor], own: Sequence[Tensor]) -> None:
     """The first block's output is its own plus what the tuner adds, which is worked out here."""
     backbone = tuned.backbone
     site = next(s for s in sites.at("block") if s.block == 0)
-    tuner = dict(tuned._find("default").inside)[site]
+    tuner = dict(tuned.adapter("default").inside)[site]
     with torch.no_grad():
         layers = [0, 1] if site.reads.side == "in" else [1, 1]
         x, y = (own[layer] for layer in layers)
@@ -332,11 +330,11 @@ def _law_holds(tuned: Tuned, sites: Sites, inputs: Mapping[str, Tensor], own: Se
         if x.shape[1] != y.shape[1]:
             return  # pooled on the way: the tuner's own tests say how
         want = y + tuner(x, y)
-        inside = group_by_site((site, "", tuner) for site, tuner in tuned._find("default").inside if site.block == 0)
-        with quiet(backbone), attach(backbone, sites, inside), tap(backbone, sites, [1]) as taps:
+        inside = group_by_site((site, "", tuner) for site, tuner in tuned.adapter("default").inside if site.block == 0)
+        with quiet(backbone), attach(backbone, sites, inside), tap(backbone, sites, FeatureRequest((1,))) as taps:
             backbone(**inputs)
     _require(
-        torch.allclose(taps.features[0], want, rtol=1e-4, atol=1e-5),
+        torch.allclose(taps.features.last, want, rtol=1e-4, atol=1e-5),
         "OP(x) + tuner(x) is not what the first block gives",
     )
 
@@ -351,109 +349,3 @@ def _attention_is_understood(backbone: nn.Module, sites: Sites, inputs: Mapping[
     for a, b in zip(tensors(before), tensors(out), strict=True):
         if a.is_floating_point():
             _require(torch.allclose(a, b, rtol=1e-3, atol=1e-4), "the attention is not what was seen of it")
-
-
-# ---- what is written
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """What `save` has written. Raises RestuningError for a file that cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RestuningError(f"{path} cannot be read as checked families: {line(error)}") from error
-    keys = {one.name for one in fields(Checked)}
-    if not isinstance(found, list) or not all(isinstance(one, dict) and keys <= one.keys() for one in found):
-        raise RestuningError(
-            f"{path} holds no checked families: expected what `restuning backbones check --out` writes"
-        )
-    return found
-
-
-def save(path: Path, done: Sequence[Mapping[str, Any]]) -> None:
-    atomic_write(path, as_json(list(done)))
-
-
-def save_text(path: Path, text: str) -> None:
-    atomic_write(path, text.encode())
-
-
-def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """How many families of each library and kind there are, how they are found, and which methods are right."""
-    rows = []
-    for library, kind in sorted({(one["library"], one["kind"]) for one in done}):
-        here = [one for one in done if (one["library"], one["kind"]) == (library, kind)]
-        found = {how: sum(one["found"] == how for one in here) for how in ("table", "trace", "refused")}
-        right = {m: sum(one["methods"].get(m) == RIGHT for one in here) for m in METHODS}
-        wrong = sum(
-            one["found"] == "wrong" or any(v.startswith("wrong") for v in one["methods"].values()) for one in here
-        )
-        built = sum(one["found"] != "not built" for one in here)
-        rows.append(
-            {"library": library, "kind": kind, "families": len(here), "built": built, **found, **right, "wrong": wrong}
-        )
-    return rows
-
-
-INTRODUCTION = (
-    "Every family of module that timm, transformers and torchvision have, tried with one small random model each.",
-    "Written by `restuning backbones page` from what `restuning backbones check` tried; `make backbones` runs both.",
-    "",
-    "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward, with the share of the",
-    "parameters in the blocks and what follows them (`restuning.backbones.auto`). A method is ✓ if, on a random model,",
-    "features are those that hooks of the check's own see, the pooled feature is the model's own, the output at",
-    "initialisation is the backbone's (but for bypass and prefix, which are not zero then), the backbone has no",
-    "gradient, what is saved and loaded gives the same output to the bit, and the backbone is after `unload` as it was",
-    "before. LoRA is on `all-linear`.",
-)
-
-
-def page(done: Sequence[Mapping[str, Any]]) -> str:
-    """A page of all families: totals, a row for each, and why methods and families are refused."""
-    lines = [
-        "# Backbones",
-        "",
-        *INTRODUCTION,
-        "",
-        f"| library | reads | families | built | table | trace | refused | {' | '.join(METHODS)} | wrong |",
-        f"|---|---|{'---:|' * (6 + len(METHODS))}",
-        *("| " + " | ".join(str(v) for v in row.values()) + " |" for row in totals(done)),
-        "",
-    ]
-    for library, kind in sorted({(one["library"], one["kind"]) for one in done}):
-        here = [one for one in done if (one["library"], one["kind"]) == (library, kind)]
-        lines += [
-            f"## {library}: {kind}s",
-            "",
-            f"| family | found | blocks | pooling | {' | '.join(METHODS)} |",
-            f"|---|---|---:|---|{'---|' * len(METHODS)}",
-        ]
-        for one in sorted(here, key=lambda one: one["family"]):
-            share = "" if one["share"] is None else f" {one['share']:.0%}"
-            tower = f" ({one['tower']})" if one["tower"] else ""
-            marks = [_mark(one["methods"].get(m)) for m in METHODS]
-            blocks = (
-                "" if not one["blocks"] else str(one["blocks"]) + (f" in {one['stages']}" if one["stages"] > 1 else "")
-            )
-            lines.append(
-                f"| {one['family']}{tower} | {one['found']}{share} | {blocks} | {one['pool']} | {' | '.join(marks)} |"
-            )
-        lines += ["", *_reasons(here), ""]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _mark(said: str | None) -> str:
-    return "" if said is None else {RIGHT: "✓"}.get(said, said.partition(":")[0])
-
-
-def _reasons(here: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Why families, and methods on them, are refused: a reason, and the families that it is of."""
-    found: dict[str, list[str]] = {}
-    for one in here:
-        if one["why"]:
-            found.setdefault(one["why"], []).append(one["family"])
-        for method, said in one["methods"].items():
-            if said != RIGHT:
-                reason = re.sub(r" here: .*", "", said.partition(": ")[2])
-                found.setdefault(f"{method}: {reason}", []).append(one["family"])
-    return [f"- {', '.join(names)}: {why.replace('|', '/')}" for why, names in found.items()]

@@ -31,7 +31,8 @@ def _backbones(args: argparse.Namespace) -> int:
     if args.what == "page":
         return _page(args)
     from restuning.backbones.zoo import LIBRARIES, families
-    from restuning.bench.families import check_family, read, save
+    from restuning.bench.families import check_family
+    from restuning.bench.pages import read, save
 
     if args.files:
         raise RestuningError(f"backbones check {' '.join(args.files)}: files are for page; name families with --family")
@@ -76,14 +77,15 @@ def _show(one: dict[str, Any]) -> None:
 
 
 def _totals(done: list[dict[str, Any]]) -> None:
-    from restuning.bench.families import METHODS, totals
+    from restuning.bench.families import METHODS
+    from restuning.bench.pages import totals
 
     rows = [[str(v) for v in row.values()] for row in totals(done)]
     table(["library", "reads", "families", "built", "table", "trace", "refused", *METHODS, "wrong"], rows)
 
 
 def _page(args: argparse.Namespace) -> int:
-    from restuning.bench.families import page, read, save_text
+    from restuning.bench.pages import page, read, save_text
 
     if not args.files:
         raise RestuningError(

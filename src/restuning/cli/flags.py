@@ -53,6 +53,7 @@ def recipe_flags(parser: argparse.ArgumentParser, epochs: int, batch: int, warmu
     parser.add_argument("--batch-size", type=int, help=f"(default {batch})")
     parser.add_argument("--weight-decay", type=float, help="never on scales, gates, biases, norms (default 0.05)")
     parser.add_argument("--warmup-epochs", type=float, help=f"(default {warmup})")
+    parser.add_argument("--label-smoothing", type=float, help="share of a label that all classes have (default 0)")
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], help="mixed precision (default no)")
     parser.add_argument("--accumulate", type=int, help="batches per step (default 1)")
     parser.add_argument("--clip", type=float, help="largest gradient norm (default none)")

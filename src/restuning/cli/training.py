@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,9 @@ def add_commands(add: Add) -> None:
     text_flags(bank)
     bank.add_argument("--crop", action="store_true", help="the backbone's centre crop, not the whole image")
     bank.add_argument(
-        "--tokens", help="first, last, mean, all, or G for CLS and a G x G grid (default: what the pooling sees)"
+        "--tokens",
+        help="first, last, mean, all, int8 (all, quantised), G for CLS and a G x G grid, pooled (what linear-all "
+        "reads), or pca:K[:FILE], K components of every token, fitted or from a file (default: what the pooling sees)",
     )
     bank.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], default="float32")
     bank.add_argument("--views", type=int, default=1, metavar="K", help="augmented views of each training image")
@@ -111,6 +114,7 @@ def add_commands(add: Add) -> None:
     sweep.add_argument("--batch-size", type=int, help="(default 32)")
     sweep.add_argument("--weight-decay", type=float, help="(default 0.05)")
     sweep.add_argument("--warmup-epochs", type=float, help="(default 10, at most a fifth of all)")
+    sweep.add_argument("--label-smoothing", type=float, help="share of a label that all classes have (default 0)")
 
     search = add(
         "search",
@@ -203,6 +207,7 @@ def _bank(args: argparse.Namespace) -> None:
         seed=args.seed,
         batch_size=args.batch_size,
         resume=args.resume,
+        say=(lambda each, items: None) if args.quiet or args.json else _say_bytes,
     )
     size = sum(shard["bytes"] for shard in manifest["shards"])
     rows = sum(shard["rows"] for shard in manifest["shards"])
@@ -214,12 +219,16 @@ def _bank(args: argparse.Namespace) -> None:
         print(f"{rows} rows in {len(manifest['shards'])} shards, {size / 2**20:.1f} MiB, in {args.out}")
 
 
+def _say_bytes(each: int, items: int) -> None:
+    print(f"{each:,} bytes an item, {each * items / 2**20:,.1f} MiB for {items:,}", file=sys.stderr)
+
+
 def _sweep(args: argparse.Namespace) -> None:
     from restuning.runs.sweep import Sweep, sweep
     from restuning.training.config import TrainConfig
 
     given = {k: v for k, v in vars(args).items() if v is not None}
-    recipe = {k: given[k] for k in ("batch_size", "weight_decay", "warmup_epochs") if k in given}
+    recipe = {k: given[k] for k in ("batch_size", "weight_decay", "warmup_epochs", "label_smoothing") if k in given}
     settings: dict[str, Any] = {k: v for k, v in given.items() if k in Sweep.__dataclass_fields__}
     settings |= {k: tuple(v) for k, v in settings.items() if isinstance(v, list)}
     found = sweep(Sweep(**settings, training=TrainConfig(**recipe)), args.out, resume=args.resume)

@@ -3,7 +3,8 @@
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,16 +37,31 @@ class Objective:
     each: Callable[[Tensor, Tensor], Mapping[str, Tensor]]
 
 
-def objective(kind: str = "single-label", weights: Tensor | None = None) -> Objective:
+def objective(kind: str = "single-label", weights: Tensor | None = None, smoothing: float = 0.0) -> Objective:
     """The objective of a kind of task: cross-entropy, binary cross-entropy, squared error, or cross-entropy by token.
 
-    weights: (c,) of the classes, in the loss. Raises RestuningError for an unknown kind, and weights under regression.
+    weights: (c,) of the classes, in the loss. smoothing: of the labels. Raises RestuningError for an unknown kind,
+    weights under regression, and smoothing where an example has not one label.
     """
     if kind not in KINDS:
         raise RestuningError(f"unknown kind of task {kind!r}: expected one of {', '.join(KINDS)}")
     if kind == "regression" and weights is not None:
         raise RestuningError("class weights under regression: there are no classes")
+    if smoothing:
+        if kind != "single-label" or weights is not None:
+            what = kind if weights is None else "class weights"
+            raise RestuningError(f"label smoothing under {what}: expected one label an example, of equal weight")
+        return replace(_MADE[kind](None), loss=partial(_smoothed, smoothing))
     return _MADE[kind](weights)
+
+
+def _smoothed(smoothing: float, logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy to (1 − s) of the label and s of all classes alike; −inf is no class."""
+    logs = logits.log_softmax(-1)
+    there = logs > -math.inf
+    alike = logs.masked_fill(~there, 0).sum(-1) / there.sum(-1)
+    own = logs.gather(-1, labels[..., None]).squeeze(-1)
+    return -((1 - smoothing) * own + smoothing * alike).mean()
 
 
 def sort_key(score: float | None) -> float:

@@ -8,7 +8,8 @@ from typing import Any
 
 from restuning.errors import MethodError, line
 from restuning.methods.files import from_dict
-from restuning.methods.spec import KINDS, Bypass, Full, Ladder, Method, Residual, SideTuning
+from restuning.methods.spec import KINDS, Full, Method, Residual
+from restuning.side import Bypass, BypassAttention, BypassQuery, Ladder, LinearAll, SideTuning
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
 
 _DUAL = {"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel")}
@@ -47,6 +48,10 @@ METHODS: dict[str, Method] = {
     "bypass-grid2": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=2),
     "bypass-grid4": Bypass(horizontal=Adapter(10), vertical=Adapter(10), grid=4),
     "ladder-grid4": Ladder(4, grid=4),
+    "linear-all": LinearAll(),
+    "linear-all-gated": LinearAll(gated=True),
+    "bypass-query": BypassQuery(),
+    "bypass-attention": BypassAttention(),
 }
 """The named methods of the paper; add your own like to any dict."""
 
@@ -124,6 +129,10 @@ ABOUT: dict[str, str] = {
     "bypass-grid2": "bypass on CLS and a 2 × 2 grid of pooled patches, the head reads all (ours)",
     "bypass-grid4": "bypass on CLS and a 4 × 4 grid of pooled patches, the head reads all (ours)",
     "ladder-grid4": "LST of width d / 4 on CLS and a 4 × 4 grid of pooled patches (ours)",
+    "linear-all": "the head alone, on CLS and the mean of every layer (ours)",
+    "linear-all-gated": "the same, the layers summed by gates (ours)",
+    "bypass-query": "learned queries that attend to the tokens of all layers, beside linear-all (ours)",
+    "bypass-attention": "self-attention among the tokens of all layers, beside linear-all (ours)",
 }
 
 

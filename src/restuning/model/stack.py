@@ -9,22 +9,28 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from restuning.errors import MethodError
+from restuning.side.features import Features
 from restuning.tuners.base import copy_contract
 
 
 class Stack:
     """Modules of one shape, of which only the heads may differ in their number of classes.
 
-    `stack(*args)` gives what each of the N modules gives, (N, …): arguments are shared by all; with `own=True` tensors
-    (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest says −inf beyond its own
-    classes. Differentiable to the modules' parameters, unless made without autograd.
+    `stack(*args)` gives what each of the N modules gives, (N, …): arguments are shared by all; with `batched=True`
+    tensors (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest says −inf beyond its
+    own classes. Differentiable to the modules' parameters, unless made without autograd.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         """Raises MethodError if the shapes differ. A frozen `backbone` in the modules is that of all."""
         self.model, self.models = models[0], list(models)
         named = [_own(m) for m in models]
-        self.tensors = {name: torch.stack(self._of_one_shape(name, named)) for name in named[0]}
+        # running statistics, which change, are vectors
+        buffers = {name for name, t in models[0].named_buffers() if t.ndim > 1}
+        alike = {name: self._of_one_shape(name, named) for name in named[0]}
+        # buffers that are the same in all are held once, and what depends on nothing else is computed once
+        self.common = {n for n in buffers & alike.keys() if all(torch.equal(t, alike[n][0]) for t in alike[n])}
+        self.tensors = {n: ts[0] if n in self.common else torch.stack(ts) for n, ts in alike.items()}
         if any(len(other) != len(self.tensors) for other in named):
             raise MethodError("adapters of different methods: each method needs a stack of its own")
         self._slots = [slot for m in models for slot in _slots(m)]
@@ -44,7 +50,7 @@ class Stack:
     def __len__(self) -> int:
         return len(self.models)
 
-    def __call__(self, *args: Any, own: bool = False, which: Tensor | None = None) -> Any:
+    def __call__(self, *args: Any, batched: bool = False, which: Tensor | None = None) -> Any:
         """which: (M,) the modules that are meant, any of them any number of times; N is M then."""
 
         def one(tensors: dict[str, Tensor], *args: Any) -> Any:
@@ -52,10 +58,11 @@ class Stack:
 
         tensors = self.tensors
         if which is not None:
-            tensors = {name: t.index_select(0, which) for name, t in tensors.items()}
-        dims = tuple(0 if own and isinstance(arg, Tensor | tuple | dict) else None for arg in args)
+            tensors = {n: t if n in self.common else t.index_select(0, which) for n, t in tensors.items()}
+        kept = {name: None if name in self.common else 0 for name in tensors}
+        dims = tuple(0 if batched and isinstance(arg, Tensor | tuple | dict | Features) else None for arg in args)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule: they would loop
-            return torch.vmap(one, in_dims=(0, *dims), randomness="different")(tensors, *args)
+            return torch.vmap(one, in_dims=(kept, *dims), randomness="different")(tensors, *args)
 
     @property
     def stale(self) -> bool:
@@ -70,7 +77,8 @@ class Stack:
         """Give every module its own tensors, as they are now."""
         for i, model in enumerate(self.models):
             for name, t in _own(model).items():
-                t.copy_(self.tensors[name][i, : len(t)] if t.ndim else self.tensors[name][i])
+                if name not in self.common:
+                    t.copy_(self.tensors[name][i, : len(t)] if t.ndim else self.tensors[name][i])
 
 
 class PerRow:
@@ -88,7 +96,7 @@ class PerRow:
         if len(first) != len(which):  # every row comes as several windows
             which = which.repeat_interleave(len(first) // len(which))
         rows = [arg[:, None] if isinstance(arg, Tensor) else arg for arg in (first, *rest)]
-        out = self.stack(*rows, own=True, which=which)
+        out = self.stack(*rows, batched=True, which=which)
         if isinstance(out, Tensor):
             return out.squeeze(1)
         state, added = out

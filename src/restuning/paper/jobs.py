@@ -22,9 +22,9 @@ from restuning.data import Items, Preprocess, load_source, load_task, prepared
 from restuning.data.inspect import pixels_of
 from restuning.data.objective import objective
 from restuning.features.bank.format import MANIFEST
-from restuning.methods.files import to_dict
+from restuning.methods.files import from_dict, to_dict
 from restuning.methods.named import find_method
-from restuning.methods.spec import Bypass, Full, Residual, grid_of, on_blocks, parts_of, resize
+from restuning.methods.spec import Full, grid_of, on_blocks, parts_of, reads_all_tokens, resize, side_of
 from restuning.model.files import read as read_adapter
 from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
@@ -34,6 +34,8 @@ from restuning.runs.load import transform_of
 from restuning.runs.run import execute
 from restuning.runs.settings import RESULT, RUN, Run
 from restuning.runs.sweep import Sweep, sweep
+from restuning.side import Bypass
+from restuning.side.base import SideConfig
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import loader, predict_logits, to_device
 from restuning.tuners import Adapter, Prefix, Prompt
@@ -66,6 +68,7 @@ class Job:
     shots: int | None
     targets: Mapping[str, str]
     images: tuple[int, int]
+    label_smoothing: float = 0.0
 
     @property
     def name(self) -> str:
@@ -116,12 +119,12 @@ def reads_features(method: str | Mapping[str, Any]) -> bool:
     found = find_method(method)
     if isinstance(found, Full):
         return False
-    return all(
-        (isinstance(part, Bypass) and {type(part.horizontal), type(part.vertical)} <= _EACH_TOKEN)
-        or (isinstance(part, Residual) and not part.tuners)
-        or (getattr(part, "init", None) == "random" and grid_of(found) is not None)
-        for part in parts_of(found)
-    )
+    return all(part.from_bank() if isinstance(part, SideConfig) else not part.tuners for part in parts_of(found))
+
+
+def reads_all(method: str | Mapping[str, Any]) -> bool:
+    """Whether it reads every layer in a way of its own, from a bank of components."""
+    return reads_all_tokens(find_method(method))
 
 
 def method_of(method: str | Mapping[str, Any], size: int | None, blocks: tuple[int, ...] | None) -> Any:
@@ -177,6 +180,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
         seeds=job.seeds,
         pool=job.pool,
         shots=job.shots,
+        training=TrainConfig(label_smoothing=job.label_smoothing),
     )
     found, peak = _measured(partial(sweep, settings, folder / "sweep", resume=True))
     saved = {}
@@ -220,7 +224,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 augment=job.augment,
                 shots=job.shots,
                 lrs=job.lrs,
-                training=TrainConfig(epochs=max(job.epochs), seed=seed),
+                training=TrainConfig(epochs=max(job.epochs), seed=seed, label_smoothing=job.label_smoothing),
             )
             if (folder / RESULT).exists():
                 result, peak = json.loads((folder / RESULT).read_text()), None
@@ -256,7 +260,7 @@ def _bank(job: Job, out: Path, dtype: str, progress: bool) -> Path:
         "weights": job.weights,
         "image_size": job.image_size,
         "crop": job.crop,
-        "tokens": str(grids[-1]) if grids[-1] else None,
+        "tokens": "pca:64" if all(map(reads_all, job.methods.values())) else str(grids[-1]) if grids[-1] else None,
         "dtype": dtype,
     }
     folder = out / BANKS / _hash(settings)
@@ -312,7 +316,7 @@ def _restricted(logits: Tensor, test: Items) -> Tensor:
 def _gates(folder: Path) -> list[float] | None:
     """λ by layer, of a bypass; the mean over channels, where each has its own."""
     config, state = read_adapter(folder)
-    if not any(isinstance(part, Bypass) for part in parts_of(find_method(config.spec))):
+    if not isinstance(side_of(find_method(config.spec)), Bypass):
         return None
     one = next((value for key, value in state.items() if key.endswith("side.gate")), None)
     each = [(int(k.rpartition(".")[2]), v) for k, v in state.items() if k.rpartition(".")[0].endswith("side.gate")]
@@ -332,6 +336,8 @@ def _measured(call: Callable[[], T]) -> tuple[T, int | None]:
 def _kept(job: Job, method: Any, saved: Path) -> int:
     """Bytes that autograd keeps of a batch of 32 for its backward pass: a count, the same on any machine."""
     model, batch = blank(job.backbone, job.image_size, 32)
+    if reads_all(method):  # with the components that it has
+        method = from_dict(read_config(saved).spec)
     tuned = adapt(
         model, method, len(read_config(saved).classes or ()), pool=job.pool, backbone_name=job.backbone
     ).train()

@@ -1,25 +1,23 @@
 """Runs and banks: build one by names, and the settings that one decides."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from restuning.backbones.load import MICRO, load_backbone, reading_of
-from restuning.data import (
-    Tokenise,
-    load_task,
-)
+from restuning.data import Tokenise, load_task, prepared
 from restuning.errors import RestuningError
-from restuning.features.bank import (
-    Bank,
-    build,
-)
-from restuning.methods.spec import Bypass
+from restuning.features.bank import Bank, build
+from restuning.features.bank.build import bytes_kept
+from restuning.features.bank.format import COMPONENTS
+from restuning.methods.spec import Method
 from restuning.model.tuned import adapt
 from restuning.runs.settings import Run
+from restuning.side import Bypass, BypassQuery, LinearAll
 from restuning.side.features import MEAN
+from restuning.training.components import Components, fit_components, widths_of
 from restuning.training.logging import bar
 
 
@@ -54,28 +52,53 @@ def build_bank(
     tokens: str | None = None,
     sizes: Mapping[str, int | None],
     progress: bool = True,
+    say: Callable[[int, int], None] = lambda each, items: None,
+    resume: bool = False,
     **settings: Any,
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
 
-    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), or g for CLS and a g × g grid; None:
-    what the backbone's pooling sees.
+    tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), g for CLS and a g × g grid, `pooled`
+    (what linear-all reads), `int8` (all tokens, each quantised), or `pca:K` and `pca:K:FILE` (K components of every
+    token, fitted on the training items or taken from a file, and what is pooled); None: what the backbone's pooling
+    sees. say: told the bytes of an item and how many there are, before anything is written.
     """
     model = load_backbone(backbone, weights, image_size)
-    if tokens not in (None, "first", "last", "all", "mean") and not tokens.isdecimal():
-        raise RestuningError(f"tokens {tokens!r}: expected first, mean, all, last, or the cells a side of a grid")
+    tokens, count, file = _components(tokens)
+    if tokens == "int8":
+        tokens, settings["dtype"] = "all", "int8"
+    if tokens not in (None, "first", "last", "all", "mean", "pooled", "pca") and not tokens.isdecimal():
+        raise RestuningError(
+            f"tokens {tokens!r}: expected first, mean, all, last, pooled, int8, pca:K, or the cells a side of a grid"
+        )
     reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
     how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     # a mean over all tokens of a text has their mask kept too
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
     pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
-    tuned = adapt(model, Bypass(grid=grid), pool=pool, backbone_name=backbone)
-    if tokens == "mean" and tuned._live() != MEAN:
+    readers: dict[str, Method] = {"pooled": LinearAll(), "pca": BypassQuery()}
+    reader = readers.get(tokens or "", Bypass(grid=grid))
+    tuned = adapt(model, reader, pool=pool, backbone_name=backbone)
+    if tokens == "mean" and tuned.request.tokens != MEAN:
         raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
     if torch.cuda.is_available():
         tuned.cuda()
     task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
+    if task.kind == "per-token":
+        raise RestuningError(f"{task.spec}: a bank keeps one label for each item, and these are by token")
+    components = None
+    train = prepared(task.train, how, cache=False)
+    if tokens == "pca":
+        there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
+        components = (
+            Components.load(there) if there else fit_components(tuned, train, count, settings.get("batch_size") or 32)
+        )
+        components.check(widths_of(tuned, tuned.request.layers), str(there))
+        if components.count != count:
+            raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
+    items = len(task.train) * settings.get("views", 1) + len(task.val or ()) + len(task.test)
+    say(bytes_kept(tuned, train, settings.get("dtype", "float32"), components), items)
     with bar(100, progress) as show:
 
         def seen(done: int, of: int) -> None:
@@ -83,4 +106,15 @@ def build_bank(
 
         source = {"backbone": backbone, "weights": weights, **reads}
         about = {"source": source, "test_size": sizes.get("test_size")}
-        return build(tuned, task, how, out, about=about, seen=seen, **settings)
+        return build(tuned, task, how, out, about=about, seen=seen, components=components, resume=resume, **settings)
+
+
+def _components(tokens: str | None) -> tuple[str | None, int, Path | None]:
+    """`pca:K` or `pca:K:FILE` as ("pca", K, FILE); others as they are."""
+    kind, _, rest = (tokens or "").partition(":")
+    if kind != "pca":
+        return tokens, 0, None
+    count, _, file = rest.partition(":")
+    if not count.isdecimal() or int(count) < 1:
+        raise RestuningError(f"tokens {tokens!r}: expected pca:K or pca:K:FILE, with K components")
+    return "pca", int(count), Path(file) if file else None

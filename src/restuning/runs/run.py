@@ -160,4 +160,4 @@ def _training(run: Run, lr: float, examples: Examples) -> TrainConfig:
 
 def _objective(run: Run, task: Task) -> Objective:
     weights = balanced(task.kind, task.train.labels, len(task.classes)) if run.class_weights else None
-    return objective(task.kind, weights)
+    return objective(task.kind, weights, run.training.label_smoothing)

@@ -7,22 +7,8 @@ import torch
 from torch import nn
 
 from restuning.backbones.load import describe_backbone, load_backbone, reading_of
-from restuning.data import (
-    Items,
-    Prepared,
-    Reading,
-    Task,
-    prepared,
-    reading,
-)
-from restuning.features.bank import (
-    LIMIT,
-    Bank,
-    FromBank,
-    FromFeatures,
-    bytes_per_item,
-    cache_features,
-)
+from restuning.data import Items, Prepared, Reading, Task, prepared, reading
+from restuning.features.bank import LIMIT, Bank, FromBank, FromFeatures, bytes_per_item, cache_features
 from restuning.methods.named import find_method
 from restuning.methods.spec import Full
 from restuning.model.tuned import Tuned
@@ -57,7 +43,7 @@ class _FromItems:
         self.sharded: Tuned | None = None
         if shard:
             self.sharded = Tuned(self.backbone, backbone_name=run.backbone)
-            self.sharded.shard("cuda" if torch.cuda.is_available() else "cpu")
+            self.sharded.fully_shard("cuda" if torch.cuda.is_available() else "cpu")
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
@@ -107,14 +93,17 @@ class _FromBank:
 
     def __init__(self, run: Run, whole: Task, bank: Bank) -> None:
         self.run, self.whole, self.bank = run, whole, bank
+        self.components = bank.components
         self.kept: dict[tuple[str, ...], Examples] = {}
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         tuned = self.bank.tuned(describe_backbone(self.run.backbone))
-        _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing))
+        _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing), self.bank)
         self.bank.accepts(tuned)
-        return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
+        if self.components is not None:
+            tuned.adapter("default").set_components(self.components.bases)
+        return FromFeatures(tuned), tuned
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
         rows, key = FromBank(self.bank, items), tuple(items.names)
@@ -125,10 +114,13 @@ class _FromBank:
         return self.kept[key]
 
 
-def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading) -> None:
+def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading, bank: Bank | None = None) -> None:
+    spec = run.spec(tuned.family)
+    if bank is not None and bank.tokens.components is not None:
+        spec = bank.fitted(find_method(spec, tuned.family))
     tuned.add_adapter(
         "default",
-        run.spec(tuned.family),
+        spec,
         len(whole.classes),
         pool=run.pool,
         classes=whole.classes,
@@ -141,9 +133,9 @@ def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
     """A maker of the run's newly initialised models, each on what is left of a backbone without its weights."""
     prepared = _FromBank(run, whole, bank)
 
-    def born() -> FromFeatures:
+    def newly_initialised() -> FromFeatures:
         model, _ = prepared.model(whole.train)
         assert isinstance(model, FromFeatures)
         return model
 
-    return born
+    return newly_initialised

@@ -11,7 +11,7 @@ from torch import nn
 
 from restuning.errors import RestuningError
 
-_MAY_BE_ZERO = ("weight_decay", "warmup_epochs", "seed", "workers")
+_MAY_BE_ZERO = ("weight_decay", "label_smoothing", "warmup_epochs", "seed", "workers")
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class TrainConfig:
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
     With `patience`, training stops after so many epochs without a better validation score, and the best state
-    stands. ema: of the weights, a mean that decays so much a step, which stands at the end.
+    stands. label_smoothing: the share of every label that all classes have. ema: of the
+    weights, a mean that decays so much a step, which stands at the end.
     """
 
     epochs: int = 50
@@ -29,6 +30,7 @@ class TrainConfig:
     batch_size: int = 32
     warmup_epochs: float = 10
     schedule: Literal["cosine", "constant"] = "cosine"
+    label_smoothing: float = 0.0
     ema: float | None = None
     precision: Literal["no", "bf16", "fp16"] = "no"
     accumulate: int = 1
@@ -46,6 +48,8 @@ class TrainConfig:
             raise RestuningError(f"schedule is {self.schedule!r}: expected cosine or constant")
         if self.ema is not None and not self.ema < 1:
             raise RestuningError(f"ema is {self.ema!r}: expected a number below 1")
+        if not self.label_smoothing < 1:
+            raise RestuningError(f"label_smoothing is {self.label_smoothing!r}: expected a number below 1")
         for f in fields(self):
             value, whole = getattr(self, f.name), f.type in (int, int | None)
             if f.name in ("precision", "schedule", "group_by_length") or (value is None and f.default is None):

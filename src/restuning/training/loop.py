@@ -256,7 +256,7 @@ def accelerated(precision: str, given: "Accelerator | None" = None) -> Iterator[
         if kind != "NO" and not kind.startswith("MULTI_"):
             raise RestuningError(
                 f"the accelerator runs {kind}: expected one process, or data parallelism (MULTI_...); a backbone that "
-                "is too large for that is shared out by Tuned.shard(), or by restuning train --shard"
+                "is too large for that is sharded by Tuned.fully_shard(), or by restuning train --shard"
             )
         yield accelerator
     finally:
@@ -292,6 +292,7 @@ def fit(
     if config.group_by_length and not isinstance(train, HasLengths):
         raise RestuningError("group_by_length is for texts, and these examples have no length")
     groups = parameter_groups(model, config.weight_decay)
+    objective = objective or objective_of(smoothing=config.label_smoothing)
     with accelerated(config.precision, accelerator) as accelerator:
         for name, dataset in (("train", train), ("val", val)):
             if dataset is not None and len(dataset) < accelerator.num_processes:
@@ -299,7 +300,7 @@ def fit(
         whole = nn.Sequential(model)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, sharded_parameters(whole))  # type: ignore[no-untyped-call]
         shell, optimizer = accelerator.prepare(whole, torch.optim.AdamW(groups, lr=config.lr))
-        run = _Run(model, shell, optimizer, accelerator, train, val, config, objective or objective_of(), state)
+        run = _Run(model, shell, optimizer, accelerator, train, val, config, objective, state)
         if resume and state is not None and state.exists():
             run.load(state)
             accelerator.wait_for_everyone()  # nobody writes what another still reads

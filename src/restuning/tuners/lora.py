@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Lora:
     Raises MethodError for a rank below 1 or above the widths, beside a convolution whose padding is not fixed, and for
     dora and pissa beside anything but a linear map.
     """
+
+    SIZE: ClassVar[str] = "rank"
 
     rank: int = 8
     alpha: float | None = None

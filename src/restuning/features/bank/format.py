@@ -12,17 +12,47 @@ from torch import Tensor, nn
 
 from restuning.data import Items
 from restuning.errors import MissingExtra
+from restuning.side.features import Features, TokenSelection
 from restuning.utils.files import atomic_write
 
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
+COMPONENTS = "components.safetensors"
 SHARD_ROWS = 1024
 DTYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float64": torch.float64,
+    "int8": torch.float32,  # as it is before each token is quantised by a scale of its own
 }
+
+
+MASK, PIXELS, FIRST_SUMMARY = -2, -1, -3
+"""The numbers that files have in place of a layer's: the attention mask, the backbone's input, and the summary of
+layer l at −3 − l."""
+
+
+def numbered(features: Features) -> dict[int, Tensor]:
+    """Features by the numbers that files have for them, in their order."""
+    found = dict(features.layers)
+    if features.mask is not None:
+        found[MASK] = features.mask
+    if features.pixels is not None:
+        found[PIXELS] = features.pixels
+    found |= {FIRST_SUMMARY - layer: x for layer, x in features.summaries.items()}
+    return dict(sorted(found.items()))
+
+
+def unnumbered(found: Mapping[int, Tensor], tokens: TokenSelection) -> Features:
+    """The inverse of `numbered`."""
+    return Features(
+        {number: x for number, x in found.items() if number >= 0},
+        tokens,
+        found.get(MASK),
+        found.get(PIXELS),
+        {FIRST_SUMMARY - number: x for number, x in found.items() if number <= FIRST_SUMMARY},
+    )
 
 
 @dataclass(frozen=True)
@@ -40,12 +70,17 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> bytes:
+    data = _bytes(tensors)
+    atomic_write(path, data)
+    return data
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
     try:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
     data: bytes = save(dict(tensors))
-    atomic_write(path, data)
     return data
 
 
@@ -58,6 +93,10 @@ def _intact(out: Path, shard: Shard) -> bool:
 def _hash_of_file(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    return hashlib.sha256(_bytes(tensors)).hexdigest()
 
 
 def _hash_of_weights(backbone: nn.Module) -> str:

@@ -15,7 +15,7 @@ _PAPER = "intro tab1 tab2a tab2b tab2c tab3a tab3b tab3c tab4 tab5 tab6 fig4 fig
 EXPERIMENTS: dict[str, Experiment] = {
     e.name: e
     for e in (
-        *(import_module(f"restuning.experiments.{file}").EXPERIMENT for file in _PAPER.split()),
+        *(import_module(f"restuning.paper.experiments.{file}").EXPERIMENT for file in _PAPER.split()),
         *small.EXPERIMENTS,
     )
 }

@@ -88,8 +88,27 @@ TUNERS = (
     ),
 )
 
+_PROBES = (
+    Row("linear", "linear", {}),
+    Row("bypass", "bypass", {}),
+    Row("linear-all", "linear-all", {}),
+    Row("linear-all-gated", "linear-all-gated", {}),
+)
+
+
+def _mixers(*lrs: float) -> tuple[Row, ...]:
+    """Side paths that mix tokens by attention; their rates."""
+    methods: dict[str, Any] = {
+        "bypass-query": "bypass-query",
+        "bypass-query, gated read-out": {"kind": "bypassquery", "readout": "gated"},
+        "bypass-attention": "bypass-attention",
+    }
+    return tuple(Row(name, method, {}, lrs=lrs, epochs=(20,)) for name, method in methods.items())
+
+
 _SHOTS = (1, 2, 4, 8, 16)
 _GRID: dict[str, Any] = {"lrs": (0.01, 0.003), "epochs": (30,)}
+_CARE: dict[str, Any] = {"lrs": (0.01, 0.003, 0.001), "epochs": (20, 40), "label_smoothing": 0.1}
 
 EXPERIMENTS = (
     Experiment(
@@ -100,6 +119,27 @@ EXPERIMENTS = (
         TASKS,
         **_TI,
         **_GRID,
+    ),
+    Experiment(
+        "small-side",
+        "The small edition: side paths that mix tokens, six tasks, 224 pixels",
+        COLUMNS,
+        (*_PROBES, *_mixers(0.003)),
+        TASKS,
+        **_TI,
+        **_CARE,
+        note="labels smoothed by 0.1; rate and length chosen on validation, what mixes tokens: one rate, 20 epochs",
+    ),
+    Experiment(
+        "small-side-96",
+        "The small edition: side paths that mix tokens, three tasks, 96 pixels",
+        (*(task.name for task in _THREE), "All"),
+        (*_PROBES, *_mixers(0.005, 0.002)),
+        _THREE,
+        **_TI,
+        **_CARE,
+        image_size=96,
+        note="labels smoothed by 0.1; rate and length chosen on validation, what mixes tokens: its rate, of 20 epochs",
     ),
     Experiment(
         "small-fewshot",

@@ -64,6 +64,7 @@ class Experiment:
     seeds: tuple[int, ...] = SEEDS
     augment: bool = False
     crop: bool = False
+    label_smoothing: float = 0.0
     margin: float = 1.0
     command: str = ""
     note: str = ""

@@ -1,0 +1,106 @@
+"""`bypass-query`: learned queries that attend to the tokens of all layers, beside a read-out of every layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from restuning.errors import MethodError
+from restuning.side.base import FeatureInfo, SideConfig
+from restuning.side.features import Features, TokenSelection, normalised
+from restuning.side.readout import every_layer
+from restuning.side.stages import CrossAttention, PathInfo, PathNetwork, check_path, path_tokens
+from restuning.tuners.scale import check_size
+
+
+@dataclass(frozen=True)
+class BypassQuery(SideConfig):
+    """Learned queries that attend to the tokens of all layers, stage by stage, beside a linear read-out of every layer;
+    see `QueryNet`. Ours.
+
+    width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
+    or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
+    whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
+    fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries attend to
+    is common to them: another task costs its queries and its head.
+    grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
+    on 7 × 7. stem: a convolutional stem reads the pixels too.
+    """
+
+    width: int = 64
+    stages: int = 4
+    queries: int = 8
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    fixed: bool = False
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("BypassQuery", "queries", self.queries)
+        if not isinstance(self.fixed, bool):
+            raise MethodError(f"BypassQuery(fixed={self.fixed!r}): expected true or false")
+        check_path(self)
+
+    own_output: ClassVar[bool] = True
+
+    def layers(self, info: FeatureInfo) -> Sequence[int]:
+        return every_layer(info)
+
+    def tokens(self, info: FeatureInfo) -> TokenSelection:
+        return path_tokens(info, self.grid)
+
+    def reads_pixels(self) -> bool:
+        return self.stem
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.components is not None
+
+    def from_bank(self) -> bool:
+        return not self.stem and self.grid is None
+
+    def accepts(self, components: int | None) -> bool:
+        return self.grid is None and self.components == components
+
+    def with_components(self, count: int) -> "BypassQuery":
+        return replace(self, components=count) if self.components is None else self
+
+    def resized(self, size: int) -> "BypassQuery":
+        return replace(self, width=size)
+
+    def build(self, info: FeatureInfo) -> "QueryNet":
+        return QueryNet(PathInfo.of(self, info), queries=self.queries, fixed=self.fixed)
+
+
+class QueryNet(PathNetwork):
+    """q_0 = Q (queries × w), N(0, ½²); q_j = q_{j−1} + MHA_j(LN q_{j−1}; LN' g_j) for the stages j = 1 … S, whose
+    inputs g_j are those of `Stages`. Its output is the read-out and LN q_S, flattened, (b, out_features), which the
+    head reads in place of the backbone's own pooled features. Ours.
+
+    Queries see every token that is no padding, as the last token of a decoder does.
+    """
+
+    def __init__(self, info: PathInfo, queries: int = 8, fixed: bool = False) -> None:
+        """
+        Args:
+            info: the layers and sizes.
+            queries: how many.
+            fixed: of `Stages`.
+        """
+        super().__init__(info, fixed)
+        self.queries = nn.Parameter(0.5 * torch.randn(queries, info.width))
+        self.attentions = nn.ModuleList(CrossAttention(info.width, info.heads) for _ in range(info.stages))
+        self.norm = nn.LayerNorm(info.width)
+        self.out_features = queries * info.width + (0 if info.readout is None else info.readout.out_features)
+
+    def forward(self, features: Features) -> Tensor:
+        """(b, out_features)."""
+        seen = None if features.mask is None else features.mask.bool()
+        q = self.queries.expand(len(features), -1, -1)
+        for attention, g in zip(self.attentions, self.inputs(features), strict=True):
+            q = q + attention(q, normalised(g), seen)
+        return self.beside_readout(self.norm(q).flatten(1), features)
