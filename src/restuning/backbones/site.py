@@ -114,11 +114,11 @@ class Sites(Sequence[Site]):
         named = [s for s in self.all if s.op in ops]
         if op == "all-linear":
             named = [s for s in named if s.block is not None]
-        named = named or [s for s in self.all if s.op in (*PARTS, "words") and named(s.reads.path, op)]
+        named = named or [s for s in self.all if s.op in (*PARTS, "words") and is_named(s.reads.path, op)]
         if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
         check_indices(blocks, len(self.blocks), "block", "this backbone")
-        kept = [s for s in named if not any(named(s.reads.path, name) for name in exclude)]
+        kept = [s for s in named if not any(is_named(s.reads.path, name) for name in exclude)]
         if not kept:
             raise SiteError(f"everything of {op!r} is excluded by {', '.join(exclude)}")
         return tuple(s for s in kept if blocks is None or s.block is None or s.block in blocks)
@@ -137,7 +137,7 @@ class Sites(Sequence[Site]):
         return iter(self.all)
 
 
-def named(path: str, name: str) -> bool:
+def is_named(path: str, name: str) -> bool:
     """Whether a name means a module: the end of its path, or an expression that all of it matches."""
     if name.startswith("re:"):
         try:

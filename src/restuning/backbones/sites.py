@@ -17,7 +17,7 @@ from restuning.backbones.families import ANATOMIES
 from restuning.backbones.site import Found as Found
 from restuning.backbones.site import Site as Site
 from restuning.backbones.site import Sites as Sites
-from restuning.backbones.site import named
+from restuning.backbones.site import is_named
 from restuning.errors import SiteError
 
 
@@ -90,7 +90,7 @@ def _covers(backbone: nn.Module, sites: Sites) -> bool:
     paths = (*sites.blocks, *sites.norm, *sites.post, *(s.reads.path for s in sites.all if s.block is None))
     paths = (*paths, *((sites.pooler,) if sites.pooler else ()))
     embed = sites.anatomy.embed or " "
-    paths = (*paths, *(path for path, _ in backbone.named_modules() if named(path, embed)))
+    paths = (*paths, *(path for path, _ in backbone.named_modules() if is_named(path, embed)))
     held = {id(p): p.numel() for path in paths for p in backbone.get_submodule(path).parameters()}
     total = {id(p): p.numel() for p in backbone.parameters()}
     for path, module in backbone.named_modules():
