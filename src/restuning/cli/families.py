@@ -1,102 +1,88 @@
-"""`backbones`."""
+"""`restuning backbones`."""
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from restuning.cli.flags import Add, table
+from restuning.backbones.zoo import LIBRARIES, families
+from restuning.bench.families import METHODS, check_family
+from restuning.bench.pages import page, read, save, save_text, totals
+from restuning.cli.arguments import Parser, filled
+from restuning.cli.output import table
 from restuning.errors import RestuningError
+from restuning.utils.options import Json, Option
+
+EXAMPLE = "restuning backbones check --library timm --out timm.json; restuning backbones page timm.json --out page.md"
 
 
-def add_commands(add: Add) -> None:
-    command = add(
-        "backbones",
-        _backbones,
-        "Try every family of backbones, one small random model each: what is found, which methods are right on it,\n"
-        "why others are refused. `page` writes what was tried as a page.",
-        "restuning backbones check --library timm --out timm.json; restuning backbones page timm.json --out page.md",
-    )
-    command.add_argument("what", choices=["check", "page"])
-    command.add_argument("files", nargs="*", metavar="FILE", help="after page: files that check has written")
-    command.add_argument(
-        "--library", choices=["timm", "transformers", "torchvision"], help="(default: all that is installed)"
-    )
-    command.add_argument("--family", nargs="+", default=[], metavar="NAME", help="these families alone")
-    command.add_argument("--kind", choices=["image", "text"], help="families that read images, or texts, alone")
-    command.add_argument("--out", help="a file that is written as families are done; those in it are not tried again")
+@dataclass(frozen=True)
+class Backbones:
+    """Which families."""
+
+    what: Annotated[
+        tuple[str, ...], Option("check; or page FILE …, files that check has written", metavar="WHAT", positional=True)
+    ]
+    library: Annotated[Literal["timm", "transformers", "torchvision"] | None, Option("(default: all of them)")] = None
+    family: Annotated[tuple[str, ...], Option("these families alone", metavar="NAME")] = ()
+    kind: Annotated[Literal["image", "text"] | None, Option("families that read images, or texts, alone")] = None
+    out: Annotated[str | None, Option("a file written as families are done; those in it are not tried again")] = None
+    json: Json = False
 
 
-def _backbones(args: argparse.Namespace) -> int:
-    if args.what == "page":
-        return _page(args)
-    from restuning.backbones.zoo import LIBRARIES, families
-    from restuning.bench.families import check_family
-    from restuning.bench.pages import read, save
+def arguments(parser: Parser) -> None:
+    parser.settings(Backbones)
 
-    if args.files:
-        raise RestuningError(f"backbones check {' '.join(args.files)}: files are for page; name families with --family")
-    libraries = [args.library] if args.library else list(LIBRARIES)
-    known = {library: families(library) for library in libraries}
-    unknown = [name for name in args.family if not any(name in found for found in known.values())]
+
+def run(args: argparse.Namespace) -> int:
+    own = filled(Backbones, args)
+    if own.what[0] == "page":
+        return _page(own)
+    if own.what != ("check",):
+        raise RestuningError(f"backbones {' '.join(own.what)}: expected check, or page and files")
+    known = {library: families(library) for library in ([own.library] if own.library else LIBRARIES)}
+    unknown = [name for name in own.family if not any(name in found for found in known.values())]
     if unknown:
-        raise RestuningError(
-            f"unknown family {unknown[0]!r}: expected one of {', '.join(n for f in known.values() for n in f)}"
-        )
-    done = read(Path(args.out)) if args.out and Path(args.out).exists() else []
+        every = ", ".join(name for found in known.values() for name in found)
+        raise RestuningError(f"unknown family {unknown[0]!r}: expected one of {every}")
+    done = read(Path(own.out)) if own.out and Path(own.out).exists() else []
     have = {(one["library"], one["family"]) for one in done}
-    for library in libraries:
-        for name, kind in known[library].items():
-            if (
-                (args.family and name not in args.family)
-                or (args.kind and kind != args.kind)
-                or (library, name) in have
-            ):
+    for library, found in known.items():
+        for name, kind in found.items():
+            if (own.family and name not in own.family) or own.kind not in (None, kind) or (library, name) in have:
                 continue
             done.append(check_family(library, name, kind).data())
-            if args.out:
-                save(Path(args.out), done)
-            if not args.json:
+            if own.out:
+                save(Path(own.out), done)
+            if not own.json:
                 _show(done[-1])
-    wrong = [one for one in done if _is_wrong(one)]
-    if args.json:
+    if own.json:
         print(json.dumps(done))
     else:
-        _totals(done)
-    return 1 if wrong else 0
+        rows = [[str(v) for v in row.values()] for row in totals(done)]
+        table(["library", "reads", "families", "built", "table", "trace", "refused", *METHODS, "wrong"], rows)
+    return 1 if any(_is_wrong(one) for one in done) else 0
 
 
 def _is_wrong(one: dict[str, Any]) -> bool:
-    return one["found"] == "wrong" or any(said.startswith("wrong") for said in one["methods"].values())
+    return one["found"] == "wrong" or any(outcome.startswith("wrong") for outcome in one["methods"].values())
 
 
 def _show(one: dict[str, Any]) -> None:
     how = one["found"] + (f" ({one['share']:.0%}, {one['sure']})" if one["share"] is not None else "")
-    methods = ", ".join(f"{name} {said.partition(':')[0]}" for name, said in one["methods"].items())
+    methods = ", ".join(f"{name} {outcome.partition(':')[0]}" for name, outcome in one["methods"].items())
     print(f"{one['library']} {one['family']}: {how}; {methods or one['why']}", flush=True)
 
 
-def _totals(done: list[dict[str, Any]]) -> None:
-    from restuning.bench.families import METHODS
-    from restuning.bench.pages import totals
-
-    rows = [[str(v) for v in row.values()] for row in totals(done)]
-    table(["library", "reads", "families", "built", "table", "trace", "refused", *METHODS, "wrong"], rows)
-
-
-def _page(args: argparse.Namespace) -> int:
-    from restuning.bench.pages import page, read, save_text
-
-    if not args.files:
+def _page(own: Backbones) -> int:
+    if len(own.what) < 2:
         raise RestuningError(
             "backbones page: expected the files that `restuning backbones check --out FILE` has written"
         )
-    done = [one for name in args.files for one in read(Path(name))]
-    text = page(done)
-    if args.out:
-        save_text(Path(args.out), text)
-    elif args.json:
-        print(json.dumps(done))
+    done = [one for name in own.what[1:] for one in read(Path(name))]
+    if own.out:
+        save_text(Path(own.out), page(done))
     else:
-        print(text)
+        print(json.dumps(done) if own.json else page(done))
     return 0
