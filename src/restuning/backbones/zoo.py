@@ -110,11 +110,17 @@ def _of_timm(family: str) -> nn.Module:
     more: dict[str, Any]
     for more in ({"img_size": 112, "depth": 3}, {"depth": 3}, {"img_size": 112}):
         try:
+            with torch.device("meta"):
+                size = sum(p.numel() for p in timm.create_model(name, num_classes=0, **more).parameters())
+            if size > LARGE:
+                continue
             smaller: nn.Module = timm.create_model(name, num_classes=0, **more)
             _works(smaller.eval())
         except Exception:  # not every family can be told a size
             continue
         return smaller
+    if sizes[name] > LARGE:
+        raise Unbuilt(f"no small {family} can be built: {name} has {sizes[name]:,} parameters, and is not shrunk")
     model: nn.Module = timm.create_model(name, num_classes=0)
     return model
 

@@ -52,7 +52,8 @@ def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 INTRODUCTION = (
-    "Every family of module that timm, transformers and torchvision have, tried with one small random model each.",
+    "Families of module of timm, transformers and torchvision, tried with one small random model each; those that are",
+    "not listed here have not been tried yet.",
     "Written by `restuning backbones page` from what `restuning backbones check` tried; `make backbones` runs both.",
     "",
     "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward, with the share of the",
