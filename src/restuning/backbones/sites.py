@@ -53,7 +53,8 @@ def find_sites(
                 )
             if found:
                 sites = _describe(backbone, found[0], holders[found[0]], row)
-                if anatomy is not None or sites.join is not None or _covers(backbone, sites):
+                alone = _covers(backbone, sites) and not _blocks_beside(backbone, found[0])
+                if anatomy is not None or sites.join is not None or alone:
                     return sites
     if anatomy is None:
         from restuning.backbones.auto import find
@@ -83,6 +84,17 @@ MOST = 0.6
 
 CLASSIFIERS = {"head", "heads", "fc", "classifier", "last_linear"}
 """Names under which a classifier stands."""
+
+
+def _blocks_beside(backbone: nn.Module, root: str) -> bool:
+    """Whether there are lists of blocks outside of where a row fits: another tower, or what reads this one."""
+    for path, module in backbone.named_modules():
+        inside = not root or path == root or path.startswith(f"{root}.") or root.startswith(f"{path}.")
+        if isinstance(module, nn.ModuleList) and not inside:
+            kinds = [type(child) for child in module if sum(p.ndim > 1 for p in child.parameters()) > 1]
+            if len(kinds) > len({*kinds}):
+                return True
+    return False
 
 
 def _covers(backbone: nn.Module, sites: Sites) -> bool:

@@ -47,6 +47,12 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
         )
+    for k, _ in pieces:
+        if (k.shape[-3], k.shape[-1]) != (call.q.shape[1], call.q.shape[-1]):
+            raise SiteError(
+                f"the attention has {call.q.shape[1]} heads of {call.q.shape[-1]}, and not {k.shape[-3]} of "
+                f"{k.shape[-1]}: a prefix of another shape cannot be merged"
+            )
     if fast and call.said is None and _kernel(call):
         # in the queries' precision: autocast is over when the backward pass comes
         k, v = (torch.cat([_batched(t, call.q) for t in side], -2).to(call.q) for side in zip(*pieces, strict=True))
