@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-.PHONY: setup demo test fuzz check bench clean
+.PHONY: setup demo test fuzz check bench backbones clean
 
 setup: .venv/ready
 
@@ -34,6 +34,10 @@ bench: setup  ## the recorded tables of docs/results; hours
 	.venv/bin/restuning reproduce small --data-root ../shared/data --out runs/small
 	.venv/bin/restuning report runs/small --out docs/results/small
 	.venv/bin/restuning bench memory --backbone resnet50 --batch-size 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
+
+backbones: setup  ## every family of timm, transformers and torchvision tried, one small model each: docs/backbones.md; an hour
+	.venv/bin/restuning backbones check --out runs/backbones.json
+	.venv/bin/restuning backbones page runs/backbones.json --out docs/backbones.md
 
 clean:
 	rm -rf .venv runs

@@ -112,7 +112,11 @@ def test_transformers_folders(tmp_path: Path) -> None:
     clip = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=HF, projection_dim=8))
     clip.save_pretrained(tmp_path / "clip")
     hf.CLIPImageProcessor().save_pretrained(tmp_path / "clip")
-    vision = rt.load_backbone(f"hf:{tmp_path / 'clip'}")
+    with pytest.raises(SiteError, match="CLIPModel has 2 towers: name the one that is meant, tower='vision_model' or"):
+        rt.load_backbone(f"hf:{tmp_path / 'clip'}")
+    vision = rt.load_backbone(f"hf:{tmp_path / 'clip'}", tower="vision_model")
+    again = rt.load_backbone(f"hf:{tmp_path / 'clip'}#vision_model")
+    assert torch.equal(again.post_layernorm.weight, vision.post_layernorm.weight)
     assert preprocessing_of(vision).mean == tuple(hf.CLIPImageProcessor().image_mean) != (0.5, 0.5, 0.5)
     hf.ViTImageProcessor().save_pretrained(tmp_path / "vit")
     assert preprocessing_of(loaded).interpolation == "bilinear" and preprocessing_of(vision).interpolation == "bicubic"

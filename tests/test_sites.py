@@ -12,7 +12,7 @@ from torch import nn
 
 import restuning as rt
 from restuning.backbones.anatomy import AFFINE, PARTS
-from restuning.errors import SiteError
+from restuning.errors import SiteError, TowersError
 
 EVERY = TINY | MORE
 
@@ -133,16 +133,18 @@ def test_inside_a_larger_model(build) -> None:
 
 def test_an_unknown_backbone_is_told_what_was_looked_for_and_what_it_has() -> None:
     with pytest.raises(SiteError) as caught:
-        rt.find_sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+        rt.find_sites(nn.Sequential(nn.Linear(2, 2), nn.ReLU()), TINY["own"].anatomy)
     text = str(caught.value)
-    assert "Sequential" in text and "timm ViT" in text and "the model has *" in text and "restuning.Anatomy" in text
+    assert "keywords does not fit Sequential" in text and "layers.*.(" in text and "the model has *" in text
     assert "\n" not in text
 
 
-def test_of_two_towers_the_one_that_fits() -> None:
+def test_of_two_towers_one_must_be_passed() -> None:
     text = {k: v for k, v in TEXT.items() if k not in ("image_size", "patch_size")} | {"eos_token_id": 2}
     clip = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=HF, projection_dim=8))
-    assert {s.writes.path.split(".")[0] for s in rt.find_sites(clip)} == {"vision_model"}
+    with pytest.raises(TowersError, match="CLIPModel has 2 towers"):
+        rt.find_sites(clip)
+    assert rt.find_sites(clip.vision_model).anatomy.name == "transformers CLIP vision"
     twice = nn.ModuleDict({"left": TINY["timm-vit"].backbone(), "right": TINY["timm-vit"].backbone()})
     with pytest.raises(SiteError, match=r"fits in 2 places \(left, right\)"):
         rt.find_sites(twice)

@@ -57,6 +57,7 @@ class SiteInfo:
         depth: how many blocks there are.
         grid: how many tokens come before the grid of patches; None where the tokens are no grid.
         kernel: of the operation itself, where it is a convolution.
+        words: how many rows its table has, where the operation looks words up.
     """
 
     in_features: int
@@ -66,3 +67,4 @@ class SiteInfo:
     depth: int = 1
     grid: int | None = None
     kernel: Kernel | None = None
+    words: int | None = None

@@ -27,6 +27,16 @@ class SiteError(RestuningError):
     """A backbone, an operation or a block that was not found."""
 
 
+class TowersError(SiteError):
+    """A model of several towers, of which none was named: `towers` are their paths."""
+
+    def __init__(self, model: str, towers: tuple[str, ...]) -> None:
+        super().__init__(
+            f"{model} has {len(towers)} towers: name the one that is meant, tower={' or '.join(map(repr, towers))}"
+        )
+        self.towers = towers
+
+
 class MethodError(RestuningError):
     """A method or a tuner that is unknown or does not fit."""
 

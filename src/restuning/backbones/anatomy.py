@@ -10,12 +10,14 @@ class Point:
     """One side of a module's call: the first argument going in, or the (first) tensor coming out.
 
     last: a map there is (b, h, w, d), and not (b, d, h, w). channels: the last so many of a map's alone; None: all.
+    call: which of the module's calls in one pass, from 0, where one module is several blocks; None: every call.
     """
 
     path: str
     side: Literal["in", "out"]
     last: bool = False
     channels: int | None = None
+    call: int | None = None
 
 
 def into(path: str) -> Point:
@@ -77,8 +79,11 @@ class Affine:
         return len(self.weight)
 
 
-PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2", "conv", "norms")
-AFFINE = ("embed", *PARTS, "norm")
+PARTS = ("norm1", "qkv", "proj", "norm2", "fc1", "fc2", "conv", "norms", "linear")
+AFFINE = ("embed", *PARTS[:-1], "norm")
+LINEAR = ("qkv", "proj", "fc1", "fc2", "conv", "linear")
+"""The parts that are linear maps and convolutions."""
+
 
 BLOCK = Op(into(""), out_of(""))  # the block itself: reads the stream, writes the stream
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restuning.backbones.sites import find_sites
+from restuning.backbones.sites import find_sites, tower_of
 from restuning.data import Preprocess, Reading, Tokenise
-from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, SiteError, line
+from restuning.errors import CheckpointError, DataError, MissingExtra, RestuningError, SiteError, TowersError, line
 from restuning.utils.hub import MINILM, HubId, hub, located, packaged, remote_code
 from restuning.utils.hub import trust_remote_code as trusting
 from restuning.utils.reading import check_regular
@@ -29,6 +29,7 @@ def load_backbone(
     weights: str | Path | None = None,
     image_size: int | None = None,
     *,
+    tower: str | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """A backbone without its classifier, in eval mode.
@@ -37,14 +38,17 @@ def load_backbone(
     transformers folder or `hub:owner/name[@revision]`, `all-MiniLM-L6-v2`, a text encoder, from the package that holds
     it, or `resnet18-stages`, a ResNet-18 of three stages with its batch norms folded into its convolutions. weights: a
     safetensors or state-dict file; `"random"`: none; None: pretrained (bundled, or from the hub). image_size: pixels a
-    side, if other than the model's own (position embeddings are interpolated; convolutions see any size).
-    trust_remote_code: whether a transformers folder's own Python code may run.
-    Raises SiteError for an unknown name, CheckpointError for weights that do not fit or cannot be had.
+    side, if other than the model's own (position embeddings are interpolated; convolutions see any size). tower: of a
+    model with several (CLIP, SigLIP, an encoder with a decoder), the path of the one that is meant; `hf:FOLDER#TOWER`
+    says the same. trust_remote_code: whether a transformers folder's own Python code may run.
+    Raises SiteError for an unknown name, TowersError for several towers of which none is named, CheckpointError for
+    weights that do not fit or cannot be had.
     """
     if image_size is not None and not 1 <= image_size <= MOST_PIXELS:
         raise RestuningError(f"image size {image_size}: expected a number of pixels from 1 to {MOST_PIXELS}")
     if not name or "\0" in name:
         raise SiteError(f"{name!r} is no name of a backbone: expected {MICRO}, a timm model or hf:FOLDER")
+    name = name if tower is None else f"{name}#{tower}"
     if name.startswith("hf:") or name == MINILM:
         with trusting(trust_remote_code) if trust_remote_code else nullcontext():
             backbone = _transformers(name.removeprefix("hf:"), weights)
@@ -116,11 +120,14 @@ def reading_of(
     if image_size is not None or crop:
         raise RestuningError(f"{type(backbone).__name__} reads texts: an image size and a crop are for images")
     config: Any = backbone.config
-    pad, limit = config.pad_token_id, int(config.max_position_embeddings)
+    pad, places = config.pad_token_id, ("max_position_embeddings", "n_positions")
+    limit = int(next((n for name in places if (n := getattr(config, name, None))), 512))
     first = getattr(getattr(backbone, "embeddings", None), "padding_idx", None)
     if config.model_type in OFFSET and first is not None:
         limit -= first + 1
-    return Tokenise(tokenizer or str(config._name_or_path), limit, int(config.vocab_size), pad, max_length)
+    return Tokenise(
+        tokenizer or str(config._name_or_path).partition("#")[0], limit, int(config.vocab_size), pad, max_length
+    )
 
 
 OFFSET = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
@@ -143,7 +150,7 @@ def preprocessing_of(backbone: nn.Module, image_size: int | None = None, crop: b
             crop=float(timm.get("crop_pct") or 1.0) if crop else None,
         )
     side = image_size or int(getattr(config, "image_size", 224))
-    how, half = _processor(str(getattr(config, "_name_or_path", ""))), (0.5, 0.5, 0.5)
+    how, half = _processor(str(getattr(config, "_name_or_path", "")).partition("#")[0]), (0.5, 0.5, 0.5)
     resample = how.get("resample", 3)
     named = {
         "size": (side, side),
@@ -239,7 +246,17 @@ def _timm(name: str, pretrained: bool, **settings: Any) -> nn.Module:
     return model
 
 
+def _one_tower(model: nn.Module) -> nn.Module:
+    """The model. Raises TowersError for one with a tower for images and one for texts."""
+    both = tuple(name for name in ("vision_model", "text_model") if isinstance(getattr(model, name, None), nn.Module))
+    if len(both) > 1:
+        raise TowersError(type(model).__name__, both)
+    return model
+
+
 def _transformers(path: str, weights: str | Path | None) -> nn.Module:
+    whole = path
+    path, _, tower = path.partition("#")
     try:
         from transformers import AutoConfig, AutoModel
     except ImportError as error:
@@ -260,10 +277,9 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
         raise CheckpointError(f"transformers cannot load {path!r}: {_why(error)}") from error
     if not getattr(model, "is_quantized", False):
         model.float()  # a tuner born at one cannot move in bfloat16: half precision is for autocast
-    vision = getattr(model, "vision_model", None)  # of a CLIP, the tower that sees images
-    backbone: nn.Module = model if vision is None or not hasattr(model, "text_model") else vision
-    config: Any = backbone.config
-    config._name_or_path = path  # a packaged model is known by its name, wherever it is installed
+    backbone: nn.Module = tower_of(model, tower) if tower else _one_tower(model)
+    config: Any = getattr(backbone, "config", model.config)
+    config._name_or_path = whole  # a packaged model is known by its name, wherever it is installed
     if weights is not None:
         _load(backbone, weights)
     return backbone

@@ -1,152 +1,120 @@
 """The search for a backbone's operations, by the table of anatomies."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 from operator import attrgetter
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from torch import nn
 
 from restuning._types import Kernel, SiteInfo
-from restuning.backbones.anatomy import AFFINE, BLOCK, PARTS, Affine, Anatomy, Point, Weight, as_tuple
+from restuning.backbones.anatomy import BLOCK, Affine, Anatomy, Point, Weight, as_tuple
 from restuning.backbones.families import ANATOMIES
-from restuning.backbones.towers import Found, check_covered, check_mask, outermost, same_tower
+from restuning.backbones.masks import check_mask
+from restuning.backbones.site import Found as Found
+from restuning.backbones.site import Site as Site
+from restuning.backbones.site import Sites as Sites
+from restuning.backbones.site import is_named
 from restuning.errors import SiteError
-from restuning.side.base import check_indices
 
 
-@dataclass(frozen=True)
-class Site:
-    """An operation of one block, or of none (`embed`, `norm`): absolute paths in the backbone, and the port that a
-    tuner there is built for. `name` tells it from every other site. weight: set where no module is called; the points
-    are a name then."""
+def find_sites(
+    backbone: nn.Module,
+    anatomy: "Anatomy | Sites | None" = None,
+    *,
+    inputs: Mapping[str, Any] | None = None,
+) -> Sites:
+    """The sites of a backbone, by the first row of ANATOMIES that fits, by the anatomy given, or as a trace finds them.
 
-    op: str
-    block: int | None
-    name: str
-    reads: Point
-    writes: Point
-    stream: Point
-    info: SiteInfo
-    weight: Weight | None = None
+    Args:
+        backbone: the frozen model; of a model with several towers, one of them.
+        anatomy: how it is built, or sites that have been found already; None: the table, and where no row of it fits,
+            one traced forward.
+        inputs: keyword arguments of a forward to trace, three rows; None: as the backbone's own configuration says.
 
-    def affine(self, backbone: nn.Module) -> Affine:
-        """The affine map at a part, at `embed` or at `norm`, of a module or of none."""
-        path = self.reads.path
-        at = self.weight or Weight("", f"{path}.weight", f"{path}.bias")
-        return Affine(attrgetter(at.weight)(backbone), None if at.bias is None else _reached(backbone, at.bias))
-
-
-@dataclass(frozen=True)
-class Sites(Sequence[Site]):
-    """All sites of a backbone, block by block, and what its tail needs to know.
-
-    stages: the layers at which stages end. stems: the modules that say the layers x_1 … x_L, the blocks as a rule, of
-    which the first reads x_0. features: the port of every layer x_0 … x_L, as something that reads it and says as much.
-    port: that of what the head reads. norm, post and pooler: the
-    modules before and after pooling, and in its place.
+    Raises:
+        SiteError: where a given anatomy does not fit, where one fits in two places (a CLIP with both its towers: pass
+            one of them), or where a trace finds no blocks that hold most of the parameters.
     """
-
-    anatomy: Anatomy
-    blocks: tuple[str, ...]
-    stages: tuple[int, ...]
-    stems: tuple[str, ...]
-    features: tuple[SiteInfo, ...]
-    all: tuple[Site, ...]
-    info: SiteInfo
-    norm: tuple[str, ...]
-    post: tuple[str, ...]
-    pooler: str | None
-    join: str | None
-    pool: str
-    prefix: int
-
-    @property
-    def ops(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(site.op for site in self.all))
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all blocks are of one stage, so of one width and one number of tokens."""
-        return len(self.stages) == 1
-
-    def layer(self, layer: int) -> Point:
-        """Where a layer can be seen: 0 is what the first stem reads, l what stem l says."""
-        return Point(self.stems[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)
-
-    def at(self, op: str, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
-        """The sites of one operation (`affine`: of all affine modules; or a module's own name, such as `query`), in all
-        blocks or in those named; sites of no block are always among them.
-
-        Raises SiteError for an operation or a block that is not there.
-        """
-        ops = AFFINE if op == "affine" and self.anatomy.parts else (op,)
-        named = [s for s in self.all if s.op in ops] or [
-            s for s in self.all if s.op in PARTS and s.reads.path.split(".")[-1] == op
-        ]
-        if not named:
-            raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
-        check_indices(blocks, len(self.blocks), "block", "this backbone")
-        return tuple(s for s in named if blocks is None or s.block is None or s.block in blocks)
-
-    def __len__(self) -> int:
-        return len(self.all)
-
-    @overload
-    def __getitem__(self, i: int) -> Site: ...
-    @overload
-    def __getitem__(self, i: slice) -> Sequence[Site]: ...
-    def __getitem__(self, i: int | slice) -> Site | Sequence[Site]:
-        return self.all[i]
-
-    def __iter__(self) -> Iterator[Site]:
-        return iter(self.all)
-
-
-def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:
-    """The sites of `backbone`, by the first row of ANATOMIES that fits, or by the one given.
-
-    A row of the table has to cover most of the parameters that are in lists of blocks. Raises SiteError if none fits,
-    if the model has several towers (a CLIP with both, an image tower before a language model: pass one of them), or if
-    what fits is a small part of it.
-    """
+    if isinstance(anatomy, Sites):
+        return anatomy
     rows = ANATOMIES if anatomy is None else (anatomy,)
-    found: list[Found] = []
-    for row in rows:
-        if found and row.join is not None:
-            continue
-        for root, lists in _holders(backbone, row.blocks).items():
-            # another row's view of the same tower, or what is a part of one (the stem of a hybrid)
-            known = any(same_tower(lists, other[2]) for other in found)
-            if not known and _fits(backbone, root, lists, row):
-                found.append((row, root, lists))
-        if found and (anatomy is not None or found[0][0].join is not None):
-            break
-    if found and anatomy is None and found[0][0].join is None:
-        found = outermost(found)
-    if len(found) > 1:
-        places = ", ".join(root or "the backbone itself" for _, root, _ in found)
-        names = " and ".join(dict.fromkeys(row.name for row, _, _ in found))
-        raise SiteError(f"{names} fits in {len(found)} places ({places}): pass the one that is meant")
-    if found:
-        row, root, lists = found[0]
-        if anatomy is None and row.join is None:
-            check_covered(backbone, row, lists)
-            check_mask(backbone, root, row)
-        return _describe(backbone, root, lists, row)
-    looked = "; ".join(
-        f"{row.name}: {row.blocks}.*.({', '.join(row.paths())}), {', '.join(as_tuple(row.norm))}" for row in rows
-    )
+    if inputs is None:
+        for row in rows:
+            holders = _holders(backbone, row.blocks)
+            found = [root for root, lists in holders.items() if _fits(backbone, root, lists, row)]
+            if len(found) > 1:
+                places = ", ".join(root or "the backbone itself" for root in found)
+                raise SiteError(
+                    f"{row.name} fits in {len(found)} places ({places}): pass the one that is meant, or name its tower="
+                )
+            if found:
+                sites = _describe(backbone, found[0], holders[found[0]], row)
+                alone = _covers(backbone, sites) and not _blocks_beside(backbone, found[0])
+                if anatomy is not None or sites.join is not None or alone:
+                    if anatomy is None:
+                        check_mask(backbone, found[0], row)
+                    return sites
+    if anatomy is None:
+        from restuning.backbones.auto import find
+
+        return find(backbone, inputs)
     has = sorted({re.sub(r"\d+", "*", n) for n, _ in backbone.named_modules() if n})
     more = f" and {len(has) - 40} more" if len(has) > 40 else ""
     raise SiteError(
-        f"no known anatomy fits {type(backbone).__name__}; looked for {looked}; the model has "
-        f"{', '.join(has[:40])}{more}; describe it with restuning.Anatomy and pass anatomy="
+        f"{anatomy.name} does not fit {type(backbone).__name__}; looked for {anatomy.blocks}.*."
+        f"({', '.join(anatomy.paths())}), {', '.join(as_tuple(anatomy.norm))}; "
+        f"the model has {', '.join(has[:40])}{more}"
     )
+
+
+def tower_of(backbone: nn.Module, tower: str) -> nn.Module:
+    """One tower of a model that has several. Raises SiteError for a path that is not there."""
+    try:
+        return backbone.get_submodule(tower)
+    except AttributeError as error:
+        has = ", ".join(name for name, _ in backbone.named_children())
+        raise SiteError(f"no tower {tower!r} in {type(backbone).__name__}: it has {has}") from error
+
+
+MOST = 0.6
+"""The share of a backbone's parameters that a row of the table must hold, or it has found a part of another family."""
+
+
+CLASSIFIERS = {"head", "heads", "fc", "classifier", "last_linear"}
+"""Names under which a classifier stands."""
+
+
+def _blocks_beside(backbone: nn.Module, root: str) -> bool:
+    """Whether there are lists of blocks outside of where a row fits: another tower, or what reads this one."""
+    for path, module in backbone.named_modules():
+        inside = not root or path == root or path.startswith(f"{root}.") or root.startswith(f"{path}.")
+        if isinstance(module, nn.ModuleList) and not inside:
+            kinds = [type(child) for child in module if sum(p.ndim > 1 for p in child.parameters()) > 1]
+            if len(kinds) > len({*kinds}):
+                return True
+    return False
+
+
+def _covers(backbone: nn.Module, sites: Sites) -> bool:
+    """Whether blocks, embedding and tail are most of a backbone; words and a classifier do not count."""
+    paths = (*sites.blocks, *sites.norm, *sites.post, *(s.reads.path for s in sites.all if s.block is None))
+    paths = (*paths, *((sites.pooler,) if sites.pooler else ()))
+    embed = sites.anatomy.embed or " "
+    paths = (*paths, *(path for path, _ in backbone.named_modules() if is_named(path, embed)))
+    held = {id(p): p.numel() for path in paths for p in backbone.get_submodule(path).parameters()}
+    total = {id(p): p.numel() for p in backbone.parameters()}
+    for path, module in backbone.named_modules():
+        head = isinstance(module, nn.Linear) and CLASSIFIERS & {*path.split(".")}
+        if isinstance(module, nn.Embedding) or head:
+            for p in module.parameters():
+                if id(p) not in held:
+                    total.pop(id(p), None)
+    return sum(held.values()) >= MOST * sum(total.values())
 
 
 def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
@@ -186,7 +154,7 @@ def _fits(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy) ->
             holder.get_submodule(path)
         row.prefix(holder)
         row.pool(holder)
-    except AttributeError:
+    except Exception:  # a configuration may refuse to say, in a way of its own
         return False
     return True
 
@@ -224,7 +192,7 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
         stages=tuple(accumulate(map(len, children))),
         stems=stems,
         features=(first, *said),
-        all=tuple(_sites(backbone, root, blocks, row, infos, (*norm, *post))),
+        all=(*_sites(backbone, root, blocks, row, infos, (*norm, *post)), *words_of(backbone)),
         info=replace(said[-1], out_features=_widened(backbone, (*norm, *post), said[-1].out_features)),
         norm=norm,
         post=post,
@@ -314,6 +282,7 @@ def _sites(
         """All of a role's kind in it that have weights."""
         return [name for name, m in module(path).named_modules() if _KINDS[role](m)]
 
+    described: list[str] = []
     if row.embed is not None and getattr(module(_join(root, row.embed)), "weight", None) is not None:
         yield part("embed", None, "embed", _join(root, row.embed))
     for i, block in enumerate(blocks):
@@ -334,7 +303,9 @@ def _sites(
             yield Site("attention", i, f"{i}_attention{apart}", call, call, call, keys)
         for role, candidates in row.parts.items():
             for name, path, weight in parts(role, candidates, block):
+                described.append(path)
                 yield part(role, i, f"{i}_{role}{name}", path, weight)
+    yield from _others(backbone, blocks, row, infos, {*described})
     loose = row.loose(backbone.get_submodule(root)) if row.loose else {}
     for op, found in loose.items():
         for i, one in enumerate(found):
@@ -347,6 +318,56 @@ def _sites(
         yield part("norm", None, "norm" if len(norms) == 1 else f"norm_{path.replace('.', '_')}", path)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is one linear map of the last dimension, or one of the channels of a map."""
+    weight = getattr(module, "weight", None)
+    matrix = weight is not None and weight.ndim in (2, 4)
+    return matrix and (isinstance(module, nn.Linear | nn.Conv2d) or type(module).__name__ == "Conv1D")
+
+
+def sides(module: Any) -> tuple[int, int]:
+    """Features that a linear map or a norm takes and gives."""
+    weight = module.weight
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels, module.out_channels
+    if weight.ndim == 1:
+        return len(weight), len(weight)
+    wide = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]
+    return int(wide[0]), int(wide[1])
+
+
+def _others(
+    backbone: nn.Module, blocks: Sequence[str], row: Anatomy, infos: Sequence[SiteInfo], described: set[str]
+) -> Iterator[Site]:
+    """Linear maps and convolutions in the blocks for which the row has no role."""
+    for i, block in enumerate(blocks):
+        for name, module in backbone.get_submodule(block).named_modules():
+            path = _join(block, name)
+            inside = any(path.startswith(f"{one}.") for one in described)  # of a part, or of nn.MultiheadAttention
+            if (
+                not is_linear(module)
+                or path in described
+                or inside
+                or type(module).__name__.startswith("NonDynamically")
+            ):
+                continue
+            reads, writes = sides(module)
+            kernel = kernel_of(module) if isinstance(module, nn.Conv2d) else None
+            last = layout_of(module) != "first"
+            into, out = Point(path, "in", last), Point(path, "out", last)
+            here = replace(infos[i], in_features=reads, out_features=writes, kernel=kernel)
+            yield Site("linear", i, f"{i}_linear_{name.replace('.', '_')}", into, out, into, here)
+
+
+def words_of(backbone: nn.Module) -> Iterator[Site]:
+    """The tables in which words, positions and the like are looked up."""
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.Embedding):
+            into, out = Point(path, "in"), Point(path, "out")
+            here = SiteInfo(module.embedding_dim, module.embedding_dim, words=module.num_embeddings)
+            yield Site("words", None, f"words_{path.replace('.', '_')}", into, out, into, here)
+
+
 def kernel_of(conv: nn.Conv2d) -> Kernel:
     """How a convolution reads its map; `padding` is None where that depends on the map."""
     fixed = conv.padding_mode == "zeros" and not type(conv).__name__.endswith("Same")
@@ -357,12 +378,6 @@ def kernel_of(conv: nn.Conv2d) -> Kernel:
 def _under(block: str, weight: Weight) -> Weight:
     bias = None if weight.bias is None else _join(block, weight.bias)
     return Weight(_join(block, weight.owner), _join(block, weight.weight), bias)
-
-
-def _reached(backbone: nn.Module, path: str) -> Any:
-    """None where nothing has that name: norms without a bias have not even the name of one."""
-    parent, _, name = path.rpartition(".")
-    return getattr(backbone.get_submodule(parent), name, None)
 
 
 def _join(*paths: str) -> str:

@@ -52,6 +52,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "methods": ("methods", "List the named methods."),
     "sites": ("sites", "List where a backbone's operations read and write."),
+    "backbones": (
+        "families",
+        "Try every family of backbones, one small random model each: what is found, which methods are right on it,\n"
+        "why others are refused. `page` writes what was tried as a page.",
+    ),
     "params": ("params", "Count parameters: tuners and head apart; no weights are loaded."),
     "data": (
         "data",
@@ -60,6 +65,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
 }
 """Command → its module in this package, and what it does."""
+
+
+TOWER = "of a model with several, the one that is meant: vision_model, encoder, … (hf:FOLDER#TOWER says the same)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="restuning", description="Tune frozen foundation models by Res-Tuning and its bypass.")
     parser.add_argument("--version", action="version", version=f"restuning {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=Parser)
+    backbone: argparse.Action | None = None
     asked = next((word for word in argv if not word.startswith("-")), None)
     for name, (module, about) in COMMANDS.items():
         shape = argparse.RawTextHelpFormatter
@@ -88,4 +97,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             chosen.arguments(command)
             for flag, what in FLAGS.items():
                 command.add_argument(flag, action="store_true", help=what)
-    return parser.parse_args(argv)
+            if (backbone := command._option_string_actions.get("--backbone")) is not None:
+                command.add_argument("--tower", help=TOWER)
+    args = parser.parse_args(argv)
+    if backbone is not None and args.tower:
+        if backbone.dest not in args:
+            raise RestuningError(f"--tower {args.tower}: expected the --backbone that it is of")
+        setattr(args, backbone.dest, f"{getattr(args, backbone.dest)}#{args.tower}")
+    return args

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from restuning.backbones.load import MICRO, describe_backbone
@@ -40,8 +40,13 @@ def run(args: argparse.Namespace) -> None:
         for s in found
     ]
     if own.json:
-        print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.info.heads, "sites": rows}))
+        by = None if found.found is None else asdict(found.found)
+        named = {"anatomy": found.anatomy.name, "found": by}
+        print(json.dumps({**named, "pool": found.pool, "heads": found.info.heads, "sites": rows}))
     else:
         stages = "" if found.uniform else f" in {len(found.stages)} stages"
         print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")
+        if found.found is not None:
+            share, notes = found.found.share, "".join(f"; {note}" for note in found.found.notes)
+            print(f"found by a trace, {share:.0%} of the parameters in it, sure: {found.found.sure}{notes}")
         table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])

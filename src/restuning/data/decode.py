@@ -44,8 +44,8 @@ def decode(file: IO[bytes], name: str, formats: Sequence[str] | None = None, meg
     """Upright, RGB, transparency on white. Raises DataError if it is unreadable, truncated or too large.
 
     The size is read from the header: an image of more than `megapixels` is refused before it is decoded. 16 bits are
-    scaled to 8, and floats from 0 to 1 to 0 to 255; where the range is not known, the image is refused. formats: the only
-    ones that are tried, by Pillow's names; None: all of FORMATS.
+    scaled to 8, and floats from 0 to 1 to 0 to 255; where the range is not known, the image is refused. formats: the
+    only ones that are tried, by Pillow's names; None: all of FORMATS.
     """
     try:
         from PIL import Image, ImageOps, UnidentifiedImageError

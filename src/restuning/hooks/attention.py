@@ -41,10 +41,18 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
     Equal to the bound form, forward and gradients. The fast path takes output and log-sum-exp from the attention
     kernel; plain arithmetic is the reference, and what eager attention gets.
     """
+    if not pieces and call.said is not None:
+        return call.said
     if not pieces:
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale
         )
+    for k, _ in pieces:
+        if (k.shape[-3], k.shape[-1]) != (call.q.shape[1], call.q.shape[-1]):
+            raise SiteError(
+                f"the attention has {call.q.shape[1]} heads of {call.q.shape[-1]}, and not {k.shape[-3]} of "
+                f"{k.shape[-1]}: a prefix of another shape cannot be merged"
+            )
     if fast and call.output is None and _kernel(call):
         # in the queries' precision: autocast is over when the backward pass comes
         k, v = (torch.cat([_batched(t, call.q) for t in side], -2).to(call.q) for side in zip(*pieces, strict=True))
@@ -225,7 +233,7 @@ class _Seen(TorchFunctionMode):
             self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
             self.weights, self.scores = out, None
         elif out.shape == args[0].shape or name == "view":  # windows take their masks in five dimensions
-            if len(args) > 1 and isinstance(args[1], int | float):
+            if len(args) > 1 and isinstance(args[1], int | float) and args[1]:
                 self.scale *= {"mul": args[1], "mul_": args[1], "div": 1 / args[1], "div_": 1 / args[1]}.get(name, 1.0)
             elif len(args) > 1 and isinstance(args[1], Tensor) and name in ("add", "add_"):
                 self.mask = args[1]

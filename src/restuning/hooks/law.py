@@ -29,6 +29,9 @@ from restuning.hooks.points import (
 from restuning.hooks.prompts import AppendedTokens, append_tokens, prompts_apart
 from restuning.tuners.base import is_prompt
 
+OPTIONAL = ("linear", "words")
+"""Operations that a forward need not call: modules that are named by what they are, not by what they do."""
+
 
 def group_by_site(tuners: Iterable[tuple[Site, str, AnyTuner]]) -> dict[Site, list[tuple[str, AnyTuner]]]:
     """{site: [(adapter, tuner), …]}, in their order.
@@ -154,8 +157,8 @@ class Attachment:
         for total in self.sums:
             for left in total.inputs.values():
                 left.clear()
-        uncalled = [total.site.name for total in self.sums if not total.called]
-        if uncalled:
+        uncalled = [s.site.name for s in self.sums if not s.called and s.site.op not in OPTIONAL]
+        if uncalled or (self.sums and not any(s.called for s in self.sums)):
             raise SiteError(f"the backbone's forward calls no module at {', '.join(uncalled)}: no tuner can be there")
 
 

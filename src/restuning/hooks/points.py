@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import count
 from threading import RLock
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -55,10 +56,16 @@ def on_input(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], 
     """A hook that calls `read` with the tensor at a point. first: before the hooks that are there already."""
     module = backbone.get_submodule(point.path)
     if point.side == "in":
-        return partial(
-            before, module, lambda m, args, kwargs: read(_channels_first(argument(m, args, kwargs)[1], point)), first
-        )
-    return partial(after, module, lambda m, args, out: read(_channels_first(first_tensor(out), point)))
+
+        def see(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read(_channels_first(argument(m, args, kwargs)[1], point))
+
+        return partial(_at_call, point.call, partial(before, module, first=first), see)
+
+    def see_output(m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        read(_channels_first(first_tensor(out), point))
+
+    return partial(_at_call, point.call, partial(after, module), see_output)
 
 
 def on_output(backbone: nn.Module, point: Point, change: Callable[[Tensor], Tensor]) -> Hook:
@@ -70,10 +77,22 @@ def on_output(backbone: nn.Module, point: Point, change: Callable[[Tensor], Tens
             name, y = argument(m, args, kwargs)
             return replace_argument(args, kwargs, name, _changed(change, y, point))
 
-        return partial(before, module, replace)
-    return partial(
-        after, module, lambda m, args, out: replace_first_tensor(out, _changed(change, first_tensor(out), point))
-    )
+        return partial(_at_call, point.call, partial(before, module), replace)
+
+    def replace_output(m: nn.Module, args: tuple[Any, ...], out: Any) -> Any:
+        return replace_first_tensor(out, _changed(change, first_tensor(out), point))
+
+    return partial(_at_call, point.call, partial(after, module), replace_output)
+
+
+def _at_call(
+    call: int | None, on: Callable[[Callable[..., Any]], AbstractContextManager[None]], hook: Callable[..., Any]
+) -> AbstractContextManager[None]:
+    """`hook`, put on a module by `on`: at every call of the module, or at the call-th of a pass alone."""
+    if call is None:
+        return on(hook)
+    calls = count()
+    return on(lambda *given: hook(*given) if next(calls) == call else None)
 
 
 @contextmanager

@@ -67,7 +67,7 @@ def tail_of(backbone: nn.Module, sites: Sites, pool: str | None = None) -> Tail:
         raise SiteError(f"unknown pooling {pool!r}: expected one of {', '.join(POOLS)}")
     if pool == "map" and sites.pooler is None:
         raise SiteError(f"pooling 'map' is by the backbone's own attention, and this {sites.anatomy.name} has none")
-    if "cls" in pool and sites.info.grid == 0:
+    if "cls" in pool and sites.info.grid == 0 and pool != sites.pool:
         raise SiteError(f"pooling {pool!r}: {sites.anatomy.name} has no CLS token here; use mean or none")
     pooler = nn.Identity() if sites.pooler is None else backbone.get_submodule(sites.pooler)
     norm, post = (tuple(backbone.get_submodule(path) for path in paths) for paths in (sites.norm, sites.post))

@@ -27,8 +27,11 @@ class Residual:
     Args:
         tuners: operation → settings of its tuner. Operations are `mha`, `ffn`, `block`, the affine modules `norm1`,
             `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `conv`, `norms`, `embed`, `norm` (`affine`: all of them), and the
-            `attention` itself, as far as the backbone has them.
+            `attention` itself, as far as the backbone has them; `all-linear`, every linear map and convolution of the
+            blocks; `words`, the tables of embeddings; a module by its name or the end of its path, and `re:` with a
+            regular expression that its whole path matches.
         blocks: the blocks that carry tuners, counted from 0; None: all.
+        exclude: modules that are left out, named in the same ways.
 
     Raises:
         MethodError: settings that make no module.
@@ -36,6 +39,7 @@ class Residual:
 
     tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
     blocks: Sequence[int] | None = None
+    exclude: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for op, config in self.tuners.items():

@@ -18,7 +18,7 @@ from restuning.side.base import FeatureInfo, SideConfig, SideNetwork
 from restuning.side.features import ALL, FIRST, LAST, MEAN, FeatureRequest, Features, TokenSelection
 from restuning.side.ladder import LadderNet, prune
 from restuning.side.stages import PathNetwork
-from restuning.tuners.base import TunerConfig, as_tuner, is_prompt, make
+from restuning.tuners.base import NeedsWeight, TunerConfig, as_tuner, is_prompt, make
 
 
 class AdapterModule(nn.Module):
@@ -56,8 +56,9 @@ class AdapterModule(nn.Module):
         self.tuners = nn.ModuleDict()
         for part in residuals_of(method):
             for op, tuner_config in part.tuners.items():
-                for site in sites.at(op, part.blocks):
-                    self._add(sites, site, tuner_config)
+                for site in sites.at(op, part.blocks, part.exclude):
+                    if op != "all-linear" or not _narrow(site, tuner_config):
+                        self._add(backbone, sites, site, tuner_config)
         side, tokens = side_of(method), live(sites, pool)
         info = feature_info(backbone, sites, pool, side)
         if side is not None:
@@ -67,7 +68,8 @@ class AdapterModule(nn.Module):
         if side is not None:
             self.side = _built(side, info, sites, pool, width)
             width = self.side.out_features if side.own_output else width
-            if side.grid is None and not side.own_output and not _allows(self.side, tokens):
+            one_grid = sites.uniform or tokens not in (FIRST, LAST)  # between others a path averages tokens
+            if side.grid is None and not side.own_output and not (one_grid and _allows(self.side, tokens)):
                 tokens = ALL
         padded = sites.info.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
         by_mask = "mean" in pool or pool == "last" or (self.side is not None and self.side.reads_padding)
@@ -84,7 +86,7 @@ class AdapterModule(nn.Module):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
 
-    def _add(self, sites: Sites, site: Site, config: TunerConfig) -> None:
+    def _add(self, backbone: nn.Module, sites: Sites, site: Site, config: TunerConfig) -> None:
         name, copies = site.name, sum(other == site for other in self.sites.values())
         name = name if not copies else f"{name}_{copies + 1}"
         tuner = as_tuner(make(config, site.info, site.op))
@@ -100,6 +102,9 @@ class AdapterModule(nn.Module):
             )
         if prompt and tuner.unbound and len(as_tuple(sites.anatomy.attention)) != 1:
             raise MethodError(f"unbound prompts need one attention a block, which {sites.anatomy.name} does not name")
+        if isinstance(tuner, NeedsWeight):
+            affine = site.affine(backbone)
+            tuner.bind(affine.weight, affine.bias)
         self.sites[name], self.tuners[name] = site, tuner
 
     @property
@@ -196,6 +201,11 @@ class Reader(nn.Module):
             features = features.detached()
         pooled = self.adapter.pooled(features, self.tail)
         return self.adapter.head(pooled) if head else pooled
+
+
+def _narrow(site: Site, config: TunerConfig) -> bool:
+    """Whether a map is narrower than the rank: among all linear maps there may be a few that LoRA has no use for."""
+    return site.info.kernel is None and getattr(config, "rank", 0) > min(site.info.in_features, site.info.out_features)
 
 
 def feature_info(backbone: nn.Module, sites: Sites, pool: str, side: SideConfig | None) -> FeatureInfo:

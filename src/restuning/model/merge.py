@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from restuning.backbones.anatomy import AFFINE
+from restuning.backbones.anatomy import AFFINE, PARTS
 from restuning.backbones.load import check_finite
 from restuning.backbones.sites import Site
 from restuning.errors import MethodError
@@ -50,7 +50,7 @@ def _check(backbone: nn.Module, name: str, adapter: AdapterModule) -> None:
         raise MethodError(f"adapter {name!r} cannot be merged: {kind} is no change of frozen weights")
     for key, site in adapter.sites.items():
         tuner = adapter.tuners[key]
-        if not isinstance(tuner, Mergeable) or site.op not in AFFINE:
+        if not isinstance(tuner, Mergeable) or site.op not in (*AFFINE, *PARTS, "words"):
             raise MethodError(
                 f"adapter {name!r} cannot be merged: {type(tuner).__name__} at {key} is no change of a weight; "
                 "LoRA, SSF and BitFit on affine modules are"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from restuning.backbones.anatomy import Anatomy
-from restuning.backbones.sites import Sites, find_sites
+from restuning.backbones.sites import Sites, find_sites, tower_of
 from restuning.errors import MethodError
 from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import group_by_site
@@ -39,7 +39,7 @@ class Tuned(nn.Module):
         self,
         backbone: nn.Module,
         *,
-        anatomy: Anatomy | None = None,
+        anatomy: Anatomy | Sites | None = None,
         train_mode: bool = False,
         backbone_name: str | None = None,
         device: torch.device | str | None = None,
@@ -416,7 +416,7 @@ class Tuned(nn.Module):
         path: str | Path,
         name: str = "default",
         *,
-        anatomy: Anatomy | None = None,
+        anatomy: Anatomy | Sites | None = None,
         method: Method | None = None,
         revision: str | None = None,
     ) -> "Tuned":
@@ -499,14 +499,19 @@ def adapt(
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     kind: str = "single-label",
-    anatomy: Anatomy | None = None,
+    anatomy: Anatomy | Sites | None = None,
+    tower: str | None = None,
     train_mode: bool = False,
     backbone_name: str | None = None,
 ) -> Tuned:
     """Freeze `backbone` and adapt it by `method`, a name of `restuning.METHODS` or a method of your own.
 
-    The arguments, and the errors raised, are those of `Tuned` and of `Tuned.add_adapter`.
+    anatomy: how a backbone is built, where neither the table knows it nor a trace finds it, or its sites. tower: of a
+    model with several (CLIP, an encoder with a decoder), the path of the one that is tuned. The other arguments, and
+    the errors raised, are those of `Tuned` and of `Tuned.add_adapter`.
     """
+    if tower is not None:
+        backbone = tower_of(backbone, tower)
     tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
     try:
         tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing, kind=kind)

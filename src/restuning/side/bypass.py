@@ -194,12 +194,18 @@ class BypassNet(SideNetwork):
         return F.layer_norm(x, x.shape[-1:]) if self.normed else x
 
     def _across(self, layer: int, x: Tensor, to: Tensor, was: Any, grid: Any) -> Tensor:
-        if x.shape[1] > to.shape[1]:
+        if x.shape[1] > to.shape[1] and _square(x) and _square(to):
             x = cells(x, 0, grid_side(to, 0))
+        elif x.shape[1] != to.shape[1] and was is None:  # stretches of the sequence
+            x = F.adaptive_avg_pool1d(x.transpose(1, 2), to.shape[1]).transpose(1, 2)
         x = self.across[str(layer)](x).to(to.dtype) if str(layer) in self.across else x
         if x.shape[1] < to.shape[1]:  # after the map, which is the same and costs less
             x = F.interpolate(x.transpose(1, 2).unflatten(2, was), grid).flatten(2).transpose(1, 2)
         return x
+
+
+def _square(x: Tensor) -> bool:
+    return math.isqrt(x.shape[1]) ** 2 == x.shape[1]
 
 
 def _with(tuners: nn.ModuleDict, layer: int, x: Tensor) -> Tensor:

@@ -83,6 +83,20 @@ class Mergeable(Protocol):
         ...
 
 
+@runtime_checkable
+class NeedsWeight(Protocol):
+    """A tuner that is made for an affine map's own weight."""
+
+    def bind(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Hand over the frozen map's own; called once, when the tuner is made.
+
+        Args:
+            weight: (out, in).
+            bias: (out,); None: there is none.
+        """
+        ...
+
+
 TunerConfig: TypeAlias = Callable[[SiteInfo], nn.Module]
 """How a tuner is made, called once for each site. `restuning.Adapter(10)` is one; so is any `nn.Module` class whose
 `__init__` takes a `SiteInfo`."""
