@@ -12,6 +12,7 @@ from importlib import import_module
 from restuning._version import __version__
 from restuning.cli.arguments import Parser
 from restuning.cli.door import FLAGS, door
+from restuning.errors import RestuningError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("train", "Tune a frozen backbone on a data set, test it, save it."),
