@@ -72,9 +72,9 @@ def train(out: Path) -> None:
                 whole = sum(p.numel() for p in backbone.get_submodule(block).parameters())
                 held = sum(p.to_local().numel() for p in backbone.get_submodule(block).parameters())  # type: ignore
                 assert held == pytest.approx(whole / 2, rel=0.01), (held, whole)
-            with pytest.raises(MethodError, match="shared out already"):
+            with pytest.raises(MethodError, match="sharded already"):
                 tuned.fully_shard()
-            with pytest.raises(MethodError, match=r"full fine-tuning needs the whole of them: call gather\(\) first"):
+            with pytest.raises(MethodError, match=r"full fine-tuning needs the whole of them: call unshard\(\) first"):
                 tuned.add_adapter("full", "full", 3)
         config = TrainConfig(epochs=3, batch_size=4, lr=1e-3, accumulate=2, clip=1.0, ema=0.9)
         state = out / f"{anatomy}-{method}.pt"

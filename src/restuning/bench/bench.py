@@ -29,6 +29,7 @@ from restuning.data import Items, Preprocess, Task
 from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.features.bank import Bank, FromBank, FromFeatures, build
 from restuning.features.stacked import Point, train
+from restuning.hooks.memory import check_memory
 from restuning.methods.named import find_method
 from restuning.model.stack import Stack
 from restuning.model.tuned import Tuned, adapt
@@ -36,7 +37,7 @@ from restuning.side.features import Features
 from restuning.training.config import TrainConfig, data_order, parameter_groups
 from restuning.utils.figures import Record
 from restuning.utils.options import ImageSize, Option
-from restuning.utils.profiling import in_turn, peak_bytes, saved_bytes, spread
+from restuning.utils.profiling import in_turn, peak_bytes, saved_by_module, spread
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -45,10 +46,14 @@ WANTED: dict[str, dict[tuple[str, str, str], str]] = {
     "memory": {
         ("bypass", "full", "saved_bytes"): "<= 0.005",
         ("bypass", "linear", "peak_bytes"): "<= 1.1",
-        ("res-tuning", "peft-lora-equal", "saved_bytes"): "<= 1.1",
+        ("res-tuning", "peft-lora-equal", "saved_bytes"): "<= 0.9",
+        ("res-tuning:compact", "peft-lora-equal", "saved_bytes"): "<= 0.62",
+        ("res-tuning:recompute", "peft-lora-equal", "saved_bytes"): "<= 0.36",
     },
     "step": {
         ("res-tuning", "peft-lora-equal", "seconds"): "<= 1",
+        ("res-tuning:compact", "peft-lora-equal", "seconds"): "<= 1.08",
+        ("res-tuning:recompute", "peft-lora-equal", "seconds"): "<= 1.25",
         ("lora", "peft-lora", "seconds"): "<= 1.05",
         ("prefix", "prefix, bound", "seconds"): "<= 1.15",
         ("forward, res-tuning", "forward", "seconds"): "<= 1.08",
@@ -67,15 +72,20 @@ WANTED: dict[str, dict[tuple[str, str, str], str]] = {
 }
 RUN_FULL = 19  # so many full models are run one after the other; other numbers of them are counted from one
 GRID_STEPS, BANK_STEPS = 32, 8  # of an epoch from features kept
-METHODS = ("full", "linear", "bypass", "bypass-horizontal", "res-tuning", "lora", "prefix", "adapter", "lst", "dtl")
+METHODS = (
+    *("full", "linear", "bypass", "bypass-horizontal"),
+    *("res-tuning", "res-tuning:plain", "res-tuning:compact", "res-tuning:recompute"),
+    *("lora", "prefix", "adapter", "lst", "dtl"),
+)
 
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The settings of a benchmark. methods: of `memory` and `step`, peers among them; tasks: adapters; points: of a
-    grid."""
+    """The settings of a benchmark. methods: of `memory` and `step`, peers among them, `:mode` after one of ours for a
+    mode of `restuning.hooks.memory.MEMORY`; tasks: adapters; points: of a grid; memory: GiB that a batch should fit
+    in."""
 
     backbone: Annotated[str, Option("a timm model, or restuning-micro")] = "vit_base_patch16_224"
     weights: Annotated[str, Option("file of pretrained weights")] = "random"
@@ -88,9 +98,12 @@ class Bench:
     tasks: Annotated[int, Option("multitask: most tasks (default 1000); mixed: adapters (default 19)")] = 19
     points: Annotated[int, Option("of a grid")] = 8
     device: Annotated[str, Option("cpu or cuda")] = "cpu"
-    methods: Annotated[tuple[str, ...], Option("memory and step: methods and peers (default: all)", flag="method")] = (
-        *METHODS,
-        *PEERS,
+    methods: Annotated[
+        tuple[str, ...],
+        Option("memory and step: methods, res-tuning:compact for a mode, and peers (default: all)", flag="method"),
+    ] = (*METHODS, *PEERS)
+    memory: Annotated[float | None, Option("memory: print the largest batch that fits in so much", metavar="GIB")] = (
+        None
     )
 
     def __post_init__(self) -> None:
@@ -100,8 +113,12 @@ class Bench:
         twice = next((m for m in self.methods if self.methods.count(m) > 1), None)
         if twice is not None:
             raise RestuningError(f"method {twice!r}: expected each once")
+        if self.memory is not None and not self.memory > 0:
+            raise RestuningError(f"memory {self.memory}: expected GiB above 0")
         for method in (m for m in self.methods if m not in PEERS):
-            find_method(method)
+            name, _, mode = method.partition(":")
+            find_method(name)
+            check_memory(mode or "shared")
         if self.device not in ("cpu", "cuda"):
             raise RestuningError(f"device {self.device!r}: expected cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -129,7 +146,7 @@ class Bench:
     def facts(self, own: Sequence[str]) -> dict[str, Any]:
         """What a figure depends on; own: which of methods, tasks and points do."""
         return {
-            **{k: v for k, v in asdict(self).items() if k in own or k not in ("methods", "tasks", "points")},
+            **{k: v for k, v in asdict(self).items() if k in own or k not in ("methods", "tasks", "points", "memory")},
             "image_size": self.side(),
             "dtype": "float32",
             "threads": torch.get_num_threads(),
@@ -141,9 +158,11 @@ class Bench:
 
 @dataclass
 class Measured:
-    """samples: name → unit → a value for every round (or one for all); absent: what could not be measured, and why."""
+    """samples: name → unit → a value for every round (or one for all); operations: name → bytes that each module keeps;
+    absent: what could not be measured, and why."""
 
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    operations: dict[str, dict[str, int]] = field(default_factory=dict)
     pairs: list[tuple[str, str, str]] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
 
@@ -184,7 +203,10 @@ def records_of(
                 bar = {"wanted": wanted[a, b, unit]} if (a, b, unit) in wanted else {}
                 ratios[f"{unit} / {b}"] = {**found, **bar}
         values = {unit: _short(statistics.median(v)) for unit, v in units.items()}
-        records.append({"what": what, "name": name, "values": values, "ratios": ratios, "settings": facts})
+        operations = {"operations": measured.operations[name]} if name in measured.operations else {}
+        records.append(
+            {"what": what, "name": name, "values": values, "ratios": ratios, **operations, "settings": facts}
+        )
     return records + [
         {"what": what, "name": name, "values": {}, "ratios": {}, "absent": why, "settings": facts}
         for name, why in measured.absent.items()
@@ -201,7 +223,7 @@ def _memory(settings: Bench) -> Measured:
         for name in (m for m in settings.methods if m not in measured.absent):
             try:
                 with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
-                    found = fresh.submit(_cost, settings, name, threads).result()
+                    found, measured.operations[name] = fresh.submit(_cost, settings, name, threads).result()
             except (MethodError, SiteError) as error:
                 measured.absent[name] = line(error)
             except BrokenProcessPool as error:
@@ -213,23 +235,31 @@ def _memory(settings: Bench) -> Measured:
     measured.against("full", "saved_bytes")
     measured.against("full", "peak_bytes")
     measured.against("linear", "peak_bytes")
-    measured.against("peft-lora-equal", "saved_bytes", ["res-tuning"])
+    measured.against("peft-lora-equal", "saved_bytes", [m for m in measured.samples if m.startswith("res-tuning")])
     return measured
 
 
-def _cost(settings: Bench, name: str, threads: int) -> dict[str, float]:
-    """Of one training step; `peak_bytes` are those above `loaded_bytes`."""
+def _cost(settings: Bench, name: str, threads: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Of one training step, in all and by module; `peak_bytes` are those above `loaded_bytes`."""
     torch.set_num_threads(threads)
     model, (x, labels) = settings.subject(name), settings.inputs()
     tiny = nn.Linear(2, 2, device=x.device)
     _step(tiny, lambda: tiny(torch.ones(1, 2, device=x.device)).sum())()  # what the first step of any model loads
     loaded, above = peak_bytes(_step(model, lambda: model(x, labels=labels)["loss"]), x.device)
-    return {
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "saved_bytes": saved_bytes(lambda: model(x, labels=labels)["loss"], model.parameters()),
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = saved_by_module(lambda: model(x, labels=labels)["loss"], model)
+    costs = {
+        "parameters": trained,
+        "saved_bytes": sum(saved.values()),
         "peak_bytes": above,
         "loaded_bytes": loaded,
     }
+    if settings.memory is not None:
+        weights = sum(p.nbytes for p in model.parameters())
+        fixed = weights + 3 * 4 * trained  # a gradient and AdamW's two means
+        each = max(1.0, (above - 3 * 4 * trained) / settings.batch)
+        costs["largest_batch"] = max(0, int((settings.memory * 2**30 - fixed) / each))
+    return costs, saved
 
 
 def _steps(settings: Bench) -> Measured:
@@ -250,7 +280,8 @@ def _steps(settings: Bench) -> Measured:
     measured.seconds(in_turn(calls, settings.rounds))
     measured.against("full")
     measured.against("forward", names=["forward, res-tuning", "linear", "bypass"])
-    measured.against("peft-lora-equal", names=["res-tuning", "bypass"])
+    modes = [name for name in calls if name.startswith("res-tuning")]
+    measured.against("peft-lora-equal", names=[*modes, "bypass"])
     pairs = ("prefix", "prefix, bound"), ("lora", "peft-lora"), ("bypass", "swift-bypass")
     measured.pairs += [(name, to, "seconds") for name, to in pairs]
     return measured
@@ -388,7 +419,7 @@ def _bank(settings: Bench) -> Measured:
 
 
 BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, Any]]] = {
-    "memory": (_memory, ["methods"], {}),
+    "memory": (_memory, ["methods", "memory"], {}),
     "step": (_steps, ["methods"], {}),
     "multitask": (_multitask, ["tasks"], {"classes": 10, "tasks": 1000}),
     "mixed": (_mixed, ["tasks"], {"batch": 64}),

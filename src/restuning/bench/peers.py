@@ -39,12 +39,14 @@ def missing() -> dict[str, str]:
 
 def subject(name: str, backbone: nn.Module, described: str, classes: int) -> Any:
     """A model to train: a method of ours on the backbone (LoRA without dropout, as PEFT's is), or a peer, which changes
-    the backbone. Called with images and labels, it gives a dict of `loss`. described: the backbone's name."""
+    the backbone. A name may end in a mode of `restuning.hooks.memory.MEMORY`, `res-tuning:compact`. Called with images
+    and labels, it gives a dict of `loss`. described: the backbone's name."""
+    name, _, memory = name.partition(":")
     sites = find_sites(backbone)
     where = _lora_ops(sites)
     if name not in PEERS:
         method: str | Method = Residual(dict.fromkeys(where, Lora(8, dropout=0.0))) if name == "lora" else name
-        return adapt(backbone, method, classes).train()
+        return adapt(backbone, method, classes, memory=memory or "shared").train()
     if name == "swift-bypass":
         return Peer(_swift(backbone, sites), sites.info.out_features, classes).train()
     infos = {site.reads.path: site.info for op in where for site in sites.at(op)}

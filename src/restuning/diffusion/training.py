@@ -27,6 +27,7 @@ from restuning.diffusion.base import (
 from restuning.diffusion.generation import Asked, draw, grid, pictures
 from restuning.diffusion.latents import Latents, keep_latents
 from restuning.errors import RestuningError
+from restuning.hooks.memory import check_memory
 from restuning.methods.named import find_method
 from restuning.methods.spec import Method, on_blocks, resize
 from restuning.model.count import count
@@ -40,7 +41,7 @@ from restuning.training.loop import accelerated, fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.hub import pinned
-from restuning.utils.options import CAPTIONS, TUNER_SIZE, Blocks, Option
+from restuning.utils.options import CAPTIONS, MEMORY, TUNER_SIZE, Blocks, Option
 from restuning.utils.plain import read_plain
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
@@ -56,7 +57,8 @@ class DiffusionRun:
     width: of every adapter, rank of every LoRA, tokens of every prefix and prompt. flip: mirrored pictures too. drop:
     the share of captions that are left out, for classifier-free guidance. prior_prompt: the class of DreamBooth's prior
     preservation, of which the base paints `prior_images`, that weigh `prior_weight`. latents: a folder that keeps
-    latents and embeddings (None: in the run's own). prompts: painted every `sample_every` epochs.
+    latents and embeddings (None: in the run's own). memory: what frozen operations keep for the backward pass, a mode
+    of `restuning.hooks.memory.MEMORY`. prompts: painted every `sample_every` epochs.
     """
 
     base: Annotated[str, Option("a pipeline of diffusers: a folder, or a hub id")]
@@ -80,12 +82,14 @@ class DiffusionRun:
         str | None, Option("folder that keeps latents and embeddings for other runs (default: OUT/latents)")
     ] = None
     gradient_checkpointing: Annotated[bool, Option("the U-Net's own")] = False
+    memory: Annotated[str, MEMORY] = "shared"
     prompts: Annotated[tuple[str, ...], Option("generated at intervals, into OUT/samples-EPOCH.png")] = ()
     sample_every: Annotated[int, Option("epochs", metavar="EPOCHS")] = 1
     training: TrainConfig = RECIPE
 
     def __post_init__(self) -> None:
         find_method(self.method, "unet")
+        check_memory(self.memory)
         if not 0 <= self.drop < 1:
             raise RestuningError(f"drop is {self.drop!r}: expected a share of 0 or more, below 1")
         for name in ("size", "prior_images", "prior_weight", "sample_every"):
@@ -242,7 +246,7 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
         check_prompts(pipe, [*run.prompts, *([] if run.prior_prompt is None else [run.prior_prompt])])
         scheduler = scheduler_of(pipe, "ddim")
         torch.manual_seed(run.training.seed)
-        tuned = Tuned(denoiser_of(pipe), backbone_name=run.base)
+        tuned = Tuned(denoiser_of(pipe), backbone_name=run.base, memory=run.memory)
         tuned.add_adapter("default", run.spec(tuned.family), preprocessing={"size": run.size})
         tuned.to(pipe.device)
         model = Denoiser(pipe, tuned, run.size)

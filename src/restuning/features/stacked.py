@@ -1,6 +1,6 @@
 """Training a stack from features: grid points or tasks, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from restuning.data.objective import Objective, objective
 from restuning.errors import MethodError
+from restuning.features.bank.window import Window
 from restuning.model.stack import Stack
 from restuning.side.features import Features
 from restuning.training.config import TrainConfig, data_order, learning_rate
@@ -29,12 +30,16 @@ class Point:
 
 
 def train(
-    stack: Stack, features: Features, labels: Tensor, points: Sequence[Point], task_objective: Objective | None = None
+    stack: Stack,
+    features: Features | Window,
+    labels: Tensor,
+    points: Sequence[Point],
+    task_objective: Objective | None = None,
 ) -> list[bool]:
     """Train all modules at once, each exactly as `restuning.training.loop.fit` would train it alone.
 
-    features: of all rows, shared by all points; labels: (rows, …), or (N, rows, …) for other tasks on
-    them. task_objective: the tasks'; None: of single labels.
+    features: of all rows, shared by all points, or a window on a bank that is read as it goes; labels: (rows, …), or
+    (N, rows, …) for other tasks on them. task_objective: the tasks'; None: of single labels.
     Points must have as many examples as one another, and one batch size. Returns which of them ended in finite values.
     """
     counts = {(len(p.rows), p.config.batch_size) for p in points}
@@ -49,20 +54,22 @@ def train(
     loss_of = torch.vmap(task_objective.loss)
     labels = _of_each(labels, task_objective, len(points))
     everyone = torch.arange(len(points), device=labels.device)[:, None]
-    for epoch in range(max(p.config.epochs for p in points)):
-        orders = [data_order(examples, batch_size, p.config.seed, epoch) for p in points]
-        for step in range(steps):
-            at = torch.stack([p.rows[order[step]] for p, order in zip(points, orders, strict=True)]).to(labels.device)
-            lrs = [_rate(p.config, epoch * steps + step, steps) for p in points]
-            together = bool((at == at[0]).all())
-            batch = features.rows(at[0] if together else at)
-            with torch.enable_grad():
-                for t in trained.values():
-                    t.requires_grad_(True)
-                logits = stack(batch, batched=not together)
-                loss = loss_of(logits, labels[everyone, at]).sum()
-                grads = torch.autograd.grad(loss, list(trained.values()))
-            optimizer.step(grads, lrs)
+
+    def rows() -> Iterator[Tensor]:
+        """Of every step: (N, batch), or (batch,) where they are those of all points."""
+        for epoch in range(max(p.config.epochs for p in points)):
+            orders = [data_order(examples, batch_size, p.config.seed, epoch) for p in points]
+            for step in range(steps):
+                yield _shared(torch.stack([p.rows[order[step]] for p, order in zip(points, orders, strict=True)]))
+
+    for step, (at, batch) in enumerate(_read(features, rows(), labels.device)):
+        with torch.enable_grad():
+            for t in trained.values():
+                t.requires_grad_(True)
+            logits = stack(batch, batched=at.ndim == 2)
+            loss = loss_of(logits, labels[everyone, at]).sum()
+            grads = torch.autograd.grad(loss, list(trained.values()))
+        optimizer.step(grads, [_rate(p.config, step, steps) for p in points])
     for t in trained.values():
         t.requires_grad_(False)
     finite = torch.ones(len(points), dtype=torch.bool, device=labels.device)
@@ -70,6 +77,23 @@ def train(
         good = t.isfinite() | (t == -torch.inf) if name.endswith("head.bias") else t.isfinite()
         finite &= good.flatten(1).all(1)
     return finite.tolist()
+
+
+def _shared(at: Tensor) -> Tensor:
+    """(N, b), or (b,) if all are alike."""
+    return at[0] if bool((at == at[0]).all()) else at
+
+
+def _read(
+    features: Features | Window, rows: Iterable[Tensor], device: torch.device
+) -> Iterator[tuple[Tensor, Features]]:
+    """(rows, their features), in order."""
+    if isinstance(features, Window):
+        for at, found in features.batches(rows):
+            yield at.to(device), found.map(lambda x: x.to(device))
+    else:
+        for at in (at.to(device) for at in rows):
+            yield at, features.rows(at)
 
 
 def _rate(config: TrainConfig, step: int, steps: int) -> float:
@@ -112,7 +136,7 @@ class _AdamW:
 @torch.no_grad()
 def scores(
     stack: Stack,
-    features: Features,
+    features: Features | Window,
     labels: Tensor,
     rows: Sequence[Tensor],
     task_objective: Objective | None = None,
@@ -121,11 +145,8 @@ def scores(
     """The objective's first metric of every module on its own rows (equally many) of the shared features."""
     task_objective = task_objective or objective()
     at, labels = torch.stack(list(rows)).to(labels.device), _of_each(labels, task_objective, len(stack))
-    parts = []
-    for part in torch.split(at, batch_size, 1):
-        together = bool((part == part[0]).all())
-        batch = features.rows(part[0] if together else part)
-        parts.append(stack(batch, batched=not together))
+    each = (_shared(part) for part in torch.split(at, batch_size, 1))
+    parts = [stack(batch, batched=part.ndim == 2) for part, batch in _read(features, each, at.device)]
     return [next(task_objective.metrics(own, labels[i, at[i]]))[1] for i, own in enumerate(torch.cat(parts, 1))]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
 
 from restuning.errors import SiteError
 
@@ -41,8 +41,11 @@ def merged(call: Call, pieces: Sequence[Piece], fast: bool = True) -> Tensor:
     Equal to the bound form, forward and gradients. The fast path takes output and log-sum-exp from the attention
     kernel; plain arithmetic is the reference, and what eager attention gets.
     """
-    if not pieces and call.said is not None:
-        return call.said
+    if has_torch_function((call.q,)):  # for modes, to which it is one operation
+        out: Tensor = handle_torch_function(merged, (call.q,), call, pieces, fast)
+        return out
+    if not pieces and call.output is not None:
+        return call.output
     if not pieces:
         return F.scaled_dot_product_attention(
             call.q, call.k, call.v, call.mask, is_causal=call.causal, scale=call.scale

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from restuning.backbones.sites import Site, Sites
 from restuning.errors import MethodError, SiteError
 from restuning.hooks.attention import Call, merged, on_call, on_weight
+from restuning.hooks.operations import read_by_tuner
 from restuning.hooks.points import (
     AnyTuner,
     Hook,
@@ -58,7 +59,7 @@ class SiteSum:
 
     def read(self, kind: str, x: Tensor) -> None:
         """Keep the operation's input (`normed`) or the stream before its norm (`residual`) for its output."""
-        self.inputs[kind].append(x)
+        self.inputs[kind].append(read_by_tuner(x))
 
     def read_and_add(self, x: Tensor, y: Tensor) -> Tensor:
         """The sum where input and output come together: at a weight that no module is called for."""

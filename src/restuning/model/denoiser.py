@@ -1,7 +1,7 @@
 """Tuning a backbone that denoises: side paths join its last modules, and it is called as it always was."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
 from restuning.hooks.law import Attachment, group_by_site
-from restuning.hooks.memory import FrozenOpMemory
 from restuning.hooks.points import argument, backbone_lock, before, replace_argument
 from restuning.hooks.recompute import checkpoints
 from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule
+from restuning.model.passes import frozen_op_memory
 from restuning.side.features import FeatureRequest
 
 if TYPE_CHECKING:
@@ -98,10 +98,9 @@ def acting(tuned: "Tuned") -> Iterator[Callable[[Any], None]]:
         if replays:
             tuned.replay.watch([output_of(out)], partial(attachment.on, recomputing=True))
 
-    less = torch.is_grad_enabled() and not checkpoints(backbone)
     with (
         backbone_lock(backbone),
-        FrozenOpMemory() if less else nullcontext(),
+        frozen_op_memory(tuned),
         attachment.on(),
         joined(backbone, sites, active),
     ):

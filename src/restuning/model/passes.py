@@ -105,7 +105,12 @@ def _in_words(tuned: "Tuned", inside: Mapping[Site, NamedTuners], error: Runtime
 
 
 def frozen_op_memory(tuned: "Tuned") -> AbstractContextManager[Any]:
-    """While it lasts, frozen operations keep less for the backward pass. A block that is run again in a backward pass
-    has to keep what it kept."""
-    less = tuned.sites.anatomy.convolutional and not checkpoints(tuned.backbone)
-    return FrozenOpMemory() if less else nullcontext()
+    """While it lasts, frozen operations keep what `tuned.memory` says for the backward pass.
+
+    Off where blocks are run again in the backward pass (they keep their inputs alone, and then what they kept before),
+    and in full fine-tuning, where no operation is frozen.
+    """
+    full = any(tuned.adapter(name).full for name in tuned.adapters)
+    if full or tuned.memory == "plain" or not torch.is_grad_enabled() or checkpoints(tuned.backbone):
+        return nullcontext()
+    return FrozenOpMemory(tuned.memory).but(tuned.backbone.get_submodule(tuned.sites.blocks[-1]))

@@ -13,6 +13,7 @@ from restuning.backbones.sites import Sites, find_sites, tower_of
 from restuning.errors import MethodError
 from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import group_by_site
+from restuning.hooks.memory import check_memory
 from restuning.hooks.recompute import Replay, checkpoints, switch_checkpoints
 from restuning.methods.spec import Method
 from restuning.model import denoiser, files, merge, mixed
@@ -44,6 +45,7 @@ class Tuned(nn.Module):
         backbone_name: str | None = None,
         device: torch.device | str | None = None,
         fingerprint: list[float] | None = None,
+        memory: str = "shared",
     ) -> None:
         """
         Args:
@@ -53,11 +55,16 @@ class Tuned(nn.Module):
             backbone_name: its name in saved files; None: as it calls itself.
             device: where adapters are made; None: where the backbone is (which may be the meta device).
             fingerprint: how its weights are told from others; None: of those that are there.
+            memory: what frozen operations keep for the backward pass, a mode of `restuning.hooks.memory.MEMORY`; it
+                can be set anew between passes.
 
         Raises:
             SiteError: no anatomy fits.
+            MethodError: an unknown mode of memory.
         """
         super().__init__()
+        check_memory(memory)
+        self.memory = memory
         self.made_on = device
         self.sites: Sites = find_sites(backbone, anatomy)
         self.body = sum(p.numel() for p in backbone.parameters())
@@ -503,6 +510,7 @@ def adapt(
     tower: str | None = None,
     train_mode: bool = False,
     backbone_name: str | None = None,
+    memory: str = "shared",
 ) -> Tuned:
     """Freeze `backbone` and adapt it by `method`, a name of `restuning.METHODS` or a method of your own.
 
@@ -512,7 +520,7 @@ def adapt(
     """
     if tower is not None:
         backbone = tower_of(backbone, tower)
-    tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name)
+    tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name, memory=memory)
     try:
         tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing, kind=kind)
     except Exception:

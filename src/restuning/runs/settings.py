@@ -11,12 +11,14 @@ import torch
 from restuning._version import __version__
 from restuning.backbones.load import MICRO
 from restuning.errors import RestuningError
+from restuning.hooks.memory import check_memory
 from restuning.methods.named import find_method
 from restuning.methods.spec import Method, on_blocks, resize
 from restuning.training.config import TrainConfig
 from restuning.utils.options import (
     BACKBONE,
     DATA,
+    MEMORY,
     TUNER_SIZE,
     Blocks,
     ImageSize,
@@ -42,6 +44,7 @@ class Run:
 
     Several rates in `lrs`: chosen on the data's own validation split; where there is none (or with `val_size`) on
     training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
+    `memory`: what frozen operations keep for the backward pass, a mode of `restuning.hooks.memory.MEMORY`.
     """
 
     data: Annotated[str, Option(DATA)]
@@ -70,6 +73,7 @@ class Run:
     keep_features: Annotated[
         bool, Option("run the backbone in every epoch even where its features could be kept in memory")
     ] = True
+    memory: Annotated[str, MEMORY] = "shared"
     lrs: Annotated[tuple[float, ...], Option("learning rate; several: chosen on validation", flag="lr")] = (1e-3,)
     training: TrainConfig = field(default_factory=TrainConfig)
 
@@ -79,6 +83,7 @@ class Run:
         for lr in self.lrs:
             replace(self.training, lr=lr)
         find_method(self.method)
+        check_memory(self.memory)
         if self.class_weights not in (None, "balanced"):
             raise RestuningError(f"class weights {self.class_weights!r}: expected balanced, or none")
 

@@ -42,14 +42,14 @@ class _FromItems:
         self.came = {k: v.clone() for k, v in state.items()} if isinstance(find_method(run.method), Full) else None
         self.sharded: Tuned | None = None
         if shard:
-            self.sharded = Tuned(self.backbone, backbone_name=run.backbone)
+            self.sharded = Tuned(self.backbone, backbone_name=run.backbone, memory=run.memory)
             self.sharded.fully_shard("cuda" if torch.cuda.is_available() else "cpu")
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
         if self.came is not None:
             self.backbone.load_state_dict(self.came)
-        tuned = self.sharded or Tuned(self.backbone, backbone_name=self.run.backbone)
+        tuned = self.sharded or Tuned(self.backbone, backbone_name=self.run.backbone, memory=self.run.memory)
         for name in list(tuned.adapters):  # of the rate before
             tuned.delete_adapter(name)
         _adapted(tuned, self.run, self.whole, self.how)

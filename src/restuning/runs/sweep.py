@@ -15,7 +15,8 @@ from torch import Tensor
 from restuning.data import Items, Task, split
 from restuning.data.objective import objective, sort_key
 from restuning.errors import RestuningError
-from restuning.features.bank import Bank
+from restuning.features.bank import LIMIT, Bank
+from restuning.features.bank.window import Window
 from restuning.features.stacked import Point, scores, train
 from restuning.methods.files import to_dict
 from restuning.methods.named import find_method
@@ -118,9 +119,15 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     models = {seed: on_bank(settings.run(method, seed), whole[seed], bank) for seed in settings.seeds}
     first = models[settings.seeds[0]]().tuned
     task_objective = objective(whole[settings.seeds[0]].kind, smoothing=settings.training.label_smoothing)
-    features, labels, offsets = _everything(bank)
-    if bank.tokens.tokens != "components":  # what no adapter reads is not carried along
-        features = first.reader(first.active()[0]).select(features)
+    # what no adapter reads is not carried along
+    select = None if bank.tokens.tokens == "components" else first.reader(first.active()[0]).select
+    features: Features | Window
+    if bank.bytes > LIMIT:
+        features = Window(bank, None if select is None else first.request.layers, select)
+        labels, offsets = features.labels, features.offsets
+    else:
+        features, labels, offsets = _everything(bank)
+        features = features if select is None else select(features)
 
     def rows(items: Items) -> Tensor:
         places = (name.removesuffix("]").rpartition("[") for name in items.names)

@@ -16,7 +16,7 @@ PAPER = (19, 0.19)  # so many tasks, in parts of as many fully fine-tuned models
 
 
 def tables(records: Sequence[Record]) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Two tables, columns and rows of text: the values, and the ratios with their spread."""
+    """Tables, columns and rows of text: the values, the ratios with their spread, and what each operation keeps."""
     units = list(dict.fromkeys(unit for r in records for unit in r["values"]))
     yield (
         ["", *(unit.replace("_bytes", ", MiB").replace("_", " ") for unit in units)],
@@ -32,6 +32,18 @@ def tables(records: Sequence[Record]) -> Iterator[tuple[list[str], list[list[str
             for (unit, to), found in _ratios(r)
         ],
     )
+    kept = [r for r in records if "operations" in r]
+    if kept:
+        largest = {op: max(r["operations"].get(op, 0) for r in kept) for r in kept for op in r["operations"]}
+        total = max(sum(r["operations"].values()) for r in kept)
+        yield (
+            ["kept for backward, MiB", *(r["name"] for r in kept)],
+            [
+                [op, *(_text("_bytes", r["operations"].get(op)) for r in kept)]
+                for op in sorted(largest, key=lambda op: -largest[op])
+                if largest[op] > total / 1000
+            ],
+        )
 
 
 def absent(records: Sequence[Record]) -> list[str]:
@@ -175,7 +187,7 @@ def _text(unit: str, value: float | None) -> str:
         return ""
     if unit.endswith("_bytes"):
         return f"{value / 2**20:,.2f}"
-    return f"{value:,.0f}" if unit in ("parameters", "tasks") else f"{value:.4g}"
+    return f"{value:,.0f}" if unit in ("parameters", "tasks", "largest_batch") else f"{value:.4g}"
 
 
 def _row(cells: Sequence[str]) -> str:

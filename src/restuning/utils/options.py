@@ -64,6 +64,11 @@ Weights = Annotated[str | None, Option("file of pretrained weights, or 'random' 
 Blocks = Annotated[
     tuple[int, ...] | None, Option("blocks that carry tuners, from 0: 0-5 or 0,3,7 (default all)", parse=blocks)
 ]
+MEMORY = Option(
+    "what frozen operations keep for the backward pass: shared is exact and costs no time, compact keeps derivatives "
+    "of activations in 8 bits, recompute keeps least, for a quarter more time",
+    choices=("plain", "shared", "compact", "recompute"),
+)
 Pool = Annotated[str | None, Option("what the head reads (default: the backbone's)", choices=POOLS)]
 TrainSize = Annotated[
     int | None,

@@ -1,35 +1,74 @@
 """What tuning costs: parameters, bytes saved for backward, peak memory, seconds."""
 
+import itertools
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from restuning.errors import MissingExtra
 
 
 def saved_bytes(run: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int:
     """Bytes that autograd keeps for the backward of `run()`: each storage once, `leave_out` (the parameters) not."""
+    return sum(_saved(run, leave_out, lambda: "").values())
+
+
+def saved_by_module(run: Callable[[], Any], model: nn.Module) -> dict[str, int]:
+    """The same by the module that runs when autograd first keeps it, `path (class)` with every number in the path a *;
+    the model's parameters not."""
+    running, handles = ["elsewhere"], []
+    for path, module in model.named_modules():
+        name = f"{re.sub(r'[0-9]+', '*', path) or 'itself'} ({type(module).__name__})"
+        handles += [
+            module.register_forward_pre_hook(lambda *_, name=name: running.append(name)),
+            module.register_forward_hook(lambda *_: void(running.pop())),
+        ]
+    try:
+        return _saved(run, model.parameters(), lambda: running[-1])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def void(_: object) -> None:
+    """What a hook returns that changes nothing."""
+
+
+def _saved(run: Callable[[], Any], leave_out: Iterable[Tensor], name: Callable[[], str]) -> dict[str, int]:
     known = {t.untyped_storage().data_ptr() for t in leave_out}
-    found: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive until counted, so that no address is met twice
+    held: WeakSet[_Held] = WeakSet()  # of nodes that are still there at the end
 
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in known:
-            found[storage.data_ptr()] = storage.nbytes()
-            kept.append(t)
-        return t
+    def pack(t: Tensor) -> "_Held":
+        held.add(one := _Held(t.detach(), name()))  # an output kept by its own node would keep that too
+        return one
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one.tensor):
         result = run()
+    found: dict[str, int] = {}
+    for one in sorted(held, key=lambda one: one.number):
+        storage = one.tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            found[one.name] = found.get(one.name, 0) + storage.nbytes()
     del result
-    return sum(found.values())
+    return found
+
+
+class _Held:
+    """A tensor that autograd keeps, and for whom; numbered in their order."""
+
+    count = itertools.count()
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor, self.name, self.number = tensor, name, next(self.count)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, int]:

@@ -1,6 +1,9 @@
 """Features kept: in memory for a run, on disk for all."""
 
 from restuning.features.bank.build import build as build
+from restuning.features.bank.join import append as append
+from restuning.features.bank.join import info as info
+from restuning.features.bank.join import merge as merge
 from restuning.features.bank.read import Bank as Bank
 from restuning.features.bank.read import FromBank as FromBank
 from restuning.features.memory import LIMIT as LIMIT
