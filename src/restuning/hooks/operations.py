@@ -216,7 +216,7 @@ def _pow(mode: "FrozenOpMemory", input: Tensor, exponent: Any) -> Any:
 
 
 def _merged(mode: "FrozenOpMemory", call: Call, pieces: Sequence[Piece], fast: bool = True) -> Any:
-    if not mode.again or call.said is not None:
+    if not mode.again or call.output is not None:
         return NotImplemented
     masks = [] if call.mask is None else [call.mask]
 
