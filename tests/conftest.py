@@ -33,3 +33,16 @@ def _seeded() -> None:
 
 # a shell that starts the tests in the background has Ctrl-C ignored, and every process below it inherits that
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`pytest -m fast`: the laws on a transformer, a convolutional backbone, a text encoder and one of a user's own."""
+    for item in items:
+        if item.path.name == "test_laws.py" and isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            name = item.callspec.id
+            if name in ("timm-vit", "timm-resnet", "bert", "own") or (
+                name.startswith(("timm-vit-", "timm-resnet-", "bert-", "own-"))
+                and not name.startswith(("timm-vit-mean", "timm-vit-layerscale"))
+                and name.split("-", 2)[-1].split("-")[-1] in ("adapter", "bypass", "lora", "linear", "ssf")
+            ):
+                item.add_marker(pytest.mark.fast)

@@ -1,6 +1,7 @@
 """A bank is what the backbone would have said: for every method that reads features, to the bit, whatever happens."""
 
 import errno
+import importlib
 import json
 import os
 import random
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_laws import adapt, plain_features, shake
+from helpers import adapt, as_features, plain_features, shake
 from tiny import MORE, TINY, small
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,9 +26,9 @@ from restuning.cli.main import main
 from restuning.data import Preprocess, load_task
 from restuning.errors import CheckpointError, RestuningError
 from restuning.features.bank import Bank, FromBank, FromFeatures, build
-from restuning.features.bank import read as store
 from restuning.side.features import ALL, FIRST, TokenSelection
 
+store = importlib.import_module("restuning.features.bank.build")
 DATA = ["--data", "digits", "--train-size", "120", "--test-size", "40", "--quiet"]
 READERS = [m for m in rt.METHODS if m != "full" and adapt(TINY["timm-vit"], small(m), 2).reads_features]
 
@@ -46,7 +47,7 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_bank_is_live(method: str, bank: Path) -> None:
     """The same logits and gradients, with a backbone of which nothing but the tail is there."""
     if method == "side-tuning":
-        with pytest.raises(CheckpointError, match=r"holds layers .*: the method reads \[-1\] too"):
+        with pytest.raises(CheckpointError, match=r"holds layers .*: the method reads the pixels too"):
             tuned = Bank(bank).tuned(describe_backbone("restuning-micro"))
             tuned.add_adapter("default", rt.SideTuning(rt.SmallCnn(4)), 10)
             Bank(bank).accepts(tuned)
@@ -62,13 +63,13 @@ def test_bank_is_live(method: str, bank: Path) -> None:
     backbone = rt.load_backbone("restuning-micro")
     live = rt.adapt(backbone, spec, 10)
     live.adapters.load_state_dict(shake(away).adapters.state_dict())
-    model = FromFeatures(away, opened.view, opened.layers)
+    model = FromFeatures(away)
     task = load_task("digits", train_size=120, test_size=40)
     preprocess = Preprocess.from_dict(opened.preprocessing)
     pixels = torch.stack([preprocess(task.train.item(i)) for i in (3, 60, 119)])
     features, labels = opened.rows("train").fetch([3, 60, 119])
     assert labels.tolist() == [task.train.labels[i] for i in (3, 60, 119)]
-    a, b = model([f.float() for f in features]), live(pixels)
+    a, b = model(features.map(torch.Tensor.float)), live(pixels)
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     a.square().sum().backward()
     b.square().sum().backward()
@@ -92,9 +93,7 @@ def test_a_bank_carries_the_pooler(name: str, tmp_path: Path) -> None:
     away.adapters.load_state_dict(live.adapters.state_dict())
     pixels = torch.stack([preprocess(task.train.item(i)) for i in (0, 7)])
     features = Bank(tmp_path).rows("train").fetch([0, 7])[0]
-    torch.testing.assert_close(
-        away.from_features(tuple(x.float() for x in features)), live(pixels), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(away.from_features(features.map(torch.Tensor.float)), live(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_fifty_steps_from_a_bank_are_fifty_live_ones(bank: Path) -> None:
@@ -105,13 +104,12 @@ def test_fifty_steps_from_a_bank_are_fifty_live_ones(bank: Path) -> None:
     pixels = torch.stack([preprocess(task.train.item(i)) for i in range(32)]).double()
     labels = torch.tensor([task.train.labels[i] for i in range(32)])
     live = rt.adapt(backbone, "bypass", 10)
-    taps = [t.double() for t in opened.rows("train").fetch(range(32))[0]]
     away = opened.tuned(describe_backbone("restuning-micro").double())
     away.add_adapter("default", "bypass", 10)
     away.double().adapters.load_state_dict(live.adapters.state_dict())
     with torch.no_grad():  # the bank was made in single precision: bring both to the same features
-        taps = list(plain_features_of(live, pixels))
-    model = FromFeatures(away, ALL, opened.layers)
+        taps = plain_features_of(live, pixels)
+    model = FromFeatures(away)
     for tuned, out in ((live, lambda: live(pixels)), (away, lambda: model(taps))):
         optimizer = torch.optim.AdamW([p for p in tuned.adapters.parameters() if p.requires_grad], lr=0.01)
         for _ in range(50):
@@ -122,8 +120,8 @@ def test_fifty_steps_from_a_bank_are_fifty_live_ones(bank: Path) -> None:
         torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8)
 
 
-def plain_features_of(tuned: rt.Tuned, pixels: Tensor) -> tuple[Tensor, ...]:
-    return plain_features(TINY["timm-vit"], tuned.backbone, {"x": pixels})
+def plain_features_of(tuned: rt.Tuned, pixels: Tensor) -> rt.Features:
+    return as_features(plain_features(TINY["timm-vit"], tuned.backbone, {"x": pixels}))
 
 
 def test_training_from_a_bank_is_training_from_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,7 +152,7 @@ def test_views_are_read_in_turn(tmp_path: Path) -> None:
     seen = []
     for epoch in range(4):
         data.set_epoch(epoch)
-        seen.append(torch.cat([f.flatten() for f in data[5][0]]))
+        seen.append(torch.cat([f.flatten() for f in data[5][0].tensors()]))
     assert torch.equal(seen[0], seen[3]) and not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
@@ -163,7 +161,9 @@ def test_rows_in_any_order(bank: Path) -> None:
     features, labels = rows.fetch(order)
     for k, i in enumerate(order):
         one, label = rows[i]
-        assert int(labels[k]) == label and all(torch.equal(a[k], b) for a, b in zip(features, one, strict=True))
+        assert int(labels[k]) == label and all(
+            torch.equal(a[k], b) for a, b in zip(features.tensors(), one.tensors(), strict=True)
+        )
     data = FromBank(Bank(bank), Bank(bank).source().train)
     assert data.__getitems__([7, 2])[1].tolist() == [data[7][1], data[2][1]]
 
@@ -174,8 +174,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def command(out: Path) -> list[str]:
     code = (
-        "import sys; from restuning.bank import store; store.SHARD_ROWS = 10; "
-        "from restuning.cli import main; sys.exit(main())"
+        "import importlib, sys; importlib.import_module('restuning.features.bank.build').SHARD_ROWS = 10; "
+        "from restuning.cli.main import main; sys.exit(main())"
     )
     return [sys.executable, "-c", code, "bank", *DATA, "--batch-size", "2", "--out", str(out), "--resume"]
 
@@ -314,7 +314,7 @@ def test_values_that_half_precision_cannot_hold(tmp_path: Path) -> None:
     task = load_task("digits", train_size=20, test_size=10)
     from restuning.backbones.load import preprocessing_of
 
-    with pytest.raises(RestuningError, match=r"layer 0 has values that torch.float16 cannot hold"):
+    with pytest.raises(RestuningError, match=r"layer 0 has values that float16 cannot hold"):
         build(tuned, task, preprocessing_of(backbone), tmp_path / "x", dtype="float16")
 
 

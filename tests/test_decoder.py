@@ -53,9 +53,9 @@ def test_the_last_token_that_is_attended_to() -> None:
 def test_a_row_says_the_same_alone_and_padded(name: str, side: str, method: str) -> None:
     tuned = tuned_on(name, rt.Ladder(4, init="random") if method == "lst" else small(method), num_classes=3)
     inputs = padded(side)
-    assert tuned._sites.pool == "last" and (tuned._live() == LAST) == (method != "lst")
+    assert tuned.sites.pool == "last" and (tuned.request.tokens == LAST) == (method != "lst")
     features = tuned.features(**inputs)
-    assert features[-1].shape[1] == (7 if method == "lst" else 1), "one token is tapped where no other is seen"
+    assert features.last.shape[1] == (7 if method == "lst" else 1), "one token is tapped where no other is seen"
     together = tuned(**inputs)
     assert together.isfinite().all()
     for i, kept in enumerate(inputs["attention_mask"].bool()):
@@ -121,7 +121,7 @@ def test_inside_a_larger_model(build: Any) -> None:
     torch.manual_seed(0)
     model, inputs = build(hf.LlamaConfig(**GROUPED)).eval(), padded("right")
     tuned = rt.adapt(model, small("lora"), 3).eval()
-    assert {s.writes.path.split(".")[0] for s in tuned._sites} == {"model"} and tuned._sites.pool == "last"
+    assert {s.writes.path.split(".")[0] for s in tuned.sites} == {"model"} and tuned.sites.pool == "last"
     inner = rt.adapt(model.model, "linear").eval()
     torch.testing.assert_close(tuned.embed(**inputs), inner(**inputs))
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_laws import adapt, plain_features, shake
+from helpers import adapt, plain_features, shake
 from tiny import HIERARCHIES, TINY
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,7 +100,7 @@ def test_paths_are_their_formulas(name: str, path: Any) -> None:
     features = plain_features(tiny, tuned.backbone, inputs)
     mask = inputs.get("attention_mask", torch.ones(features[0].shape[:2])).bool()
     adapter = tuned.adapters["default"]
-    prefix = tuned._sites.info.grid or 0
+    prefix = tuned.sites.info.grid or 0
     expected = adapter.head(written_out(adapter.side, features, prefix, mask, name == "gemma3"))
     torch.testing.assert_close(tuned(**inputs), expected, rtol=1e-9, atol=1e-9)
     parameters = list(adapter.parameters())
@@ -116,7 +116,7 @@ def test_linear_all_is_linear_in_the_normalised_features(name: str, gated: bool)
     inputs = tiny.inputs(dtype=torch.float64)
     features = plain_features(tiny, tuned.backbone, inputs)
     mask = inputs.get("attention_mask", torch.ones(features[0].shape[:2])).double().numpy()
-    first = tuned._sites.info.grid or 0
+    first = tuned.sites.info.grid or 0
     layers = []
     for x in (f.numpy() for f in features):
         t = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
@@ -130,7 +130,9 @@ def test_linear_all_is_linear_in_the_normalised_features(name: str, gated: bool)
     head = tuned.adapters["default"].head
     expected = np.concatenate(read, -1) @ head.weight.detach().numpy().T + head.bias.detach().numpy()
     np.testing.assert_allclose(tuned(**inputs).detach().numpy(), expected, rtol=1e-9, atol=1e-9)
-    assert all(x.shape[1] == len(layers[0]) for x in tuned.features(**inputs)), "no more is kept of a layer"
+    assert all(x.shape[1] == len(layers[0]) for x in tuned.features(**inputs).layers.values()), (
+        "no more is kept of a layer"
+    )
 
 
 @pytest.mark.parametrize("path", [QUERY, ATTENTION], ids=["query", "attention"])
@@ -151,7 +153,7 @@ def test_a_decoders_tokens_see_none_that_come_after() -> None:
     tuned = shake(adapt(GEMMA, ATTENTION, None, torch.float64)).eval()
     ids = torch.randint(3, 50, (2, 6))
     side = tuned.adapters["default"].side
-    features = [x[:, :4] for x in tuned.features(input_ids=ids)[1:]]  # after the mask
+    features = tuned.features(input_ids=ids).map(lambda x: x[:, :4])
     torch.testing.assert_close(side(features)[:, -8:], tuned(input_ids=ids[:, :4])[:, -8:])
 
 
@@ -161,10 +163,12 @@ def test_over_stages_of_any_shape(name: str, path: Any) -> None:
     """A path over stages reads a grid of cells, of whatever maps: the same, whoever pools them."""
     tiny = HIERARCHIES[name]
     tuned = shake(adapt(tiny, path, dtype=torch.float64))
-    sites = tuned._sites
+    sites = tuned.sites
     features = tuned.features(**tiny.inputs(dtype=torch.float64))
-    assert [x.shape[2] for x in features] == [sites.features[stage].out_features for stage in sites.stages]
-    assert {x.shape[1] for x in features} == {1 if isinstance(path, rt.LinearAll) else 49}
+    assert [x.shape[2] for x in features.layers.values()] == [
+        sites.features[stage].out_features for stage in sites.stages
+    ]
+    assert {x.shape[1] for x in features.layers.values()} == {1 if isinstance(path, rt.LinearAll) else 49}
     if "swin" not in name:
         wide = tuned(torch.randn(2, 3, 32, 64, dtype=torch.float64))
         assert wide.shape == (2, 4) and wide.isfinite().all()
@@ -177,8 +181,8 @@ def test_a_stem_reads_the_pixels(path: Any) -> None:
     tuned = shake(adapt(VIT, replace(path, stem=True)))
     x = torch.randn(2, 3, 16, 16)
     features = tuned.features(x)
-    torch.testing.assert_close(features[0], x)
-    other = tuned.from_features((x + 1, *features[1:]))
+    torch.testing.assert_close(features.pixels, x)
+    other = tuned.from_features(replace(features, pixels=x + 1))
     assert not torch.allclose(other, tuned(x)), "what the stem reads is part of the output"
     stem = tuned.adapters["default"].side.stem
     assert stem(torch.randn(2, 3, 16, 48), 12).shape == (2, 12, 8), "the patches of an oblong are an oblong"
@@ -229,7 +233,7 @@ def test_tasks_with_fixed_projections_share_what_they_attend_to() -> None:
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     with torch.no_grad():
         together = tuned.eval()(x)
-    stack = tuned._stacks[0].stack
+    stack = tuned.stacks[0].stack
     assert isinstance(stack, Stack) and len(stack.common) == 6, "a basis and a projection of each layer"
     for name, y in together.items():
         tuned.set_adapter(name)
@@ -261,11 +265,11 @@ def reads(bank: Bank, method: Any) -> FromFeatures:
     tuned.add_adapter("default", bank.fitted(method), 10)
     bank.accepts(tuned)
     if bank.components is not None:
-        tuned._find("default").fix(bank.components.bases)
+        tuned.adapter("default").set_components(bank.components.bases)
     shake(tuned)
     if bank.components is not None:  # they are fixed: nothing shakes them
-        tuned._find("default").fix(bank.components.bases)
-    return FromFeatures(tuned, bank.view, bank.layers)
+        tuned.adapter("default").set_components(bank.components.bases)
+    return FromFeatures(tuned)
 
 
 @pytest.mark.parametrize("method", ["bypass-query", "bypass-attention", "linear-all", "linear-all-gated"])
@@ -297,7 +301,7 @@ def test_components_come_from_a_file(bank: Path, tmp_path: Path, capsys: pytest.
     assert main([*run, str(tmp_path / "other"), "--tokens", f"pca:12:{file}", "--dtype", "float16"]) == 0
     said = capsys.readouterr().err
     opened = Bank(tmp_path / "other")
-    kept = sum(x.nbytes for x in opened.rows("train").fetch([0])[0]) // 2
+    kept = sum(x.nbytes for x in opened.rows("train").fetch([0])[0].tensors()) // 2
     assert said.startswith(f"{kept:,} bytes an item"), "what is said before is what is kept"
     for layer, basis in Components.load(file).bases.items():
         assert torch.equal(basis, opened.components.bases[layer])
@@ -328,7 +332,7 @@ def test_tokens_in_int8(tmp_path: Path) -> None:
     assert main(["bank", *data, "all", "--out", str(tmp_path / "all")]) == 0
     assert main(["bank", *data, "int8", "--out", str(tmp_path / "int8")]) == 0
     (plain, _), (coarse, _) = (Bank(tmp_path / name).rows("train").fetch(range(20)) for name in ("all", "int8"))
-    for x, y in zip(plain, coarse, strict=True):
+    for x, y in zip(plain.tensors(), coarse.tensors(), strict=True):
         step = x.abs().amax(-1, keepdim=True) / 127
         assert ((x - y).abs() <= 0.6 * step + 1e-6).all()
     sizes = [sum(s.bytes for s in Bank(tmp_path / name).shards) for name in ("all", "int8")]

@@ -57,12 +57,12 @@ def test_pefts_lora_file_is_ours(name: str, more: dict[str, Any], tmp_path: Path
     tuned = rt.adapt(tiny.backbone(), "linear", 3)
     rt.load_peft(tuned, tmp_path, "lora")
     tuned.eval()
-    expected = last(theirs.base_model.model, tuned._sites, inputs)
-    got = tuned.features(**inputs)[0]
-    torch.testing.assert_close(got, tuned._live()(expected), rtol=1e-5, atol=1e-5)
+    expected = last(theirs.base_model.model, tuned.sites, inputs)
+    got = tuned.features(**inputs).tensors()[0]
+    torch.testing.assert_close(got, tuned.request.tokens(expected), rtol=1e-5, atol=1e-5)
     got[:, :1].square().sum().backward()
     expected[:, :1].square().sum().backward()
-    ours = {site.writes.path: tuned.adapters["lora"].tuners[at] for at, site in tuned._find("lora").sites.items()}
+    ours = {site.writes.path: tuned.adapters["lora"].tuners[at] for at, site in tuned.adapter("lora").sites.items()}
     pairs = [
         (getattr(ours[key.split(".lora_")[0].removeprefix("base_model.model.")], half).grad, p.grad)
         for key, p in theirs.named_parameters()
@@ -82,11 +82,11 @@ def test_our_lora_file_is_pefts(name: str, tmp_path: Path) -> None:
     shake(tuned)
     rt.save_peft(tuned, tmp_path)
     theirs = peft.PeftModel.from_pretrained(tiny.backbone(), tmp_path).eval()
-    expected = last(theirs.base_model.model, tuned._sites, inputs)
-    torch.testing.assert_close(tuned.features(**inputs)[0], expected[:, :1], rtol=1e-5, atol=1e-5)
+    expected = last(theirs.base_model.model, tuned.sites, inputs)
+    torch.testing.assert_close(tuned.features(**inputs).tensors()[0], expected[:, :1], rtol=1e-5, atol=1e-5)
     again = rt.adapt(tiny.backbone(), "linear", 3)
     rt.load_peft(again, tmp_path, "back")
-    assert torch.equal(again.eval().features(**inputs)[0], tuned.features(**inputs)[0])
+    assert torch.equal(again.eval().features(**inputs).tensors()[0], tuned.features(**inputs).tensors()[0])
 
 
 def test_peft_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -125,15 +125,15 @@ def test_ia3_is_ssf_without_a_shift() -> None:
     tuned = rt.adapt(tiny.backbone(), rt.Residual({"key": rt.Ssf("identity"), "value": rt.Ssf("identity")}), 3).eval()
     found = {k.split(".ia3_l")[0]: p for k, p in theirs.named_parameters() if "ia3" in k}
     scales = {k.removeprefix("base_model.model."): p for k, p in found.items()}
-    assert len(scales) == len(tuned._find("default").sites) == 4
-    for at, site in tuned._find("default").sites.items():
+    assert len(scales) == len(tuned.adapter("default").sites) == 4
+    for at, site in tuned.adapter("default").sites.items():
         tuned.adapters["default"].tuners[at].scale.data = scales[site.writes.path].detach().flatten().clone()
-    expected = last(theirs.base_model.model, tuned._sites, inputs)[:, :1]
-    got = tuned.features(**inputs)[0]
+    expected = last(theirs.base_model.model, tuned.sites, inputs)[:, :1]
+    got = tuned.features(**inputs).tensors()[0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
     got.square().sum().backward()
     expected.square().sum().backward()
-    for at, site in tuned._find("default").sites.items():
+    for at, site in tuned.adapter("default").sites.items():
         grad = tuned.adapters["default"].tuners[at].scale.grad
         torch.testing.assert_close(grad, scales[site.writes.path].grad.flatten(), rtol=1e-4, atol=1e-5)
 
@@ -240,8 +240,8 @@ def test_alphas_by_pefts_own_patterns(pattern: str, tmp_path: Path) -> None:
     tuned = rt.adapt(TINY["hf-vit"].backbone(), "linear", 3)
     rt.load_peft(tuned, tmp_path, "lora")
     inputs = TINY["hf-vit"].inputs()
-    expected = last(theirs.base_model.model, tuned._sites, inputs)
-    torch.testing.assert_close(tuned.eval().features(**inputs)[0], expected[:, :1], atol=1e-5, rtol=1e-4)
+    expected = last(theirs.base_model.model, tuned.sites, inputs)
+    torch.testing.assert_close(tuned.eval().features(**inputs).tensors()[0], expected[:, :1], atol=1e-5, rtol=1e-4)
 
 
 def test_lora_that_presumes_other_weights_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Backbones of several stages: maps and tokens, widths and grids that change, convolutions as operations."""
 
 import contextlib
+import dataclasses
 import json
 import pickle
 import sys
@@ -13,7 +14,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from test_laws import adapt, plain_features, shake
+from helpers import adapt, as_features, plain_features, shake
 from tiny import HIERARCHIES, REFUSED, TINY, small
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -90,7 +91,7 @@ def says(tuner: Any, x: Tensor, y: Tensor) -> Tensor:
     """What a tuner adds to a map (b, d, h, w); a finer map that it reads is averaged over the cells of y."""
     x = F.adaptive_avg_pool2d(x, y.shape[2:])
     rows = [t.flatten(2).transpose(1, 2) for t in (x, y)]
-    added = tuner(*rows) if getattr(tuner, "source", "normed") != "out" else tuner(rows[1], rows[1])
+    added = tuner(*rows) if tuner.input != "output" else tuner(rows[1], rows[1])
     return added.transpose(1, 2).reshape(y.shape)
 
 
@@ -133,7 +134,7 @@ class Sum(nn.Module):
         return x @ self.w + y.cos()
 
 
-@pytest.mark.parametrize("recipe", [rt.Adapter(4), rt.Adapter(4, source="out"), rt.Prefix(3), Sum])
+@pytest.mark.parametrize("config", [rt.Adapter(4), rt.Adapter(4, source="out"), rt.Prefix(3), Sum])
 @pytest.mark.parametrize(
     ("name", "block", "ops"),
     [
@@ -162,7 +163,7 @@ def test_the_law_written_out(name: str, block: Any, ops: tuple[str, ...], config
                 y = block(one, y, {op: tuners[f"{i}_{op}"] for op in ops})
                 i += 1
         y = y if name == "timm-swin" else y.permute(0, 2, 3, 1)
-        torch.testing.assert_close(tuned.features(x)[0], y.flatten(1, 2), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(tuned.features(x).tensors()[0], y.flatten(1, 2), rtol=1e-11, atol=1e-11)
 
 
 # ---- what merges
@@ -293,11 +294,11 @@ def test_bypass_is_equation_8_with_transitions(name: str, over: Any) -> None:
     tuned = shake(adapt(tiny, rt.Bypass(rt.Adapter(3), rt.Adapter(3), over=over), dtype=torch.float64))
     inputs = tiny.inputs(dtype=torch.float64)
     every = plain_features(tiny, tuned.backbone, inputs)
-    sites, side = tuned._sites, tuned.adapters["default"].side
+    sites, side = tuned.sites, tuned.adapters["default"].side
     path = sites.stages if over == "stages" else range(len(sites.blocks) + 1)
-    assert tuned._layers() == list(path)
+    assert list(tuned.request.layers) == list(path)
     features = [every[layer].numpy() for layer in path]
-    assert all(torch.equal(a, every[layer]) for a, layer in zip(tuned.features(**inputs), path, strict=True))
+    assert all(torch.equal(a, every[layer]) for a, layer in zip(tuned.features(**inputs).tensors(), path, strict=True))
 
     def through(tuner: nn.Module, x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -311,8 +312,10 @@ def test_bypass_is_equation_8_with_transitions(name: str, over: Any) -> None:
             x = x @ side.across[str(step)].weight.detach().numpy().T
         weight = 1 / (1 + np.exp(-a))
         x = weight * through(side.horizontal[str(step)], h) + (1 - weight) * through(side.vertical[str(step)], x)
-    torch.testing.assert_close(side(tuple(map(torch.from_numpy, features))), torch.from_numpy(x))
-    tail, head = tuned._readers["default"].tail, tuned.adapters["default"].head
+    torch.testing.assert_close(
+        side(as_features(dict(zip(path, map(torch.from_numpy, features), strict=True)))), torch.from_numpy(x)
+    )
+    tail, head = tuned.reader("default").tail, tuned.adapters["default"].head
     torch.testing.assert_close(tuned(**inputs), head(tail(torch.from_numpy(x))))
 
 
@@ -348,13 +351,14 @@ def test_the_mean_token_is_exact_where_it_is_claimed(name: str) -> None:
     tiny = HIERARCHIES[name]
     for method in ("linear", "side-tuning", "res-tuning", "bypass", "bypass-none", "bypass-mean"):
         tuned = shake(adapt(tiny, small(method, family(name)), dtype=torch.float64))
-        run_directory = not tuned._sites.norm and "bypass" not in method
-        assert (tuned._live() == MEAN) == (run_directory or method == "bypass-mean")
+        averaged = not tuned.sites.norm and "bypass" not in method
+        assert (tuned.request.tokens == MEAN) == (averaged or method == "bypass-mean")
         inputs = tiny.inputs(dtype=torch.float64)
         out = tuned(**inputs)
-        if run_directory:
-            assert all(x.shape[1] == 1 for x in tuned.features(**inputs)[-1:])
-            tuned._live = lambda: ALL
+        if averaged:
+            assert tuned.features(**inputs).last.shape[1] == 1
+            adapter = tuned.adapter("default")
+            adapter.request = dataclasses.replace(adapter.request, tokens=ALL)
             torch.testing.assert_close(tuned(**inputs), out)
 
 
@@ -368,14 +372,14 @@ def test_a_bank_is_live(name: str, tokens: int | None, tmp_path: Path) -> None:
     live = adapt(tiny, rt.Bypass(grid=tokens), None)
     build(live, task, preprocess, tmp_path / "bank")
     bank = Bank(tmp_path / "bank")
-    assert bank.layers == list(live._sites.stages)
+    assert bank.layers == list(live.sites.stages)
     reads = {1: ["linear", "bypass-mean"], 2: ["bypass-grid2"], None: ["linear", "bypass", "bypass-grid4"]}[tokens]
     with torch.device("meta"):
         described = tiny.build()
     away = bank.tuned(described)
     pixels = torch.stack([preprocess(task.train.item(i)) for i in range(5)])
     for method in reads:
-        if tokens == 1 and method == "linear" and live._sites.norm:
+        if tokens == 1 and method == "linear" and live.sites.norm:
             with pytest.raises(CheckpointError, match="the method reads 'all'"):
                 away.add_adapter(method, method, 3)
                 bank.accepts(away)
@@ -385,7 +389,7 @@ def test_a_bank_is_live(name: str, tokens: int | None, tmp_path: Path) -> None:
         bank.accepts(away)
         live.add_adapter(method, small(method), 3)
         live.adapters[method].load_state_dict(away.adapters[method].state_dict())
-        model = FromFeatures(away, bank.view, bank.layers)
+        model = FromFeatures(away)
         features, _ = bank.rows("train").fetch(range(5))
         torch.testing.assert_close(model(features), live(*pixels[None]), rtol=1e-4, atol=1e-5)
 
@@ -433,7 +437,7 @@ def test_frozen_convolutions_keep_nothing_and_say_the_same(name: str, monkeypatc
         return y, list(grads), saved_bytes(lambda: tuned(**inputs), tuned.parameters())
 
     y, grads, less = run()
-    monkeypatch.setattr(sys.modules["restuning.adapt"], "FrozenOpMemory", contextlib.nullcontext)
+    monkeypatch.setattr(sys.modules["restuning.model.passes"], "FrozenOpMemory", contextlib.nullcontext)
     z, expected, more = run()
     assert torch.equal(y, z) and less < 0.95 * more
     torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-10)

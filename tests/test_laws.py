@@ -1,6 +1,7 @@
 """The laws, over every tuner, every operation and every tiny backbone."""
 
 import copy
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from helpers import adapt, as_features, plain_features, shake
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import HIERARCHIES, MORE, REFUSED, TINY, Tiny, small
@@ -16,9 +18,9 @@ from torch import Tensor, nn
 import restuning as rt
 from restuning.backbones.families import ANATOMIES
 from restuning.errors import RestuningError
-from restuning.hooks.taps import MASK, tap
+from restuning.hooks.taps import tap
 from restuning.methods.files import from_dict, to_dict
-from restuning.side.features import ALL
+from restuning.side.features import FeatureRequest
 from restuning.utils.profiling import saved_bytes
 
 
@@ -77,55 +79,18 @@ def places(tuners: Iterable[str]) -> list[Any]:
 
 
 each_backbone = pytest.mark.parametrize("tiny", TINY.values(), ids=TINY)
-each_tuner = pytest.mark.parametrize("recipe", TUNERS.values(), ids=TUNERS)
+each_tuner = pytest.mark.parametrize("config", TUNERS.values(), ids=TUNERS)
 
 
 def tried(name: str, method: str) -> bool:
     return name not in ALIKE or method in FEW_METHODS
 
 
-def adapt(
-    tiny: Tiny, method: Any, classes: int | None = 4, dtype: torch.dtype = torch.float32, **more: Any
-) -> rt.Tuned:
-    return rt.adapt(tiny.backbone(dtype), method, classes, anatomy=tiny.anatomy, **more)
-
-
-def shake(tuned: rt.Tuned) -> rt.Tuned:
-    """Away from birth, where zeros would hide mistakes."""
-    with torch.no_grad():
-        for p in tuned.adapters.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    return tuned
-
-
-def plain_features(tiny: Tiny, backbone: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    """x_0 … x_L of the bare backbone, every token, by hooks of the test's own; maps as their positions row by row."""
-    sites = rt.find_sites(backbone, tiny.anatomy)
-    kept: list[Tensor] = []
-
-    def first(m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kept.append(args[0] if args else next(iter(kwargs.values())))
-
-    def later(m: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        kept.append(out[0] if isinstance(out, tuple) else out)
-
-    modules = [backbone.get_submodule(path) for path in sites.blocks]
-    handles = [modules[0].register_forward_pre_hook(first, with_kwargs=True)]
-    handles += [m.register_forward_hook(later) for m in modules]
-    with torch.no_grad():
-        backbone(**inputs)
-    for handle in handles:
-        handle.remove()
-    if sites.anatomy.last:  # (b, h, w, d)
-        return tuple(x.flatten(1, 2) for x in kept)
-    return tuple(x.flatten(2).transpose(1, 2) if x.ndim == 4 else x for x in kept)
-
-
 def unequal(tiny: Tiny, op: str, config: Any) -> bool:
     """Whether a prompt is refused: it needs one width, and convolutions change theirs."""
     infos = [s.info for s in rt.find_sites(tiny.backbone(), tiny.anatomy).at(op)]
-    if isinstance(config, rt.Prompt) and any(p.reads != p.writes for p in infos):
-        with pytest.raises(RestuningError, match="Prompt needs an operation of one width; this reads"):
+    if isinstance(config, rt.Prompt) and any(p.in_features != p.out_features for p in infos):
+        with pytest.raises(RestuningError, match="Prompt needs an operation of one width; this one"):
             adapt(tiny, rt.Residual({op: config}))
         return True
     return False
@@ -140,7 +105,7 @@ def test_identity_at_birth(name: str, op: str, tuner: str) -> None:
     tiny = TINY[name]
     tuned, inputs = adapt(tiny, rt.Residual({op: ZERO[tuner]})), tiny.inputs()
     last = plain_features(tiny, tuned.backbone, inputs)[-1]
-    assert torch.equal(tuned.features(**inputs)[-1], tuned._live()(last, inputs.get("attention_mask")))
+    assert torch.equal(tuned.features(**inputs).last, tuned.request.tokens(last, inputs.get("attention_mask")))
 
 
 @pytest.mark.parametrize(("name", "op", "tuner"), places(TUNERS))
@@ -151,7 +116,7 @@ def test_only_the_adapter_learns_and_every_part_of_it(name: str, op: str, tuner:
     tuned, inputs = shake(adapt(tiny, rt.Residual({op: config}))), tiny.inputs()
     before = plain_features(tiny, tuned.backbone, inputs)[-1]
     assert not torch.allclose(
-        tuned.features(**inputs)[-1], tuned._live()(before, inputs.get("attention_mask")), atol=1e-4
+        tuned.features(**inputs).last, tuned.request.tokens(before, inputs.get("attention_mask")), atol=1e-4
     ), "the tuner acts"
     tuned(**inputs).square().sum().backward()
     assert all(p.grad is None for p in tuned.backbone.parameters())
@@ -163,7 +128,7 @@ def test_only_the_adapter_learns_and_every_part_of_it(name: str, op: str, tuner:
 
 def says(tuner: Any, x: Tensor, y: Tensor, stream: Tensor) -> Tensor:
     """What a tuner adds, given what it asks for."""
-    return tuner({"normed": x, "out": y, "stream": stream}[getattr(tuner, "source", "normed")], y)
+    return tuner({"normed": x, "output": y, "residual": stream}[tuner.input], y)
 
 
 def by_hand_timm(block: Any, x: Tensor, t: dict[str, nn.Module]) -> Tensor:
@@ -198,9 +163,9 @@ def test_the_law_written_out(name: str, block: Any, config: Any) -> None:
     inputs.pop("attention_mask", None)
     x = plain_features(tiny, tuned.backbone, inputs)[0]
     tuners = tuned.adapters["default"].tuners
-    for i, path in enumerate(tuned._sites.blocks):
+    for i, path in enumerate(tuned.sites.blocks):
         x = block(tuned.backbone.get_submodule(path), x, {op: tuners[f"{i}_{op}"] for op in OPS})
-    torch.testing.assert_close(tuned.features(**inputs)[-1], x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(tuned.features(**inputs).last, x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("h", [None, rt.Adapter(4), rt.Prefix(3), rt.Prompt(3)], ids=["-", "A", "F", "P"])
@@ -216,7 +181,7 @@ def test_bypass_is_equation_8_and_live_is_unpruned(name: str, options: dict[str,
     shake(tuned)
     inputs = tiny.inputs(dtype=torch.float64)
     features = plain_features(tiny, tuned.backbone, inputs)
-    side, tail = tuned.adapters["default"].side, tuned._readers["default"].tail
+    side, tail = tuned.adapters["default"].side, tuned.reader("default").tail
 
     def through(tuners: nn.ModuleDict, layer: int, x: np.ndarray) -> np.ndarray:
         if str(layer) not in tuners:
@@ -232,11 +197,13 @@ def test_bypass_is_equation_8_and_live_is_unpruned(name: str, options: dict[str,
     for layer, a in enumerate(side.gate):
         weight = 1 / (1 + np.exp(-a.detach().numpy()))
         x = weight * through(side.horizontal, layer, read(layer + 1)) + (1 - weight) * through(side.vertical, layer, x)
-    torch.testing.assert_close(side(features), torch.from_numpy(x))
+    torch.testing.assert_close(side(as_features(features)), torch.from_numpy(x))
     live = tuned.features(**inputs)
     narrow = (name != "timm-vit-mean" and v is not Mixer) or (h is None and v is None and not options)
-    assert all(f.shape[1] == 1 for f in live) == narrow, "one token is live, unless the head or a tuner reads more"
-    unpruned = tuned.adapters["default"].head(tail(side(features)))
+    assert all(f.shape[1] == 1 for f in live.tensors()) == narrow, (
+        "one token is live, unless the head or a tuner reads more"
+    )
+    unpruned = tuned.adapters["default"].head(tail(side(as_features(features))))
     torch.testing.assert_close(tuned(**inputs), unpruned)
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     a, b = (torch.autograd.grad(out.square().sum(), parameters) for out in (tuned(**inputs), unpruned))
@@ -251,10 +218,10 @@ def test_bypass_keeps_nothing_of_the_backbone_for_backward(tiny: Tiny) -> None:
         tuned = adapt(tiny, method).train()
         size[method] = saved_bytes(lambda t=tuned: t(**inputs).sum(), tuned.parameters())
         if method != "full":
-            assert not any(f.requires_grad for f in tuned.features(**inputs))
-    widest = max(f.shape[1] * f.shape[2] for f in adapt(tiny, "bypass").features(**inputs))
+            assert not any(f.requires_grad for f in tuned.features(**inputs).tensors())
+    widest = max(f.shape[1] * f.shape[2] for f in adapt(tiny, "bypass").features(**inputs).tensors())
     row = 8 * 4 * widest
-    assert size["linear"] <= 8 * 4 * tuned._sites.info.out_features + 64, (
+    assert size["linear"] <= 8 * 4 * tuned.sites.info.out_features + 64, (
         "linear probing keeps the pooled features alone"
     )
     assert size["bypass-none"] <= size["linear"] + 12 * row
@@ -272,7 +239,7 @@ def test_hooks_live_during_forward_only_even_when_it_fails(tiny: Tiny, method: s
     def fail(*_: Any) -> None:
         raise ArithmeticError("in the middle")
 
-    last = tuned.backbone.get_submodule(tuned._sites.blocks[-1])
+    last = tuned.backbone.get_submodule(tuned.sites.blocks[-1])
     handle = last.register_forward_hook(fail)
     with pytest.raises(ArithmeticError):
         tuned(**inputs)
@@ -329,18 +296,12 @@ def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -
         learns = [bool(p.grad is not None and p.grad.abs().sum() > 0) for p in tuned.adapters.parameters()]
         assert all(learns) or method in ("adapter-pfeiffer", "adaptformer", "mam-adapter") or "vpt" in method
         assert any(learns[:-2]) == (method not in ("linear", "linear-all")) or name == "own"
-        every = dict(zip(tuned._layers(), tuned.features(**inputs), strict=True))
-        if tuned.reads_features:
-            for layer, x in enumerate(plain_features(tiny, tuned.backbone, inputs)):
-                if layer in every:  # every token, where fewer were tapped
-                    every[layer] = x
-            if tuned._find("default").masked:
-                every = {MASK: inputs["attention_mask"], **every}
-            tuned._live = lambda: ALL
-            if MASK in tuned._layers():  # of all tokens of a text, which are no padding
-                every = {MASK: inputs["attention_mask"], **every}
-            torch.testing.assert_close(tuned.from_features(tuple(every.values())), out)
-            del tuned._live
+        if tuned.reads_features:  # every token, where fewer were tapped; of texts, the mask tells which are padding
+            plain, request = plain_features(tiny, tuned.backbone, inputs), tuned.request
+            mask = inputs.get("attention_mask") if request.mask or request.mask_of_all else None
+            every = as_features({layer: plain[layer] for layer in request.layers}, mask)
+            every = dataclasses.replace(every, pixels=tuned.features(**inputs).pixels)
+            torch.testing.assert_close(tuned.from_features(every), out)
     tuned.save_pretrained(tmp_path)
     again = rt.Tuned.from_pretrained(tiny.backbone(), tmp_path, anatomy=tiny.anatomy).eval()
     assert torch.equal(again(**inputs), out)
@@ -356,7 +317,7 @@ def test_methods_that_are_the_backbone_at_birth(name: str, method: str) -> None:
     if method not in REFUSED.get(name, {}):
         spec = small(method, FAMILY[name])
         tuned, inputs = adapt(tiny, spec, None, pool="none").eval(), tiny.inputs()
-        tail = tuned._readers["default"].tail
+        tail = tuned.reader("default").tail
         with torch.no_grad():
             expected = tail(plain_features(tiny, tuned.backbone, inputs)[-1])
             # nn.MultiheadAttention is opened where its weights are tuned: its sums are rounded in another order
@@ -434,10 +395,10 @@ def test_taps_are_what_the_blocks_say() -> None:
     for tiny in (TINY | MORE).values():
         backbone, inputs = tiny.backbone(), tiny.inputs()
         sites = rt.find_sites(backbone, tiny.anatomy)
-        with torch.no_grad(), tap(backbone, sites, range(len(sites.blocks) + 1)) as taps:
+        with torch.no_grad(), tap(backbone, sites, FeatureRequest(tuple(range(len(sites.blocks) + 1)))) as taps:
             backbone(**inputs)
         expected = plain_features(tiny, backbone, inputs)
-        assert all(torch.equal(a, b) for a, b in zip(taps.features, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(taps.features.tensors(), expected, strict=True))
 
 
 def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:

@@ -46,7 +46,7 @@ def alone(tuned: rt.Tuned, name: str | None, inputs: dict[str, Tensor]) -> Any:
         with tuned.disable_adapter():
             said = tuned(**inputs)
         if not isinstance(said, Tensor):
-            if tuned._sites.pool == "last":
+            if tuned.sites.pool == "last":
                 ends = inputs["attention_mask"].sum(1) - 1
                 return said[0][range(len(ends)), ends]
             pooled = ("CLIPVisionModel", "SiglipVisionModel", "SwinModel")
@@ -96,7 +96,7 @@ def test_tasks_on_one_pass_say_what_they_say_alone(name: str, method: str) -> No
             torch.testing.assert_close(y, alone(tuned, name_, inputs), rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(tuned.embed(**inputs), embedded[name_], rtol=1e-9, atol=1e-10)
     assert [y.shape[1] for y in together.values()] == [5, 5, 7]
-    assert (len(tuned._stacks) == 1) == (method != "side-tuning")
+    assert (len(tuned.stacks) == 1) == (method != "side-tuning")
 
 
 def test_tasks_come_and_go_and_change(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,15 +116,15 @@ def test_tasks_come_and_go_and_change(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.testing.assert_close(together[name], alone(tuned, name, inputs), rtol=1e-9, atol=1e-10)
 
     check()
-    first, second = tuned._stacks[0], len(tuned._stacks)
+    first, second = tuned.stacks[0], len(tuned.stacks)
     tuned.add_adapter("late", small("bypass"), 9)
     check()
-    assert tuned._stacks[0] is first and list(first.readers) == ["task0", "task1"] and second == 1
-    assert [list(s.readers) for s in tuned._stacks[1:]] == [["task2", "late"]]
+    assert tuned.stacks[0] is first and list(first.readers) == ["task0", "task1"] and second == 1
+    assert [list(s.readers) for s in tuned.stacks[1:]] == [["task2", "late"]]
     with torch.no_grad():
         tuned.get_parameter("adapters.task1.head.weight").mul_(2.0)
     check()
-    assert all(s is not first for s in tuned._stacks)
+    assert all(s is not first for s in tuned.stacks)
     tuned.delete_adapter("task0")
     check()
     tuned.float().double()

@@ -129,7 +129,7 @@ def test_5_an_unknown_name_is_an_error() -> None:
 def test_6_unload_leaves_no_hook_and_no_feature_in_memory() -> None:
     tuned = tuned_vit("bypass")
     out = tuned(**VIT.inputs())
-    seen = [weakref.ref(f) for f in tuned.features(**VIT.inputs())]
+    seen = [weakref.ref(f) for f in tuned.features(**VIT.inputs()).tensors()]
     gc.collect()
     assert all(ref() is None for ref in seen), "features of the last batch"
     adapter = weakref.ref(tuned.adapters["default"])

@@ -67,13 +67,13 @@ def train(out: Path) -> None:
             p.data += 0.05 * torch.randn_like(p)
         x = next(iter(tiny.inputs(13).values()))
         if many:
-            tuned.shard()
-            for block in tuned._sites.blocks:
+            tuned.fully_shard()
+            for block in tuned.sites.blocks:
                 whole = sum(p.numel() for p in backbone.get_submodule(block).parameters())
                 held = sum(p.to_local().numel() for p in backbone.get_submodule(block).parameters())  # type: ignore
                 assert held == pytest.approx(whole / 2, rel=0.01), (held, whole)
             with pytest.raises(MethodError, match="shared out already"):
-                tuned.shard()
+                tuned.fully_shard()
             with pytest.raises(MethodError, match=r"full fine-tuning needs the whole of them: call gather\(\) first"):
                 tuned.add_adapter("full", "full", 3)
         config = TrainConfig(epochs=3, batch_size=4, lr=1e-3, accumulate=2, clip=1.0, ema=0.9)
@@ -97,11 +97,11 @@ def train(out: Path) -> None:
         assert bool(sharded_parameters(tuned)) == many
         for p in tuned.adapters.parameters():
             p.grad = None
-        tuned.gather()
+        tuned.unshard()
         with torch.no_grad():
             assert torch.equal(tuned(x), logits), "whole again, it says the same"
         if many:
-            tuned.shard()  # and once more
+            tuned.fully_shard()  # and once more
         assert tuned.unload() is backbone
         state_dict = backbone.state_dict()
         assert state_dict.keys() == came[0].keys() and all(torch.equal(state_dict[k], came[0][k]) for k in state_dict)
@@ -126,8 +126,8 @@ def test_a_shared_backbone_trains_as_a_whole_one(tmp_path: Path) -> None:
 def test_one_process_has_nobody_to_share_with() -> None:
     tuned = rt.adapt(TINY["timm-vit"].backbone(), "res-tuning", 3)
     with pytest.raises(RestuningError, match="one process alone has nobody to share with"):
-        tuned.shard()
-    tuned.gather()
+        tuned.fully_shard()
+    tuned.unshard()
 
 
 if __name__ == "__main__":

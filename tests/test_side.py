@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_laws import adapt, plain_features, shake
+from helpers import adapt, plain_features, shake
 from tiny import TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -101,7 +101,7 @@ class Examples:
 
 def test_fisher_information_on_a_grid() -> None:
     tuned, examples = adapt(VIT, rt.Ladder(4, init="fisher", grid=2), 3), Examples()
-    found = fisher(tuned, tuned._find("default"), examples)
+    found = fisher(tuned, tuned.adapter("default"), examples)
     assert all(found[block.mlp.fc1.weight].sum() > 0 for block in tuned.backbone.blocks)
 
 
@@ -109,7 +109,7 @@ def test_fisher_information_is_the_mean_squared_gradient() -> None:
     tuned, examples = adapt(VIT, rt.Ladder(4, init="fisher"), 3), Examples()
     assert needs_data(tuned)
     before = {k: v.clone() for k, v in tuned.adapters["default"].side.state_dict().items()}
-    found = fisher(tuned, tuned._find("default"), examples)
+    found = fisher(tuned, tuned.adapter("default"), examples)
     weight = tuned.backbone.blocks[0].mlp.fc1.weight
     weight.requires_grad_(True)
     total = torch.zeros_like(weight)

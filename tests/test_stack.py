@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import as_features
 from tiny import TINY
 from torch import Tensor, nn
 
@@ -23,15 +24,21 @@ CONFIG = TrainConfig(epochs=4, batch_size=8, weight_decay=0.1)
 class Rows:
     """Some rows of features, as a data set."""
 
-    def __init__(self, features: tuple[Tensor, ...], labels: Tensor, rows: Tensor) -> None:
+    def __init__(self, features: rt.Features, labels: Tensor, rows: Tensor) -> None:
         self.features, self.labels, self.rows = features, labels, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Any:
-        at = self.rows[i]
-        return tuple(x[at] for x in self.features), int(self.labels[at])
+        return self.__getitems__([i])
+
+    def __getitems__(self, indices: list[int]) -> tuple[rt.Features, Tensor]:
+        at = self.rows[indices]
+        return self.features.rows(at), self.labels[at]
+
+    def collate(self, batch: Any) -> Any:
+        return batch
 
 
 def born(method: Any, classes: int = 5, seed: int = 0, dtype: torch.dtype = torch.float64) -> FromFeatures:
@@ -40,8 +47,8 @@ def born(method: Any, classes: int = 5, seed: int = 0, dtype: torch.dtype = torc
     return FromFeatures(rt.adapt(backbone, method, classes))
 
 
-def features(count: int = 44, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    return tuple(torch.randn(count, 1, 32, dtype=dtype) for _ in range(3))
+def features(count: int = 44, dtype: torch.dtype = torch.float64) -> rt.Features:
+    return as_features([torch.randn(count, 1, 32, dtype=dtype) for _ in range(3)])
 
 
 METHODS = {
@@ -73,7 +80,7 @@ def test_training_side_by_side_is_training_one_by_one(method: Any) -> None:
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-8, msg=lambda m, name=name: f"{name}: {m}")
     rows = [torch.randperm(44)[:20] for _ in points]
-    right = [m([t[r] for t in x]).argmax(1) == y[r] for m, r in zip(alone, rows, strict=True)]
+    right = [m(x.rows(r)).argmax(1) == y[r] for m, r in zip(alone, rows, strict=True)]
     expected = [100 * float(r.double().mean()) for r in right]
     assert scores(stack, x, y, rows, batch_size=7) == pytest.approx(expected)
 

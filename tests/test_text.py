@@ -432,7 +432,7 @@ def test_a_bank_of_texts_is_live(
     build(keeper, task, how, tmp_path / "bank", batch_size=8)
     bank = Bank(tmp_path / "bank")
     live = rt.adapt(rt.load_backbone(f"hf:{model}"), method, 2, pool=pool)
-    view = live._live().tokens
+    view = live.request.tokens.tokens
     assert view == {"cls": "first", "mean": "all" if method == "bypass" else "mean", None: "mean"}[pool]
     if view != tokens and tokens != "all":
         with pytest.raises(RestuningError, match="build a bank with --tokens"):
@@ -442,7 +442,7 @@ def test_a_bank_of_texts_is_live(
     with torch.no_grad():
         for p in live.adapters.parameters():
             p.add_(0.1 * torch.randn_like(p))
-    model_ = FromFeatures(live, bank.view, bank.layers)
+    model_ = FromFeatures(live)
     from_bank = predict_logits(model_, FromBank(bank, bank.source().train), 8)[0]
     examples = prepared(load_task(f"text:{moods}").train, how)
     places = [int(name.removesuffix("]").rpartition("[")[2]) for name in bank.source().train.names]

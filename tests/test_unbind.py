@@ -8,6 +8,7 @@ import pytest
 import timm.layers
 import torch
 import transformers as hf
+from helpers import as_features
 from timm.models.vision_transformer import VisionTransformer
 from tiny import GROUPED, HF, TEXT, TINY, VIT, Tiny
 from torch import Tensor, nn
@@ -16,7 +17,6 @@ from torch.nn import functional as F
 import restuning as rt
 from restuning.errors import MethodError, SiteError
 from restuning.hooks import attention as unbind
-from restuning.side.features import ALL
 
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 3e-2}  # four of its last bits
 
@@ -74,7 +74,7 @@ def bound_prefix(tuned: rt.Tuned) -> Iterator[None]:
     """Eq. 2 as it is written: [K_pre; K] and [V_pre; V] in the backbone's own attention, put there by replacing the
     functions that it calls; no code of the library's takes part."""
     tuners = iter(list(tuned.adapters["default"].tuners.values()))
-    heads = tuned._sites.at("attention")[0].info.heads
+    heads = tuned.sites.at("attention")[0].info.heads
     fused = F.scaled_dot_product_attention
 
     def grown(t: Tensor, more: Tensor) -> Tensor:
@@ -127,12 +127,12 @@ def shaken(tiny: Tiny, method: rt.Residual, dtype: torch.dtype) -> rt.Tuned:
 def by_the_book(tuned: rt.Tuned, inputs: dict[str, Tensor]) -> Tensor:
     """The bare backbone's last block, then tail and head: none of the tuners is attached."""
     kept: list[Any] = []
-    last = tuned.backbone.get_submodule(tuned._sites.blocks[-1])
+    last = tuned.backbone.get_submodule(tuned.sites.blocks[-1])
     handle = last.register_forward_hook(lambda m, args, out: kept.append(out if isinstance(out, Tensor) else out[0]))
     tuned.backbone(**inputs)
     handle.remove()
     mask = inputs.get("attention_mask", torch.ones(kept[0].shape[:2]))
-    return tuned.from_features((mask, kept[0]) if tuned._find("default").masked else (kept[0],), ALL)
+    return tuned.from_features(as_features({len(tuned.sites.blocks): kept[0]}, mask))
 
 
 def outcome(tuned: rt.Tuned, inputs: dict[str, Tensor], bound: bool = False) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from restuning._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from restuning._types import Features as Features
     from restuning._types import Kernel as Kernel
     from restuning._types import SiteInfo as SiteInfo
     from restuning.backbones.anatomy import Anatomy as Anatomy
@@ -40,6 +39,11 @@ if TYPE_CHECKING:
     from restuning.model.tuned import adapt as adapt
     from restuning.side import AlexNet as AlexNet
     from restuning.side import SmallCnn as SmallCnn
+    from restuning.side.base import SideConfig as SideConfig
+    from restuning.side.base import SideNetwork as SideNetwork
+    from restuning.side.features import FeatureRequest as FeatureRequest
+    from restuning.side.features import Features as Features
+    from restuning.side.features import TokenSelection as TokenSelection
     from restuning.tuners import Adapter as Adapter
     from restuning.tuners import Bias as Bias
     from restuning.tuners import Convpass as Convpass
@@ -57,7 +61,7 @@ if TYPE_CHECKING:
     from restuning.tuners.base import Tuner as Tuner
 
 _PUBLIC = {
-    "_types": ("Features", "Kernel", "SiteInfo"),
+    "_types": ("Kernel", "SiteInfo"),
     "backbones.anatomy": ("Anatomy", "Op", "Weight", "into", "out_of"),
     "backbones.load": ("load_backbone",),
     "backbones.sites": ("find_sites",),
@@ -81,6 +85,8 @@ _PUBLIC = {
     "model.peft": ("load_peft", "save_peft"),
     "model.tuned": ("Tuned", "adapt"),
     "side": ("AlexNet", "SmallCnn"),
+    "side.base": ("SideConfig", "SideNetwork"),
+    "side.features": ("FeatureRequest", "Features", "TokenSelection"),
     "tuners.base": ("AttentionTuner", "Mergeable", "PromptTuner", "StatefulTuner", "Tuner"),
     "tuners": ("Adapter", "Bias", "Convpass", "Dtl", "Lora", "Prefix", "PrefixTuning", "Prompt", "PromptTuning", "Ssf"),
 }

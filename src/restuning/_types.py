@@ -33,9 +33,6 @@ OutputMaps: TypeAlias = Float[Tensor, "b s i j"]
 Pooled: TypeAlias = Float[Tensor, "b d"]
 Logits: TypeAlias = Float[Tensor, "b c"]
 
-Features: TypeAlias = tuple[Tensor, ...]
-"""A frozen backbone's per-block outputs x_0 … x_L (x_0 is the first block's input); shapes may differ by block."""
-
 
 @dataclass(frozen=True)
 class Kernel:

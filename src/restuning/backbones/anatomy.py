@@ -19,10 +19,12 @@ class Point:
 
 
 def into(path: str) -> Point:
+    """The first argument of a module's call."""
     return Point(path, "in")
 
 
 def out_of(path: str) -> Point:
+    """The first tensor of a module's output."""
     return Point(path, "out")
 
 

@@ -15,6 +15,7 @@ from restuning._types import Kernel, SiteInfo
 from restuning.backbones.anatomy import AFFINE, BLOCK, PARTS, Affine, Anatomy, Point, Weight, as_tuple
 from restuning.backbones.families import ANATOMIES
 from restuning.errors import SiteError
+from restuning.side.base import check_indices
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Sites(Sequence[Site]):
         ]
         if not named:
             raise SiteError(f"no operation {op!r} here: {self.anatomy.name} has {', '.join(self.ops)}")
-        check_blocks(blocks, len(self.blocks))
+        check_indices(blocks, len(self.blocks), "block", "this backbone")
         return tuple(s for s in named if blocks is None or s.block is None or s.block in blocks)
 
     def __len__(self) -> int:
@@ -103,13 +104,6 @@ class Sites(Sequence[Site]):
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.all)
-
-
-def check_blocks(blocks: Sequence[int] | None, count: int, what: str = "block", where: str = "this backbone") -> None:
-    """Raises SiteError for those named that are not among the first `count`, and if none is named."""
-    wrong = [i for i in blocks or () if not 0 <= i < count]
-    if wrong or (blocks is not None and not blocks):
-        raise SiteError(f"no {what} {wrong or '(empty list)'}: {where} has {what}s 0 to {count - 1}")
 
 
 def find_sites(backbone: nn.Module, anatomy: Anatomy | None = None) -> Sites:

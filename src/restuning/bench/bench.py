@@ -32,6 +32,7 @@ from restuning.features.stacked import Point, train
 from restuning.methods.named import find_method
 from restuning.model.stack import Stack
 from restuning.model.tuned import Tuned, adapt
+from restuning.side.features import Features
 from restuning.training.config import TrainConfig, data_order, parameter_groups
 from restuning.utils.figures import Record
 from restuning.utils.profiling import in_turn, peak_bytes, saved_bytes, spread
@@ -305,7 +306,7 @@ def _grid(settings: Bench) -> Measured:
     """Points of a grid, an epoch of `GRID_STEPS` from features kept: one alone, all as a stack, all one by one."""
     shared, (x, _), n, rows = settings.load(), settings.inputs(), settings.points, settings.batch * GRID_STEPS
     tapped = adapt(shared, "bypass", settings.classes).features(x[:1])
-    features = tuple(torch.randn(rows, *f.shape[1:], device=f.device) for f in tapped)
+    features = tapped.map(lambda f: torch.randn(rows, *f.shape[1:], device=f.device))
     labels, at = torch.arange(rows, device=x.device) % settings.classes, torch.arange(rows)
     models = [FromFeatures(adapt(shared, "bypass", settings.classes)).train() for _ in range(n)]
 
@@ -347,7 +348,7 @@ def _bank(settings: Bench) -> Measured:
         kept, kept_labels = _to(bank.rows("train").fetch(range(len(rows))), x.device)
         orders = (batch for epoch in count() for batch in data_order(len(rows), settings.batch, 0, epoch))
 
-        def read() -> tuple[tuple[Tensor, ...], Tensor]:
+        def read() -> tuple[Features, Tensor]:
             return _to(rows.__getitems__(next(orders)), x.device)
 
         def disk_loss() -> Tensor:
@@ -424,14 +425,14 @@ def _no_grad(call: Call) -> Call:
     return torch.no_grad()(call)
 
 
-def _loss(model: nn.Module, features: Sequence[Tensor], labels: Tensor, batch: Sequence[int]) -> Tensor:
+def _loss(model: nn.Module, features: Features, labels: Tensor, batch: Sequence[int]) -> Tensor:
     at = torch.tensor(batch, device=labels.device)
-    return F.cross_entropy(model(tuple(f[at] for f in features)), labels[at])
+    return F.cross_entropy(model(features.rows(at)), labels[at])
 
 
-def _to(batch: Any, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+def _to(batch: Any, device: torch.device) -> tuple[Features, Tensor]:
     features, labels = batch
-    return tuple(f.to(device) for f in features), labels.to(device)
+    return features.map(lambda x: x.to(device)), labels.to(device)
 
 
 def _processor() -> str:

@@ -129,7 +129,7 @@ def _generate(args: argparse.Namespace) -> None:
     from restuning.diffusion.base import denoiser_of, load_base
     from restuning.diffusion.generation import Asked, grid, pictures
     from restuning.diffusion.training import read_run
-    from restuning.model.files import changes_the_base
+    from restuning.model.files import changes_the_base, check_adapter
     from restuning.model.tuned import Tuned
     from restuning.runs.settings import RUN
 
@@ -160,7 +160,7 @@ def _generate(args: argparse.Namespace) -> None:
         pipe = load_base(base, device)
         tuned = Tuned(denoiser_of(pipe))
         for folder in args.adapters:
-            tuned.check_adapter(folder)
+            check_adapter(tuned, folder)
         for name in filter(None, names):
             tuned.load_adapter(named[name], name)
         tuned.to(pipe.device)

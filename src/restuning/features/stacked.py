@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from restuning._types import Features
 from restuning.data.objective import Objective, objective
 from restuning.errors import MethodError
 from restuning.model.stack import Stack
+from restuning.side.features import Features
 from restuning.training.config import TrainConfig, data_order, learning_rate
 
 
@@ -29,12 +29,12 @@ class Point:
 
 
 def train(
-    stack: Stack, features: Features, labels: Tensor, points: Sequence[Point], asked: Objective | None = None
+    stack: Stack, features: Features, labels: Tensor, points: Sequence[Point], task_objective: Objective | None = None
 ) -> list[bool]:
-    """Train all modules at once, each exactly as `restuning.train.fit` would train it alone.
+    """Train all modules at once, each exactly as `restuning.training.loop.fit` would train it alone.
 
-    features: ((rows, tokens, width), …) shared by all points; labels: (rows, …), or (N, rows, …) for other tasks on
-    them. asked: the tasks' objective; None: of single labels.
+    features: of all rows, shared by all points; labels: (rows, …), or (N, rows, …) for other tasks on
+    them. task_objective: the tasks'; None: of single labels.
     Points must have as many examples as one another, and one batch size. Returns which of them ended in finite values.
     """
     counts = {(len(p.rows), p.config.batch_size) for p in points}
@@ -45,9 +45,9 @@ def train(
     stack.tensors = {name: t.detach() for name, t in stack.tensors.items()}
     trained = {n: stack.tensors[n] for n, p in stack.model.named_parameters() if p.requires_grad}
     optimizer = _AdamW(trained, [p.config for p in points])
-    asked = asked or objective()
-    loss_of = torch.vmap(asked.loss)
-    labels = _of_each(labels, asked, len(points))
+    task_objective = task_objective or objective()
+    loss_of = torch.vmap(task_objective.loss)
+    labels = _of_each(labels, task_objective, len(points))
     everyone = torch.arange(len(points), device=labels.device)[:, None]
     for epoch in range(max(p.config.epochs for p in points)):
         orders = [data_order(examples, batch_size, p.config.seed, epoch) for p in points]
@@ -55,11 +55,11 @@ def train(
             at = torch.stack([p.rows[order[step]] for p, order in zip(points, orders, strict=True)]).to(labels.device)
             lrs = [_rate(p.config, epoch * steps + step, steps) for p in points]
             together = bool((at == at[0]).all())
-            batch = tuple(x[at[0]] if together else x[at] for x in features)
+            batch = features.rows(at[0] if together else at)
             with torch.enable_grad():
                 for t in trained.values():
                     t.requires_grad_(True)
-                logits = stack(batch, own=not together)
+                logits = stack(batch, batched=not together)
                 loss = loss_of(logits, labels[everyone, at]).sum()
                 grads = torch.autograd.grad(loss, list(trained.values()))
             optimizer.step(grads, lrs)
@@ -73,7 +73,7 @@ def train(
 
 
 def _rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The learning rate of `restuning.train`; 0 for a point that has ended."""
+    """The learning rate of `restuning.training.loop`; 0 for a point that has ended."""
     if step >= config.epochs * steps:
         return 0.0
     warmup = min(config.warmup_epochs, 0.2 * config.epochs)
@@ -88,7 +88,7 @@ class _AdamW:
         self.optimizers = [
             torch.optim.AdamW(
                 [
-                    # matrices alone decay, as in restuning.recipe
+                    # matrices alone decay, as in restuning.training.config
                     {"params": [t for t in slices if t.ndim >= 2], "weight_decay": config.weight_decay},
                     {"params": [t for t in slices if t.ndim < 2], "weight_decay": 0.0},
                 ],
@@ -115,20 +115,21 @@ def scores(
     features: Features,
     labels: Tensor,
     rows: Sequence[Tensor],
-    asked: Objective | None = None,
+    task_objective: Objective | None = None,
     batch_size: int = 256,
 ) -> list[float]:
     """The objective's first metric of every module on its own rows (equally many) of the shared features."""
-    asked = asked or objective()
-    at, labels = torch.stack(list(rows)).to(labels.device), _of_each(labels, asked, len(stack))
+    task_objective = task_objective or objective()
+    at, labels = torch.stack(list(rows)).to(labels.device), _of_each(labels, task_objective, len(stack))
     parts = []
     for part in torch.split(at, batch_size, 1):
         together = bool((part == part[0]).all())
-        parts.append(stack(tuple(x[part[0]] if together else x[part] for x in features), own=not together))
-    return [next(asked.metrics(own, labels[i, at[i]]))[1] for i, own in enumerate(torch.cat(parts, 1))]
+        batch = features.rows(part[0] if together else part)
+        parts.append(stack(batch, batched=not together))
+    return [next(task_objective.metrics(own, labels[i, at[i]]))[1] for i, own in enumerate(torch.cat(parts, 1))]
 
 
-def _of_each(labels: Tensor, asked: Objective, count: int) -> Tensor:
+def _of_each(labels: Tensor, task_objective: Objective, count: int) -> Tensor:
     """Labels of the rows, (N, rows, …), where they may be shared by all N."""
-    shared = labels.ndim == (1 if asked.kind == "single-label" else 2)
+    shared = labels.ndim == (1 if task_objective.kind == "single-label" else 2)
     return labels.expand(count, *labels.shape) if shared else labels

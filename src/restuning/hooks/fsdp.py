@@ -10,7 +10,7 @@ from torch import nn
 
 from restuning.errors import MethodError, RestuningError
 
-_NEEDS = "the backbone's blocks are shared out over processes, and {} needs the whole of them: call gather() first"
+_NEEDS = "the backbone's blocks are shared out over processes, and {} needs the whole of them: call unshard() first"
 
 
 def require_unsharded(shards: "Shards | None", what: str) -> None:
@@ -61,7 +61,7 @@ class Shards:
             p.data = p.data.new_empty(0)
         self._after = backbone.register_forward_hook(self._forget)
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Every process has all weights again, where its shares were, in the backbone as it came. All call it together.
 
         What users put on the backbone meanwhile stays there.

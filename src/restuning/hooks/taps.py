@@ -1,7 +1,7 @@
 """The backbone's features, taken as its forward runs."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -9,88 +9,89 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Features
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
 from restuning.hooks.points import argument, as_tokens, before, on_input
-from restuning.side.features import ALL, TokenSelection
-
-INPUT = -1
-"""The layer before all others: what the backbone itself is given."""
-
-MASK = -2
-"""Not a layer: the attention mask (b, n) that the backbone is given, which tells tokens from padding."""
-
-
-def summary_of(layer: int) -> int:
-    """Not a layer: where a bank of components has the summary of this one."""
-    return -3 - layer
+from restuning.side.features import ALL, FeatureRequest, Features
 
 
 class Taps:
-    """The backbone's per-block outputs, x_0 … x_L, as its forward runs; layers that are not wanted are not kept.
+    """What is asked for of the features of one forward; the rest is not kept.
 
-    What is kept of frozen layers of one shape goes to one piece of memory, made with the first: small pieces that
-    outlive the large ones between them would keep an allocator from giving those back.
+    Frozen layers of one shape go to one piece of memory, made with the first: small pieces that outlive the large ones
+    between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, layers: Iterable[int], view: TokenSelection, one_shape: bool, maps: bool = False) -> None:
-        """maps: layers are kept whole, as they come."""
-        self.wanted = sorted(set(layers))
-        self.view, self.one_shape, self.maps = view, one_shape, maps
-        self.kept: dict[int, Tensor] = {}
-        self.given: Tensor | None = None  # the attention mask
+    def __init__(self, request: FeatureRequest, one_shape: bool, maps: bool = False) -> None:
+        """
+        Args:
+            request: layers, tokens, mask, pixels.
+            one_shape: whether all layers have one shape.
+            maps: whether layers are kept whole, as they come.
+        """
+        self.request, self.one_shape, self.maps = request, one_shape, maps
+        self.layers: dict[int, Tensor] = {}
+        self.mask: Tensor | None = None
+        self.pixels: Tensor | None = None
         self.memory: Tensor | None = None
         self.oblong = False  # whether a map was not square
 
-    def keep(self, layer: int, x: Tensor) -> None:
+    def take(self, layer: int, x: Tensor) -> None:
+        """Keep the wanted tokens of one layer."""
+        tokens = self.request.tokens
         if self.maps:
-            self.kept[layer] = x
+            self.layers[layer] = x
             return
         self.oblong = self.oblong or (x.ndim == 4 and x.shape[2] != x.shape[3])
-        if x.ndim == 4 and isinstance(self.view.tokens, int):  # its cells are as oblong as it is
-            x = F.adaptive_avg_pool2d(x, self.view.tokens)
+        if x.ndim == 4 and isinstance(tokens.tokens, int):  # its cells are as oblong as it is
+            x = F.adaptive_avg_pool2d(x, tokens.tokens)
         x = as_tokens(x)
-        seen = self.view(x, self.given)
-        if x.requires_grad or seen is x or not self.one_shape:  # a slice would hold the memory of all
-            self.kept[layer] = seen.clone() if self.view.tokens in ("first", "last") else seen
+        selected = tokens(x, self.mask)
+        if x.requires_grad or selected is x or not self.one_shape:  # a slice would hold the memory of all
+            self.layers[layer] = selected.clone() if tokens.tokens in ("first", "last") else selected
             return
-        if self.memory is None or self.memory.shape[1:] != seen.shape or self.memory.dtype != seen.dtype:
-            self.memory = seen.new_empty(len(self.wanted), *seen.shape)
-        self.kept[layer] = self.memory[self.wanted.index(layer)].copy_(seen)
+        if self.memory is None or self.memory.shape[1:] != selected.shape or self.memory.dtype != selected.dtype:
+            self.memory = selected.new_empty(len(self.request.layers), *selected.shape)
+        self.layers[layer] = self.memory[self.request.layers.index(layer)].copy_(selected)
 
     @property
     def features(self) -> Features:
-        if MASK in self.wanted and MASK not in self.kept:  # no padding
-            last = self.kept[self.wanted[-1]]
-            self.kept[MASK] = last.new_ones(last.shape[:2])
-        return tuple(self.kept[layer] for layer in self.wanted)
+        """What was taken; without padding, the mask is one of ones."""
+        layers = {layer: self.layers[layer] for layer in self.request.layers}
+        mask = None
+        if self.request.mask:
+            last = layers[self.request.layers[-1]]
+            mask = last.new_ones(last.shape[:2]) if self.mask is None else self.mask
+        return Features(layers, self.request.tokens, mask, self.pixels)
 
-    def mask(self, m: nn.Module, args: Any, kwargs: Any) -> None:
-        given = inspect.signature(m.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
-        if given is not None and given.ndim != 2:
-            raise MethodError(f"an attention mask {tuple(given.shape)}: expected (b, n), to tell tokens from padding")
-        self.given = given
-        if given is not None and MASK in self.wanted:
-            self.kept[MASK] = given
+    def take_mask(self, m: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of the backbone."""
+        mask = inspect.signature(m.forward).bind_partial(*args, **kwargs).arguments.get("attention_mask")
+        if mask is not None and mask.ndim != 2:
+            raise MethodError(f"an attention mask {tuple(mask.shape)}: expected (b, n), to tell tokens from padding")
+        self.mask = mask
+
+    def take_pixels(self, m: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward pre-hook of the backbone."""
+        self.pixels = argument(m, args, kwargs)[1]
 
 
 @contextmanager
-def tap(backbone: nn.Module, sites: Sites, layers: Iterable[int], view: TokenSelection = ALL) -> Iterator[Taps]:
-    """While it lasts, `layers` are kept (MASK; INPUT; 0: what the first block reads; l: what block l says)."""
-    taps = Taps(layers, view, sites.uniform, maps=sites.join is not None)
+def tap(backbone: nn.Module, sites: Sites, request: FeatureRequest) -> Iterator[Taps]:
+    """While it lasts, what is asked for is taken from every forward of the backbone."""
+    taps = Taps(request, sites.uniform, maps=sites.join is not None)
     with ExitStack() as stack:
-        if view.by_mask or MASK in taps.wanted:
-            stack.enter_context(before(backbone, taps.mask))
-        for layer in taps.wanted:
-            if layer == INPUT:
-
-                def whole(m: nn.Module, args: Any, kwargs: Any) -> None:
-                    taps.kept[INPUT] = argument(m, args, kwargs)[1]
-
-                stack.enter_context(before(backbone, whole))
-                continue
-            if layer == MASK:
-                continue
-            stack.enter_context(on_input(backbone, sites.layer(layer), partial(taps.keep, layer), first=True)())
+        if request.tokens.by_mask or request.mask:
+            stack.enter_context(before(backbone, taps.take_mask))
+        if request.pixels:
+            stack.enter_context(before(backbone, taps.take_pixels))
+        for layer in request.layers:
+            stack.enter_context(on_input(backbone, sites.layer(layer), partial(taps.take, layer), first=True)())
         yield taps
+
+
+def check_square(taps: Taps, sites: Sites) -> None:
+    """Raises MethodError where a side path over stages was given maps that are not square."""
+    request = taps.request
+    if taps.oblong and request.tokens == ALL and len(request.layers) > 1 and not sites.uniform:
+        raise MethodError("a side path over stages needs square maps: images as high as wide")

@@ -8,18 +8,8 @@ from typing import Any
 
 from restuning.errors import MethodError, line
 from restuning.methods.files import from_dict
-from restuning.methods.spec import (
-    KINDS,
-    Bypass,
-    BypassAttention,
-    BypassQuery,
-    Full,
-    Ladder,
-    LinearAll,
-    Method,
-    Residual,
-    SideTuning,
-)
+from restuning.methods.spec import KINDS, Full, Method, Residual
+from restuning.side import Bypass, BypassAttention, BypassQuery, Ladder, LinearAll, SideTuning
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
 
 _DUAL = {"mha": Adapter(10, scale="channel"), "ffn": Adapter(10, scale="channel")}

@@ -2,39 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
-
-from torch import nn
+from typing import Any, TypeAlias
 
 from restuning.errors import MethodError
-from restuning.side import AlexNet, SmallCnn
+from restuning.side import (
+    AlexNet,
+    Bypass,
+    BypassAttention,
+    BypassQuery,
+    Ladder,
+    LinearAll,
+    SideTuning,
+    SmallCnn,
+)
+from restuning.side.base import SideConfig
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
-from restuning.tuners.base import TunerConfig
-from restuning.tuners.scale import check_size
-
-
-def _check_config(where: str, config: Any) -> None:
-    if not callable(config):
-        raise MethodError(f"{where} is {config!r}: expected a recipe such as restuning.Adapter(10), or a module class")
-    if isinstance(config, nn.Module):
-        raise MethodError(
-            f"{where} is a {type(config).__name__} module, already built: pass its class, "
-            "or a function port → module, so that every block gets its own"
-        )
-
-
-def _check_grid(kind: str, grid: Any) -> None:
-    if grid is not None and (type(grid) is not int or grid < 1):
-        raise MethodError(f"{kind}(grid={grid!r}): expected a whole number of at least 1")
+from restuning.tuners.base import TunerConfig, check_config, resized
 
 
 @dataclass(frozen=True)
 class Residual:
-    """OP(x) + tuner(x, OP(x)) (Eq. 7): operation → recipe of a tuner.
+    """OP(x) + tuner(x, OP(x)) (Res-Tuning, Eq. 7). No tuners at all is linear probing.
 
-    Operations are `mha`, `ffn`, `block`, the affine modules `norm1`, `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `conv`,
-    `norms`, `embed`, `norm` (`affine`: all of them), and the `attention` itself, as far as the backbone has them.
-    blocks: the blocks that carry tuners, counted from 0; None: all. No tuners at all is linear probing.
+    Args:
+        tuners: operation → settings of its tuner. Operations are `mha`, `ffn`, `block`, the affine modules `norm1`,
+            `qkv`, `proj`, `norm2`, `fc1`, `fc2`, `conv`, `norms`, `embed`, `norm` (`affine`: all of them), and the
+            `attention` itself, as far as the backbone has them.
+        blocks: the blocks that carry tuners, counted from 0; None: all.
+
+    Raises:
+        MethodError: settings that make no module.
     """
 
     tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
@@ -42,241 +39,83 @@ class Residual:
 
     def __post_init__(self) -> None:
         for op, config in self.tuners.items():
-            _check_config(f"Residual: the tuner of {op!r}", config)
+            check_config(f"Residual: the tuner of {op!r}", config)
+
+    def resized(self, size: int) -> "Residual":
+        """The same with every tuner of this size."""
+        return replace(self, tuners={op: resized(config, size) for op, config in self.tuners.items()})
+
+    def on_blocks(self, blocks: Sequence[int]) -> "Residual":
+        """The same with tuners in these blocks alone."""
+        return replace(self, blocks=tuple(blocks))
 
 
-@dataclass(frozen=True)
-class Bypass:
-    """Res-Tuning-Bypass (Eq. 8): recipes of the horizontal and the vertical tuners; None is an identity tuner.
-
-    blocks: the blocks that carry tuners, counted from 0 (over stages: the steps between them); None: all. Every block
-    keeps its λ.
-    grid: g, not the paper's: the path runs on CLS and on the patches pooled to a g × g grid, and the head reads all of
-    these tokens; None: on the tokens that the head's pooling can see.
-    over: what the path runs over, all `blocks` or, from the first to the last, the outputs of the `stages`; None: the
-    stages where there are several.
-    gate: λ at initialisation; the paper's is 0.5; towards 1 the path begins as the backbone's own output. gates: one λ
-    a `layer`, as in the paper, or one a `channel`. normed: features are normalised (LayerNorm without weights) before
-    the path reads them. These three are ours.
-    """
-
-    horizontal: TunerConfig | None = None
-    vertical: TunerConfig | None = None
-    blocks: Sequence[int] | None = None
-    grid: int | None = None
-    over: Literal["blocks", "stages"] | None = None
-    gate: float = 0.5
-    gates: Literal["layer", "channel"] = "layer"
-    normed: bool = False
-
-    def __post_init__(self) -> None:
-        _check_grid("Bypass", self.grid)
-        if not (isinstance(self.gate, float) and 0 < self.gate < 1):
-            raise MethodError(f"Bypass(gate={self.gate!r}): expected a number between 0 and 1")
-        if self.gates not in ("layer", "channel"):
-            raise MethodError(f"Bypass(gates={self.gates!r}): expected layer or channel")
-        if not isinstance(self.normed, bool):
-            raise MethodError(f"Bypass(normed={self.normed!r}): expected true or false")
-        if self.over not in (None, "blocks", "stages"):
-            raise MethodError(f"Bypass(over={self.over!r}): expected blocks, stages or None")
-        for side in ("horizontal", "vertical"):
-            if getattr(self, side) is not None:
-                _check_config(f"Bypass: the {side} tuner", getattr(self, side))
-
-
-@dataclass(frozen=True)
-class Ladder:
-    """LST (Sung et al. 2022): a side transformer of width d / reduction, all of it trained; see `LadderNet`.
-
-    init: where its blocks come from: the backbone's own, structurally pruned by `magnitude` or by `fisher` information
-    on the training data, or `random`. grid: as in `Bypass`.
-    """
-
-    reduction: int = 16
-    init: Literal["magnitude", "fisher", "random"] = "magnitude"
-    grid: int | None = None
-
-    def __post_init__(self) -> None:
-        if type(self.reduction) is not int or self.reduction < 1:
-            raise MethodError(f"Ladder(reduction={self.reduction!r}): expected a whole number of at least 1")
-        if self.init not in ("magnitude", "fisher", "random"):
-            raise MethodError(f"Ladder(init={self.init!r}): expected magnitude, fisher or random")
-        _check_grid("Ladder", self.grid)
-
-
-@dataclass(frozen=True)
-class SideTuning:
-    """Side-Tuning (Zhang et al. 2020): a side network on the pixels, blended with the pooled features; see `SideNet`.
-
-    net: a recipe, port → module from images (b, 3, h, w) to (b, port.writes). distil: epochs in which the side network
-    first learns to give the backbone's own pooled features, on the training images.
-    """
-
-    net: TunerConfig = field(default_factory=AlexNet)
-    distil: int = 0
-
-    def __post_init__(self) -> None:
-        _check_config("SideTuning: the side network", self.net)
-
-
-@dataclass(frozen=True)
-class LinearAll:
-    """A linear head on every layer: the first token and the mean of the patches (of texts: the mean of the tokens),
-    each token normalised (LayerNorm without weights); see `Readout`. Ours.
-
-    gated: the layers are summed by gates, so that the head reads twice the width and not that of every layer.
-    """
-
-    gated: bool = False
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.gated, bool):
-            raise MethodError(f"LinearAll(gated={self.gated!r}): expected true or false")
-
-
-@dataclass(frozen=True)
-class BypassQuery:
-    """Learned queries that attend to the tokens of all layers, stage by stage, beside a linear read-out of every layer;
-    see `QueryNet`. Ours.
-
-    width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
-    or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
-    whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
-    fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries attend to
-    is common to them: another task costs its queries and its head.
-    grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
-    on 7 × 7. stem: a convolutional stem reads the pixels too.
-    """
-
-    width: int = 64
-    stages: int = 4
-    queries: int = 8
-    heads: int = 4
-    readout: Literal["full", "gated", "none"] = "full"
-    components: int | None = None
-    fixed: bool = False
-    grid: int | None = None
-    stem: bool = False
-
-    def __post_init__(self) -> None:
-        check_size("BypassQuery", "queries", self.queries)
-        if not isinstance(self.fixed, bool):
-            raise MethodError(f"BypassQuery(fixed={self.fixed!r}): expected true or false")
-        _check_path(self)
-
-
-@dataclass(frozen=True)
-class BypassAttention:
-    """Self-attention among the tokens of all layers, stage by stage, beside a linear read-out of every layer; see
-    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`, but for `fixed`."""
-
-    width: int = 64
-    stages: int = 4
-    heads: int = 4
-    readout: Literal["full", "gated", "none"] = "full"
-    components: int | None = None
-    grid: int | None = None
-    stem: bool = False
-
-    def __post_init__(self) -> None:
-        _check_path(self)
-
-
-def _check_path(part: BypassQuery | BypassAttention) -> None:
-    kind = type(part).__name__
-    for name in ("width", "stages", "heads"):
-        check_size(kind, name, getattr(part, name))
-    if part.width % part.heads:
-        raise MethodError(f"{kind}(width={part.width}): expected a multiple of its {part.heads} heads")
-    if part.readout not in ("full", "gated", "none"):
-        raise MethodError(f"{kind}(readout={part.readout!r}): expected full, gated or none")
-    if part.components is not None:
-        check_size(kind, "components", part.components)
-    if not isinstance(part.stem, bool):
-        raise MethodError(f"{kind}(stem={part.stem!r}): expected true or false")
-    _check_grid(kind, part.grid)
-
-
-OwnOutput: TypeAlias = LinearAll | BypassQuery | BypassAttention
-"""Side paths whose own output the head reads: the frozen final norm and the backbone's pooling have no part in it."""
+Part: TypeAlias = Residual | SideConfig
 
 
 @dataclass(frozen=True)
 class Mix:
-    """Several methods in one adapter: other tuners in other blocks, LoRA beside prefixes, a side path beside tuners."""
+    """Several methods in one adapter: other tuners in other blocks, LoRA beside prefixes, a side network beside tuners.
 
-    parts: Sequence["Part"]
+    Args:
+        parts: any number of `Residual`, and one side network at most.
+
+    Raises:
+        MethodError: something else among the parts, or several side networks.
+    """
+
+    parts: Sequence[Part]
 
     def __post_init__(self) -> None:
         wrong = [part for part in self.parts if not isinstance(part, Part)]
         if wrong:
-            expected = "Residual, Bypass, Ladder, SideTuning, LinearAll, BypassQuery or BypassAttention"
-            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected {expected}")
+            raise MethodError(f"Mix: {wrong[0]!r} is no part of a mix: expected Residual, {', '.join(_SIDES)}")
         if sum(not isinstance(part, Residual) for part in self.parts) > 1:
             raise MethodError("Mix: several side paths: expected one at most, beside any number of Residual parts")
+
+    def resized(self, size: int) -> "Mix":
+        """The same with every part of this size."""
+        return Mix(tuple(part.resized(size) for part in self.parts))
+
+    def on_blocks(self, blocks: Sequence[int]) -> "Mix":
+        """The same with tuners in these blocks alone."""
+        return Mix(tuple(part.on_blocks(blocks) for part in self.parts))
 
 
 @dataclass(frozen=True)
 class Full:
     """Full fine-tuning: every parameter of the backbone is trained."""
 
+    def resized(self, size: int) -> "Full":
+        """The same: nothing has a size."""
+        return self
 
-Part: TypeAlias = Residual | Bypass | Ladder | SideTuning | LinearAll | BypassQuery | BypassAttention
+    def on_blocks(self, blocks: Sequence[int]) -> "Full":
+        """The same: every block is trained."""
+        return self
+
+
 Method: TypeAlias = Part | Mix | Full
-KINDS: dict[str, Any] = {
-    c.__name__.lower(): c
-    for c in (Residual, Bypass, Ladder, SideTuning, LinearAll, BypassQuery, BypassAttention, Mix, Full)
-}
 
-SIZES: dict[type, str] = {
-    Adapter: "width",
-    Convpass: "width",
-    Dtl: "rank",
-    Lora: "rank",
-    Prefix: "tokens",
-    PrefixTuning: "tokens",
-    Prompt: "tokens",
-    PromptTuning: "tokens",
-    SmallCnn: "width",
+_SIDES: dict[str, Any] = {
+    config.__name__: config for config in (Bypass, Ladder, SideTuning, LinearAll, BypassQuery, BypassAttention)
 }
-"""Which setting of a recipe is its size."""
+KINDS: dict[str, Any] = {c.__name__.lower(): c for c in (Residual, *_SIDES.values(), Mix, Full)}
+"""Methods by the names that files have for them; a new side network is a row here."""
 
-TUNER_CONFIGS: dict[str, Any] = {cls.__name__.lower(): cls for cls in (*SIZES, AlexNet, Bias, Ssf)}
+_TUNERS = (Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf, AlexNet, SmallCnn)
+TUNER_CONFIGS: dict[str, Any] = {config.__name__.lower(): config for config in _TUNERS}
+"""Settings of tuners by the names that files have for them; a new tuner is a row here."""
 
 
 def resize(method: Method, size: int) -> Method:
     """The same method with every tuner of this width, of this rank or of this many tokens (Table 13)."""
-
-    def sized(config: Any) -> Any:
-        name = SIZES.get(type(config))
-        return config if name is None else replace(config, **{name: size})
-
-    if isinstance(method, Residual):
-        return replace(method, tuners={op: sized(config) for op, config in method.tuners.items()})
-    if isinstance(method, Bypass):
-        return replace(method, horizontal=sized(method.horizontal), vertical=sized(method.vertical))
-    if isinstance(method, SideTuning):
-        return replace(method, net=sized(method.net))
-    if isinstance(method, BypassQuery | BypassAttention):
-        return replace(method, width=size)
-    return Mix(tuple(resize(part, size) for part in method.parts)) if isinstance(method, Mix) else method  # type: ignore[misc]
+    return method.resized(size)
 
 
 def on_blocks(method: Method, blocks: Sequence[int]) -> Method:
     """The same method with tuners in these blocks only (Tables 14 and 15)."""
-    if isinstance(method, Mix):
-        return Mix(tuple(on_blocks(part, blocks) for part in method.parts))  # type: ignore[misc]
-    return replace(method, blocks=tuple(blocks)) if isinstance(method, Residual | Bypass) else method
-
-
-def grid_of(method: Method) -> int | None:
-    """The grid on which a side path runs, if it does."""
-    return next((p.grid for p in parts_of(method) if isinstance(p, Bypass | Ladder) and p.grid), None)
-
-
-def own_output(method: Method) -> OwnOutput | None:
-    """The part whose own output the head reads, if there is one."""
-    return next((p for p in parts_of(method) if isinstance(p, OwnOutput)), None)
+    return method.on_blocks(blocks)
 
 
 def parts_of(method: Method) -> Sequence[Part]:
@@ -284,3 +123,32 @@ def parts_of(method: Method) -> Sequence[Part]:
     if isinstance(method, Full):
         return ()
     return method.parts if isinstance(method, Mix) else (method,)
+
+
+def residuals_of(method: Method) -> Sequence[Residual]:
+    """The parts that are added inside the backbone."""
+    return [part for part in parts_of(method) if isinstance(part, Residual)]
+
+
+def side_of(method: Method) -> SideConfig | None:
+    """The part that runs beside the backbone, if there is one."""
+    return next((part for part in parts_of(method) if isinstance(part, SideConfig)), None)
+
+
+def grid_of(method: Method) -> int | None:
+    """Cells a side of the grid on which a side path runs and its head reads, if it does."""
+    side = side_of(method)
+    return None if side is None or side.own_output else side.grid
+
+
+def reads_all_tokens(method: Method) -> bool:
+    """Whether the head reads a side network's own output in place of the backbone's pooled features."""
+    side = side_of(method)
+    return side is not None and side.own_output
+
+
+def with_components(method: Method, count: int) -> Method:
+    """The method as it reads a bank of so many components: a path that leaves their number open has these."""
+    if isinstance(method, Mix):
+        return Mix(tuple(with_components(part, count) for part in method.parts))  # type: ignore[misc]
+    return method.with_components(count) if isinstance(method, SideConfig) else method

@@ -1,53 +1,28 @@
-"""One adapter: its tuners, its side path, its head."""
+"""One adapter: its tuners, its side network, its head."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from restuning._types import Features, SiteInfo
 from restuning.backbones.anatomy import PARTS, Affine, as_tuple
-from restuning.backbones.sites import Site, Sites, check_blocks
+from restuning.backbones.sites import Site, Sites
 from restuning.errors import MethodError
 from restuning.hooks.law import attach, group_by_site
+from restuning.hooks.points import backbone_lock
 from restuning.hooks.tail import Tail, head_width, live
-from restuning.hooks.taps import INPUT, MASK, summary_of
-from restuning.methods.spec import (
-    Bypass,
-    BypassAttention,
-    BypassQuery,
-    Full,
-    Ladder,
-    LinearAll,
-    Method,
-    OwnOutput,
-    Residual,
-    grid_of,
-    own_output,
-    parts_of,
-)
+from restuning.methods.spec import Full, Method, grid_of, residuals_of, side_of
 from restuning.model.files import AdapterConfig
-from restuning.side import (
-    AttentionNet,
-    BypassNet,
-    LadderNet,
-    QueryNet,
-    Readout,
-    ReadoutNet,
-    SideNet,
-    keeps_mean,
-    mixes_tokens,
-    prune,
-)
-from restuning.side.features import ALL, FIRST, LAST, MEAN, TokenSelection
-from restuning.tuners.base import TunerConfig, as_tuner, is_prompt
+from restuning.side.base import FeatureInfo, SideConfig, SideNetwork
+from restuning.side.features import ALL, FIRST, LAST, MEAN, FeatureRequest, Features, TokenSelection
+from restuning.side.ladder import LadderNet, prune
+from restuning.side.stages import PathNetwork
+from restuning.tuners.base import TunerConfig, as_tuner, is_prompt, make
 
 
 class AdapterModule(nn.Module):
-    """One adapter: `tuners` added inside the backbone, a `side` path beside it, a `head` after it. Its state_dict is
+    """One adapter: `tuners` added inside the backbone, a `side` network beside it, a `head` after it. Its state_dict is
     the checkpoint."""
 
     def __init__(
@@ -59,50 +34,51 @@ class AdapterModule(nn.Module):
         num_classes: int | None,
         config: AdapterConfig,
     ) -> None:
+        """
+        Args:
+            backbone: frozen; read for its shapes, and by a side network that begins from its weights.
+            sites: the backbone's.
+            method: which tuners on which operations, and which side network.
+            pool: how the backbone's last layer is pooled.
+            num_classes: of the head; None: there is none.
+            config: what is saved beside the adapter.
+
+        Raises:
+            MethodError: the method does not fit the backbone.
+            SiteError: an operation or a block that is not there.
+        """
         super().__init__()
         self.config, self.method = config, method
         self.depth, self.full = len(sites.blocks), isinstance(method, Full)
-        self.path: Sequence[int] = range(len(sites.stems) + 1)
         if sites.join is not None and (num_classes is not None or grid_of(method) is not None):
             raise MethodError(f"{sites.anatomy.name} denoises: no classes, and no grid for a side path")
         self.sites: dict[str, Site] = {}
         self.tuners = nn.ModuleDict()
-        self.side: nn.Module | None = None
-        self.view = _view(sites, method, pool)
-        width = head_width(sites.info.out_features, pool, 1 if pool != "flat" else self.view.count())
-        own = own_output(method)
-        for part in parts_of(method):
-            if isinstance(part, Residual):
-                for op, tuner_config in part.tuners.items():
-                    for site in sites.at(op, part.blocks):
-                        self._add(sites, site, tuner_config)
-            elif isinstance(part, Bypass):
-                self.path = sites.stages if _over_stages(sites, part) else self.path
-                self.side = _bypass(sites, part, self.path)
-            elif sites.join is not None:
-                raise MethodError(f"{type(part).__name__} needs a head; {sites.anatomy.name} has none: a Bypass can be")
-            elif isinstance(part, OwnOutput) and sites.join is None:
-                self.path = sites.stages if not sites.uniform else self.path
-                self.side = side = _own_output(sites, part, self.path)
-                width = side.out_features
-            elif isinstance(part, Ladder):
-                self.side = _ladder(backbone, sites, part)
-            else:
-                if pool == "none":
-                    raise MethodError("side-tuning blends pooled features: pool must not be none")
-                self.side = SideNet(_made(part.net, replace(sites.info, out_features=width), "side-tuning"))
-        alone, averaged = not mixes_tokens(self.side), keeps_mean(self.side)
-        averaged &= sites.uniform or not isinstance(self.side, BypassNet)
-        if (
-            own is None
-            and grid_of(method) is None
-            and not {FIRST: alone, LAST: alone, MEAN: averaged}.get(self.view, True)
-        ):
-            self.view = ALL
+        for part in residuals_of(method):
+            for op, tuner_config in part.tuners.items():
+                for site in sites.at(op, part.blocks):
+                    self._add(sites, site, tuner_config)
+        side, tokens = side_of(method), live(sites, pool)
+        info = feature_info(backbone, sites, pool, side)
+        if side is not None:
+            tokens = side.tokens(info)
+        width = head_width(sites.info.out_features, pool, tokens.count() if pool == "flat" else 1)
+        self.side: SideNetwork | None = None
+        if side is not None:
+            self.side = _built(side, info, sites, pool, width)
+            width = self.side.out_features if side.own_output else width
+            if side.grid is None and not side.own_output and not _allows(self.side, tokens):
+                tokens = ALL
         padded = sites.info.grid is None and "attention_mask" in inspect.signature(backbone.forward).parameters
-        by_mask = own is not None or "mean" in pool or pool == "last" or isinstance(self.side, LadderNet)
-        self.reads_mask = padded and self.view == ALL and by_mask
-        self.masked = padded and (self.reads_mask or self.view.by_mask)
+        by_mask = "mean" in pool or pool == "last" or (self.side is not None and self.side.reads_padding)
+        reads_mask = padded and tokens == ALL and by_mask
+        self.request = FeatureRequest(
+            (self.depth,) if side is None else tuple(side.layers(info)),
+            tokens,
+            reads_mask,
+            padded and (reads_mask or tokens.by_mask),
+            side is not None and side.reads_pixels(),
+        )
         self.head: nn.Module = nn.Identity() if num_classes is None else nn.Linear(width, num_classes)
         if isinstance(self.head, nn.Linear):
             nn.init.trunc_normal_(self.head.weight, std=0.02)
@@ -111,13 +87,13 @@ class AdapterModule(nn.Module):
     def _add(self, sites: Sites, site: Site, config: TunerConfig) -> None:
         name, copies = site.name, sum(other == site for other in self.sites.values())
         name = name if not copies else f"{name}_{copies + 1}"
-        tuner = as_tuner(_made(config, site.info, site.op))
+        tuner = as_tuner(make(config, site.info, site.op))
         if site.op != tuner.only_on and (tuner.only_on is not None or site.op == "attention"):
             where = f"operation {tuner.only_on!r}" if tuner.only_on else f"operations other than {site.op!r}"
             raise MethodError(f"{type(config).__name__} goes to {where}, not to {site.op!r}")
         prompt, denoises = is_prompt(tuner), sites.join is not None
-        over_stages = tuner.form == "stateful" or (prompt and not (denoises and tuner.span == "block"))
-        if not sites.uniform and over_stages:
+        one_width = tuner.form == "stateful" or (prompt and not (denoises and tuner.span == "block"))
+        if not sites.uniform and one_width:
             raise MethodError(
                 f"{type(config).__name__} needs blocks of one width, whose tokens are a sequence: {sites.anatomy.name} "
                 f"has {len(sites.stages)} stages of maps, with the operations {', '.join(sites.ops)}"
@@ -142,206 +118,139 @@ class AdapterModule(nn.Module):
         return not self.full and not self.inside
 
     @property
-    def layers(self) -> Sequence[int]:
-        """The features that it reads: all those on the way of a side path, the pixels and what the last block says for
-        a side network, else only what the last block says; and the mask where padding is left out."""
-        if isinstance(self.side, SideNet):
-            return (INPUT, self.depth)
-        layers = self.path if self.side is not None else (self.depth,)
-        if isinstance(self.side, QueryNet | AttentionNet) and self.side.stem is not None:
-            layers = (INPUT, *layers)
-        return (MASK, *layers) if self.reads_mask else layers
-
-    def layers_of(self, kept: TokenSelection) -> Sequence[int]:
-        """The same, where the tokens `kept` are given: of all tokens, a mask tells which are padding; of a bank's
-        components, the summaries are beside them."""
-        if kept.tokens == "components":
-            summaries = tuple(map(summary_of, self.path))
-            if isinstance(self.side, ReadoutNet):
-                return summaries
-            return (*self.layers, *summaries)
-        return (MASK, *(x for x in self.layers if x != MASK)) if self.masked and kept == ALL else self.layers
+    def stackable(self) -> bool:
+        """Whether adapters of its kind can run as one: a network on the pixels cannot."""
+        return self.side is None or self.side.output != "beside"
 
     def accepts(self, kept: TokenSelection) -> bool:
         """Whether its output can be had from features of which the tokens `kept` are there."""
+        side = side_of(self.method)
         if kept.tokens == "components":
-            own = own_output(self.method)
-            every = isinstance(own, BypassQuery | BypassAttention) and own.grid is None
-            return isinstance(own, LinearAll) or (every and self.components == kept.components)
-        return self.view.of(kept) is not None
+            return side is not None and side.accepts(kept.components)
+        return self.request.tokens.of(kept) is not None
 
     @property
     def components(self) -> int | None:
         """How many of each layer's components its path reads; None: its tokens, or it has no such path."""
-        return self.side.stages.components if isinstance(self.side, QueryNet | AttentionNet) else None
+        return self.side.stages.components if isinstance(self.side, PathNetwork) else None
 
-    @torch.no_grad()
-    def fix(self, bases: Mapping[int, Tensor]) -> None:
+    def set_components(self, bases: Mapping[int, Tensor]) -> None:
         """Give a path that reads components those that were fitted, (d_l, k) by layer."""
-        if isinstance(self.side, QueryNet | AttentionNet) and self.side.stages.components is not None:
-            for i, layer in enumerate(self.path):
-                self.side.stages.basis(i).copy_(bases[layer])
+        if isinstance(self.side, PathNetwork):
+            self.side.set_components(bases)
 
-    def beside(self, features: Sequence[Tensor]) -> Tensor:
-        """What the side path says of the features of `path`, into which no gradient goes."""
+    def beside(self, features: Features) -> Tensor:
+        """The side network's output for features into which no gradient goes."""
         assert self.side is not None
-        return self.side(tuple(x.detach() for x in features))  # type: ignore[no-any-return]
+        return self.side(features.detached())  # type: ignore[no-any-return]
 
     def pooled(self, features: Features, tail: Tail) -> Tensor:
-        """What the head reads, from the features of `layers`."""
-        if isinstance(self.side, SideNet):
-            return self.side(tail(features[-1]), features[0])  # type: ignore[no-any-return]
-        mask = features[0] if self.reads_mask else None
-        features = features[self.reads_mask :]
-        if isinstance(self.side, ReadoutNet):
-            return self.side(features)  # type: ignore[no-any-return]
-        if isinstance(self.side, QueryNet | AttentionNet):
-            pixels = features[0] if self.side.stem is not None else None
-            features = features[pixels is not None :]
-            count = len(self.path)
-            return self.side(features[:count], features[count:] or None, mask, pixels)  # type: ignore[no-any-return]
+        """What the head reads, (b, d) as a rule, from the features that it asks for."""
         if self.side is None:
-            return tail(features[-1], mask)
-        return tail(self.side(features, mask) if isinstance(self.side, LadderNet) else self.side(features), mask)
+            return tail(features.last, features.mask)
+        out: Tensor = self.side(features)
+        if self.side.output == "beside":
+            return self.side.blend(tail(features.last), out)
+        return out if self.side.output == "pooled" else tail(out, features.mask)
 
 
 class Reader(nn.Module):
-    """An adapter as a function of the features: side path, frozen tail, head. It refers to the backbone, for the tail's
-    sake, and owns the adapter alone."""
+    """An adapter as a function of the features: side network, frozen tail, head. It refers to the backbone, for the
+    tail's sake, and owns the adapter alone."""
 
     def __init__(self, adapter: AdapterModule, backbone: nn.Module, sites: Sites, tail: Tail) -> None:
         super().__init__()
         self.adapter, self.tail, self._frozen = adapter, tail, (backbone, sites)
 
-    def own(self, features: Mapping[int, Tensor], kept: TokenSelection) -> Features:
-        """What it reads of features of which the tokens `kept` are there; raises MethodError if they are too few."""
-        if kept.tokens == "components" and self.adapter.accepts(kept):
-            return tuple(features[layer] for layer in self.adapter.layers_of(kept))
-        view = self.adapter.view.of(kept)
-        if view is None:
-            raise MethodError(f"the adapter reads tokens {self.adapter.view.tokens!r}; given are {kept.tokens!r}")
-        mask = features.get(MASK)
-        return tuple(x if layer < 0 else view(x, mask) for layer in self.adapter.layers for x in (features[layer],))
+    def select(self, features: Features) -> Features:
+        """What it reads of more features.
+
+        Raises:
+            MethodError: they are too few.
+        """
+        adapter, request = self.adapter, self.adapter.request
+        if features.tokens.tokens == "components" and adapter.accepts(features.tokens):
+            return features
+        try:
+            chosen = features.select(request.tokens, request.layers)
+        except KeyError:
+            given, wanted = features.tokens.tokens, request.tokens.tokens
+            raise MethodError(f"the adapter reads tokens {wanted!r}; given are {given!r}") from None
+        return Features(
+            chosen.layers,
+            chosen.tokens,
+            features.mask if request.mask else None,
+            features.pixels if request.pixels else None,
+        )
 
     def forward(self, features: Features, head: bool = True) -> Tensor:
         """Logits, or with `head=False` what the head reads."""
         backbone, sites = self._frozen
-        with attach(backbone, sites, group_by_site((site, "", tuner) for site, tuner in self.adapter.in_tail)):
+        in_tail = group_by_site((site, "", tuner) for site, tuner in self.adapter.in_tail)
+        with backbone_lock(backbone), attach(backbone, sites, in_tail):
             return self.read(features, head)
 
     def read(self, features: Features, head: bool = True) -> Tensor:
         """The same, where what is added to the tail has been attached."""
         if self.adapter.side is not None and self.adapter.reads_features:
-            features = tuple(x.detach() for x in features)
+            features = features.detached()
         pooled = self.adapter.pooled(features, self.tail)
         return self.adapter.head(pooled) if head else pooled
 
 
-def _view(sites: Sites, method: Method, pool: str) -> TokenSelection:
-    """What its output can see of a layer, if nothing mixes tokens."""
-    grid, prefix = grid_of(method), sites.info.grid
-    own = own_output(method)
-    if isinstance(own, LinearAll):
-        return TokenSelection("pooled", prefix or 0)
-    if isinstance(own, BypassQuery | BypassAttention):
-        grid = own.grid or (None if sites.uniform else STAGE_GRID)
-        if grid is None:
-            return ALL
-    if grid is None:
-        return live(sites, pool)
-    if grid == 1 and not prefix:
-        return MEAN
-    if prefix is None:
-        raise MethodError("a side path on a grid needs a grid of patches, and this backbone's tokens are none")
-    return TokenSelection(grid, prefix)
+def feature_info(backbone: nn.Module, sites: Sites, pool: str, side: SideConfig | None) -> FeatureInfo:
+    """What a side network may know of the backbone.
+
+    Args:
+        backbone: read for its weights, where the side network begins from them.
+        sites: its.
+        pool: how its last layer is pooled.
+        side: the side network's settings.
+    """
+    first = next((site for site in sites.all if site.op == "fc1"), None)
+    weight = None if first is None else getattr(backbone.get_submodule(first.writes.path), "weight", None)
+    described = first is not None and (weight is None or weight.is_meta)
+    return FeatureInfo(
+        name=sites.anatomy.name,
+        layers=sites.features,
+        stages=sites.stages,
+        blocks=len(sites.blocks),
+        head=sites.info,
+        pool=sites.pool,
+        pooled=live(sites, pool),
+        hidden=next((site.info.in_features for site in sites.all if site.op == "fc2"), 4 * sites.info.out_features),
+        denoises=sites.join is not None,
+        decoder=bool(sites.anatomy.stems),
+        weights=None if described else lambda: affine_maps(backbone, sites),
+    )
 
 
-def _over_stages(sites: Sites, part: Bypass) -> bool:
-    if sites.anatomy.stems:
-        if part.over is not None:
-            raise MethodError(f"Bypass(over={part.over!r}): on {sites.anatomy.name} it runs over its decoder")
-        return False
-    if part.over == "stages" and sites.uniform:
-        raise MethodError(f"Bypass(over='stages'): {sites.anatomy.name} has one stage; leave it out")
-    return part.over == "stages" or (part.over is None and not sites.uniform)
-
-
-def _bypass(sites: Sites, part: Bypass, path: Sequence[int]) -> BypassNet:
-    infos = [sites.features[layer] for layer in path]
-    check_blocks(part.blocks, len(infos) - 1, *(() if len(infos) > len(sites.blocks) else ("step", "the path")))
-    steps = range(len(infos) - 1) if part.blocks is None else part.blocks
-
-    def side(config: TunerConfig | None) -> dict[int, nn.Module]:
-        if config is None:
-            return {}
-        made = {step: _made(config, infos[step + 1], "the bypass") for step in steps}
-        if any(as_tuner(tuner).only_on for tuner in made.values()):
-            raise MethodError(f"{type(config).__name__} acts inside a backbone: it cannot be a tuner of the bypass")
-        return made
-
-    widths = [info.out_features for info in infos]
-    tuners = side(part.horizontal), side(part.vertical)
-    return BypassNet(widths, *tuners, sites.join is not None, part.gate, part.gates == "channel", part.normed)
-
-
-STAGE_GRID = 7
-"""Cells a side to which maps are averaged for a path over stages, whatever their own sizes."""
-
-
-def _own_output(sites: Sites, part: OwnOutput, path: Sequence[int]) -> ReadoutNet | QueryNet | AttentionNet:
-    widths = [sites.features[layer].out_features for layer in path]
-    prefix = sites.info.grid or 0
-    summaries = 2 if prefix else 1
-    gated = part.gated if isinstance(part, LinearAll) else part.readout == "gated"
-    if gated and len({*widths}) > 1:
-        raise MethodError(f"gates sum layers of one width: {sites.anatomy.name} has {', '.join(map(str, widths))}")
-    if isinstance(part, LinearAll):
-        return ReadoutNet(widths, summaries, gated)
-    if part.stem and sites.info.grid is None:
-        raise MethodError("a stem reads images, and this backbone does not")
-    readout = None if part.readout == "none" else Readout(widths, summaries, gated)
-    prefix = min(prefix, 1) if part.grid else prefix  # of pooled patches, the first token alone is kept
-    stages = min(part.stages, len(widths))
-    common: dict[str, Any] = {
-        "width": part.width,
-        "stages": stages,
-        "heads": part.heads,
-        "components": part.components,
-        "stem": part.stem,
-    }
-    if isinstance(part, BypassQuery):
-        return QueryNet(widths, prefix, readout, queries=part.queries, fixed=part.fixed, **common)
-    return AttentionNet(widths, prefix, readout, causal=sites.pool == "last", **common)
-
-
-def _ladder(backbone: nn.Module, sites: Sites, part: Ladder) -> LadderNet:
-    if not sites.uniform:
-        widths = ", ".join(str(sites.features[layer].out_features) for layer in sites.stages)
-        raise MethodError(f"a ladder needs blocks of one width: {sites.anatomy.name} has stages of widths {widths}")
-    width, heads = sites.info.out_features, sites.info.heads
-    side = width // part.reduction
-    if side < heads or width % part.reduction or side % heads:
-        raise MethodError(f"a ladder of width {width} / {part.reduction}: expected a multiple of its {heads} heads")
-    hidden = next((site.info.in_features for site in sites.all if site.op == "fc2"), 4 * width)
-    net = LadderNet(len(sites.blocks), width, side, heads, max(hidden // part.reduction, 1))
-    first = next((backbone.get_submodule(site.writes.path) for site in sites.all if site.op == "fc1"), None)
-    described = first is not None and getattr(first, "weight", torch.empty(0, device="meta")).is_meta
-    if part.init != "random" and not described:
-        prune_ladder(net, backbone, sites, lambda weight: weight.detach().abs())
-    return net
-
-
-def prune_ladder(net: LadderNet, backbone: nn.Module, sites: Sites, score: Callable[[nn.Parameter], Tensor]) -> None:
-    """Give a ladder the best of the backbone's own weights by `score`; see `restuning.side.prune`."""
+def affine_maps(backbone: nn.Module, sites: Sites) -> Sequence[Mapping[str, Sequence[Affine]]]:
+    """Role → affine maps of every block."""
     roles: list[dict[str, list[Affine]]] = [{} for _ in sites.blocks]
     for site in sites.all:
         if site.op in PARTS and site.block is not None:
             roles[site.block].setdefault(site.op, []).append(site.affine(backbone))
-    prune(net, roles, score)
+    return roles
 
 
-def _made(config: TunerConfig, info: SiteInfo, where: str) -> nn.Module:
-    module = config(info)
-    if not isinstance(module, nn.Module):
-        raise MethodError(f"the tuner of {where} made a {type(module).__name__}: expected an nn.Module")
-    return module
+def prune_ladder(net: LadderNet, backbone: nn.Module, sites: Sites, score: Callable[[nn.Parameter], Tensor]) -> None:
+    """Give a ladder the best of the backbone's own weights by `score`; see `restuning.side.ladder.prune`."""
+    prune(net, affine_maps(backbone, sites), score)
+
+
+def _built(side: SideConfig, info: FeatureInfo, sites: Sites, pool: str, width: int) -> SideNetwork:
+    if sites.join is not None and (side.own_output or side.reads_pixels() or side.needs_weights):
+        raise MethodError(f"{type(side).__name__} needs a head; {sites.anatomy.name} has none: a Bypass can be")
+    if side.reads_pixels() and not side.own_output:
+        if pool == "none":
+            raise MethodError("side-tuning blends pooled features: pool must not be none")
+        info = replace(info, head=replace(info.head, out_features=width))
+    return side.build(info)
+
+
+def _allows(net: SideNetwork, tokens: TokenSelection) -> bool:
+    """Whether the network can compute its output for these tokens from these tokens alone."""
+    if tokens in (FIRST, LAST):
+        return not net.mixes_tokens
+    return net.keeps_mean if tokens == MEAN else True

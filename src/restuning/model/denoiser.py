@@ -1,18 +1,26 @@
 """Tuning a backbone that denoises: side paths join its last modules, and it is called as it always was."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from restuning.backbones.sites import Sites
 from restuning.errors import MethodError
-from restuning.hooks.points import argument, before, replace_argument
+from restuning.hooks.law import Attachment, group_by_site
+from restuning.hooks.memory import FrozenOpMemory
+from restuning.hooks.points import argument, backbone_lock, before, replace_argument
+from restuning.hooks.recompute import checkpoints
 from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule
+from restuning.side.features import FeatureRequest
+
+if TYPE_CHECKING:
+    from restuning.model.tuned import Tuned
 
 
 @dataclass(frozen=True)
@@ -39,14 +47,17 @@ def joined(
         return
     assert sites.join is not None
     grad, frozen = torch.is_grad_enabled(), all(adapter.reads_features for adapter in adapters)
-    layers = {layer for adapter in sides for layer in adapter.path}
+    request = FeatureRequest.of_all(adapter.request for adapter in sides)
 
     def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         torch.set_grad_enabled(grad)
         name, x = argument(module, args, kwargs)
         n, rows = len(sides), apart is not None and apart.rows
-        parts = {layer: kept.chunk(n) if rows else [kept] * n for layer, kept in taps.kept.items()}
-        more = [a.beside([parts[layer][i] for layer in a.path]).to(x.dtype) for i, a in enumerate(sides)]
+        more = []
+        for i, adapter in enumerate(sides):
+            part = partial(_part, n, i)
+            own = taps.features.map(part) if rows else taps.features
+            more.append(adapter.beside(own).to(x.dtype))
         if rows:
             said = x + torch.cat(more)
         elif apart:
@@ -57,25 +68,63 @@ def joined(
 
     with (
         torch.set_grad_enabled(grad and not frozen),
-        tap(backbone, sites, layers) as taps,
+        tap(backbone, sites, request) as taps,
         before(backbone.get_submodule(sites.join), add),
     ):
         yield
 
 
-def each_of(
-    backbone: nn.Module, sites: Sites, adapters: Mapping[str, AdapterModule], apart: PerAdapter, args: Any, kwargs: Any
-) -> dict[str, Tensor]:
-    """{name: output} of each adapter alone, from one call of the backbone; under "" the untuned backbone's."""
+def call(tuned: "Tuned", args: Any, kwargs: Any) -> Any:
+    """The tuned backbone's own output."""
+    with acting(tuned) as after:
+        out = tuned.backbone(*args, **kwargs)
+        after(out)
+    return out
+
+
+@contextmanager
+def acting(tuned: "Tuned") -> Iterator[Callable[[Any], None]]:
+    """While it lasts, one call of a backbone that denoises is one of the tuned backbone; what it yields is to be called
+    with that call's output. Side paths add to the input of the backbone's last modules; what comes before these runs
+    without autograd if nothing else is tuned."""
+    backbone, sites = tuned.backbone, tuned.sites
+    tuned.replay.leave()
+    active = [tuned.adapter(name) for name in tuned.active()]
+    inside = group_by_site((site, str(i), tuner) for i, adapter in enumerate(active) for site, tuner in adapter.inside)
+    attachment = Attachment(backbone, sites, inside)
+    replays = bool(inside) and torch.is_grad_enabled() and bool(checkpoints(backbone))
+
+    def after(out: Any) -> None:
+        if replays:
+            tuned.replay.watch([output_of(out)], partial(attachment.on, recomputing=True))
+
+    less = torch.is_grad_enabled() and not checkpoints(backbone)
+    with (
+        backbone_lock(backbone),
+        FrozenOpMemory() if less else nullcontext(),
+        attachment.on(),
+        joined(backbone, sites, active),
+    ):
+        yield after
+
+
+def each_of(tuned: "Tuned", apart: PerAdapter, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """{name: output} of each active adapter alone, from one call of the backbone; under "" the untuned backbone's."""
+    backbone, sites = tuned.backbone, tuned.sites
+    adapters = {name: tuned.adapter(name) for name in tuned.active()}
     wrong = [name for name, adapter in adapters.items() if not serves(sites, adapter)]
     if wrong:
         inside = not adapters[wrong[0]].reads_features
         why = f"{wrong[0]!r} acts inside it" if inside else f"{sites.anatomy.name} tells its last modules more"
         raise MethodError(f"one call of the backbone cannot serve each adapter alone: {why}")
-    with joined(backbone, sites, list(adapters.values()), apart):
+    with backbone_lock(backbone), joined(backbone, sites, list(adapters.values()), apart):
         said = output_of(backbone(*args, **kwargs))
     names = [*([""] if apart.plain else []), *adapters]
     return dict(zip(names, said.chunk(len(names)), strict=True))
+
+
+def _part(count: int, i: int, x: Tensor) -> Tensor:
+    return x.chunk(count)[i]
 
 
 def serves(sites: Sites, adapter: AdapterModule) -> bool:

@@ -5,15 +5,21 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from restuning._version import __version__
+from restuning.backbones.sites import Sites
 from restuning.errors import CheckpointError, MethodError, MissingExtra, line
+from restuning.methods.files import from_dict
+from restuning.methods.spec import Method
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.hub import hub
+
+if TYPE_CHECKING:
+    from restuning.model.tuned import Tuned
 
 CONFIG, MODEL = "adapter_config.json", "adapter_model.safetensors"
 FORMAT = "restuning/1"
@@ -136,6 +142,89 @@ def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
                 return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
         except Exception as error:
             raise CheckpointError(f"the hub did not take {repo_id}: {line(error)}") from error
+
+
+def name_of(backbone: nn.Module) -> str:
+    """What a backbone calls itself: timm's architecture, transformers' path, else its class."""
+    timm = getattr(backbone, "pretrained_cfg", None)
+    config = getattr(backbone, "config", None)
+    if isinstance(timm, Mapping) and timm.get("architecture"):
+        return str(timm["architecture"])
+    return str(getattr(config, "_name_or_path", "") or type(backbone).__name__)
+
+
+def fingerprint_of_blocks(backbone: nn.Module, sites: Sites) -> list[float] | None:
+    """By which a backbone's blocks are told from those of other weights: heads and poolers come and go."""
+    return fingerprint_of(nn.ModuleList(backbone.get_submodule(path) for path in sites.blocks))
+
+
+def save_adapter(tuned: "Tuned", folder: Path, name: str) -> None:
+    """Write one adapter, and under full fine-tuning the backbone's weights with it."""
+    adapter = tuned.adapter(name)
+    state = adapter.state_dict()
+    if adapter.full:
+        state |= {f"backbone.{key}": value for key, value in tuned.backbone.state_dict().items()}
+    write(folder, adapter.config, state)
+
+
+def check_adapter(tuned: "Tuned", folder: Path) -> None:
+    """Raises CheckpointError for a saved adapter of another backbone, by its adapter_config.json."""
+    made, sites = read_config(folder).backbone, tuned.sites
+    if (made.get("width"), made.get("depth")) != (sites.info.out_features, len(sites.blocks)):
+        raise CheckpointError(
+            f"{folder}: made for {made.get('name')} (width {made.get('width')}, {made.get('depth')} blocks); "
+            f"this is {tuned.backbone_name} (width {sites.info.out_features}, {len(sites.blocks)} blocks)"
+        )
+    # files of older versions have the fingerprint of the whole backbone
+    mine = (tuned.fingerprint, fingerprint_of(tuned.backbone))
+    if not any(same_weights(made.get("fingerprint"), one) for one in mine if one is not None or one is mine[0]):
+        raise CheckpointError(
+            f"{folder}: made for {made.get('name')} with other weights than this {tuned.backbone_name}"
+        )
+
+
+def load_adapter(
+    tuned: "Tuned", path: str | Path, name: str, method: Method | None = None, revision: str | None = None
+) -> None:
+    """Add a saved adapter; see `Tuned.load_adapter`."""
+    folder, active = fetch(path, revision), tuned.active_adapters
+    check_adapter(tuned, folder)
+    config, state = read(folder)
+    try:
+        tuned.add_adapter(
+            name,
+            method if method is not None else from_dict(config.spec),
+            config.num_classes,
+            pool=config.pool,
+            classes=config.classes,
+            preprocessing=config.preprocessing,
+            kind=config.kind,
+        )
+    except MethodError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
+    adapter = tuned.adapter(name)
+    adapter.config = config
+    own = {key: value for key, value in state.items() if not key.startswith("backbone.")}
+    wrong = _mismatch(adapter.state_dict(), own)
+    if wrong:
+        tuned.delete_adapter(name)
+        tuned.active_adapters = active
+        raise CheckpointError(f"{folder}: the tensors do not fit the method it names: {wrong}")
+    adapter.load_state_dict(own)
+    if adapter.full:
+        tuned.backbone.load_state_dict({k.removeprefix("backbone."): v for k, v in state.items() if k not in own})
+
+
+def _mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> str:
+    """The first difference in names or shapes, in words; empty if there is none."""
+    for key in sorted(expected.keys() | found.keys()):
+        if key not in found:
+            return f"{key} is missing"
+        if key not in expected:
+            return f"{key} is not expected"
+        if expected[key].shape != found[key].shape:
+            return f"{key} is {tuple(found[key].shape)}, expected {tuple(expected[key].shape)}"
+    return ""
 
 
 def fingerprint_of(backbone: nn.Module) -> list[float] | None:

@@ -3,15 +3,24 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from restuning.errors import MethodError
+from restuning.hooks.law import group_by_site
+from restuning.hooks.points import backbone_lock
+from restuning.hooks.tail import live, tail_of
+from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule, Reader
-from restuning.model.stack import Stack
-from restuning.side import SideNet
-from restuning.side.features import TokenSelection
+from restuning.model.passes import features_of
+from restuning.model.stack import PerRow, Stack
+from restuning.side.features import FeatureRequest, Features
+
+if TYPE_CHECKING:
+    from restuning.model.tuned import Tuned
 
 CHUNK = 64
 """Adapters of a stack at most, so that one that comes or goes moves few others."""
@@ -21,7 +30,7 @@ def kind_of(name: str, adapter: AdapterModule) -> str:
     """What adapters that can be one stack share; an adapter with own tuners, or with a network on the pixels, is a kind
     of its own."""
     spec = json.dumps(adapter.config.spec)
-    alone = name if '"own": ' in spec or isinstance(adapter.side, SideNet) or adapter.full else ""
+    alone = name if '"own": ' in spec or not adapter.stackable or adapter.full else ""
     return f"{alone} {adapter.config.pool} {adapter.config.num_classes is None} {spec}"
 
 
@@ -32,19 +41,28 @@ class AdapterStack:
     readers: dict[str, Reader]
     stack: Stack
 
-    def __call__(self, features: Mapping[int, Tensor], kept: TokenSelection, head: bool) -> dict[str, Tensor]:
+    def __call__(self, features: Features, head: bool) -> dict[str, Tensor]:
+        """{adapter: output}, from features that hold at least what they read."""
         first = next(iter(self.readers.values()))
-        out = self.stack(first.own(features, kept), head)
+        out = self.stack(first.select(features), head)
         classes = [r.adapter.config.num_classes if head else None for r in self.readers.values()]
         return {name: one[..., :c] for name, one, c in zip(self.readers, out, classes, strict=True)}
 
 
-def serve(readers: Mapping[str, Reader], names: Sequence[str], before: Sequence[AdapterStack]) -> list[AdapterStack]:
-    """Stacks for those of the adapters that are of one kind; of the stacks `before`, those that still hold are kept."""
-    kept = [s for s in before if not s.stack.stale and all(readers.get(n) is r for n, r in s.readers.items())]
+def stacks_of(
+    readers: Mapping[str, Reader], names: Sequence[str], before: Sequence[AdapterStack]
+) -> list[AdapterStack]:
+    """Stacks for those of the adapters that are of one kind.
+
+    Args:
+        readers: of all adapters.
+        names: of those that are wanted.
+        before: stacks that were made earlier; those that still hold are used again.
+    """
+    stacks = [s for s in before if not s.stack.stale and all(readers.get(n) is r for n, r in s.readers.items())]
     wanted = set(names)
-    kept = [served for served in kept if wanted.issuperset(served.readers)]
-    there = {name for served in kept for name in served.readers}
+    stacks = [stack for stack in stacks if wanted.issuperset(stack.readers)]
+    there = {name for stack in stacks for name in stack.readers}
     kinds: dict[str, list[str]] = {}
     for name in names:
         if name not in there and any(True for _ in readers[name].parameters()):
@@ -53,8 +71,8 @@ def serve(readers: Mapping[str, Reader], names: Sequence[str], before: Sequence[
         for i in range(0, len(alike) - 1, CHUNK):  # one alone needs no stack
             own = {name: readers[name] for name in alike[i : i + CHUNK]}
             with torch.no_grad():
-                kept.append(AdapterStack(own, Stack(list(own.values()))))
-    return kept
+                stacks.append(AdapterStack(own, Stack(list(own.values()))))
+    return stacks
 
 
 def take_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
@@ -64,3 +82,77 @@ def take_rows(value: Any, rows: Sequence[int], batch: int) -> Any:
     if isinstance(value, dict):
         return {key: take_rows(item, rows, batch) for key, item in value.items()}
     return type(value)(take_rows(item, rows, batch) for item in value) if type(value) in (tuple, list) else value
+
+
+def from_features(tuned: "Tuned", features: Features, head: bool = True) -> Any:
+    """Outputs of the active adapters, from features that they share; see `Tuned.from_features`."""
+    names = tuned.active()
+    if len(names) == 1:
+        reader = tuned.reader(names[0])
+        return reader(reader.select(features), head)
+    found: dict[str, Tensor] = {}
+    if not torch.is_grad_enabled() and not tuned.training:
+        tuned.stacks = stacks_of({name: tuned.reader(name) for name in tuned.adapters}, names, tuned.stacks)
+        for stack in tuned.stacks:
+            found |= stack(features, head)
+    for name in names:
+        if name not in found:
+            reader = tuned.reader(name)
+            found[name] = reader(reader.select(features), head)
+    return {name: found[name] for name in names}
+
+
+def mixed_batch(tuned: "Tuned", rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
+    """Logits (b, c) of a batch whose rows have adapters of their own. Every kind of adapter takes one pass of the
+    backbone, with all of its rows.
+
+    Args:
+        tuned: the adapters.
+        rows: the adapter of every row; None: the bare backbone.
+        args, kwargs: of the backbone's forward.
+
+    Raises:
+        MethodError: see `Tuned.forward`.
+    """
+    batch = len(next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), ()))
+    if len(rows) != batch or not batch:
+        raise MethodError(f"adapter_names has {len(rows)} names for a batch of {batch}: expected one for every row")
+    kinds: dict[str | None, list[int]] = {}
+    for i, name in enumerate(rows):
+        kinds.setdefault(None if name is None else kind_of(name, tuned.adapter(name)), []).append(i)
+    if len(kinds) > 1 and kwargs.get("past_key_values") is not None:
+        raise MethodError("adapter_names with past_key_values: a cache is of one kind of adapter, one pass for all")
+    parts = []
+    for at in kinds.values():
+        own_args, own_kwargs = take_rows((args, kwargs), at, batch)
+        parts.append(_rows(tuned, [rows[i] for i in at], own_args, own_kwargs))
+    if len({part.ndim for part in parts}) > 1:
+        raise MethodError("adapter_names mixes pooled outputs with outputs of every token")
+    widest = max(part.shape[-1] for part in parts)
+    out = torch.cat([F.pad(part, (0, widest - part.shape[-1]), value=-torch.inf) for part in parts])
+    return out[torch.tensor([i for at in kinds.values() for i in at], device=out.device).argsort()]
+
+
+def _rows(tuned: "Tuned", rows: Sequence[str | None], args: Any, kwargs: Any) -> Tensor:
+    """Logits of rows whose adapters are of one kind."""
+    names = [name for name in dict.fromkeys(rows) if name is not None]
+    backbone, sites = tuned.backbone, tuned.sites
+    if not names:
+        tail = tail_of(backbone, sites)
+        request = FeatureRequest((len(sites.blocks),), live(sites, tail.pool))
+        with backbone_lock(backbone), tap(backbone, sites, request) as taps:
+            out = backbone(*args, **kwargs)
+        return out if isinstance(out, Tensor) and out.ndim == 2 else tail(taps.features.last)
+    like = tuned.adapter(names[0])
+    which = torch.tensor([names.index(str(name)) for name in rows], device=next(backbone.parameters()).device)
+    alike = zip(*(tuned.adapter(name).inside for name in names), strict=True)
+    inside = group_by_site(
+        (same[0][0], "", same[0][1] if len(names) == 1 else PerRow([tuner for _, tuner in same], which))
+        for same in alike
+    )
+    features = features_of(tuned, inside, like.request, like.reads_features, args, kwargs)
+    if len(names) == 1 or not any(True for _ in like.parameters()):
+        return tuned.reader(names[0])(features)  # type: ignore[no-any-return]
+    readers = Stack([tuned.reader(name) for name in names])
+    out = readers(features.map(lambda x: x[:, None]), batched=True, which=which)
+    return out.squeeze(1)  # type: ignore[no-any-return]

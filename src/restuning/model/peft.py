@@ -30,13 +30,13 @@ def load_peft(
     """
     folder = fetch(path)
     config, state = _read(folder)
-    found, places = _found(folder, tuned._sites, state)
+    found, places = _found(folder, tuned.sites, state)
     ranks: dict[tuple[str, int, float], list[int]] = {}
     for site_path, (a, _) in found.items():
         rank = len(a)
         alpha = float(_pattern(config.get("alpha_pattern"), places[site_path]) or config["lora_alpha"])
         alpha = alpha * rank**0.5 if config.get("use_rslora") else alpha
-        site = next(s for s in tuned._sites.all if s.writes.path == site_path and s.op in PARTS)
+        site = next(s for s in tuned.sites.all if s.writes.path == site_path and s.op in PARTS)
         ranks.setdefault((site_path.split(".")[-1], rank, alpha), []).append(site.block or 0)
     dropout = float(config.get("lora_dropout") or 0.0)
     parts = tuple(
@@ -46,8 +46,8 @@ def load_peft(
     method: Method = parts[0] if len(parts) == 1 else Mix(parts)
     active = tuned.active_adapters
     tuned.add_adapter(name, method, num_classes, pool=pool)
-    for place, site in tuned._find(name).sites.items():
-        tuner: Any = tuned._find(name).tuners[place]
+    for place, site in tuned.adapter(name).sites.items():
+        tuner: Any = tuned.adapter(name).tuners[place]
         a, b = found[site.writes.path]
         if (tuner.a.shape, tuner.b.shape) != (a.shape, b.shape):
             tuned.delete_adapter(name)
@@ -67,7 +67,7 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         from safetensors.torch import save
     except ImportError as error:
         raise MissingExtra("safetensors", "cli") from error
-    adapter = tuned._find(tuned._one(name))
+    adapter = tuned.adapter(tuned.one(name))
     state: dict[str, Tensor] = {}
     ranks, alphas = {}, {}
     dropout = 0.0

@@ -9,15 +9,16 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from restuning.errors import MethodError
+from restuning.side.features import Features
 from restuning.tuners.base import copy_contract
 
 
 class Stack:
     """Modules of one shape, of which only the heads may differ in their number of classes.
 
-    `stack(*args)` gives what each of the N modules gives, (N, …): arguments are shared by all; with `own=True` tensors
-    (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest says −inf beyond its own
-    classes. Differentiable to the modules' parameters, unless made without autograd.
+    `stack(*args)` gives what each of the N modules gives, (N, …): arguments are shared by all; with `batched=True`
+    tensors (N, …), in tuples and dicts too, are one slice each. A head narrower than the widest says −inf beyond its
+    own classes. Differentiable to the modules' parameters, unless made without autograd.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
@@ -49,7 +50,7 @@ class Stack:
     def __len__(self) -> int:
         return len(self.models)
 
-    def __call__(self, *args: Any, own: bool = False, which: Tensor | None = None) -> Any:
+    def __call__(self, *args: Any, batched: bool = False, which: Tensor | None = None) -> Any:
         """which: (M,) the modules that are meant, any of them any number of times; N is M then."""
 
         def one(tensors: dict[str, Tensor], *args: Any) -> Any:
@@ -59,7 +60,7 @@ class Stack:
         if which is not None:
             tensors = {n: t if n in self.common else t.index_select(0, which) for n, t in tensors.items()}
         kept = {name: None if name in self.common else 0 for name in tensors}
-        dims = tuple(0 if own and isinstance(arg, Tensor | tuple | dict) else None for arg in args)
+        dims = tuple(0 if batched and isinstance(arg, Tensor | tuple | dict | Features) else None for arg in args)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule: they would loop
             return torch.vmap(one, in_dims=(kept, *dims), randomness="different")(tensors, *args)
 
@@ -95,7 +96,7 @@ class PerRow:
         if len(first) != len(which):  # every row comes as several windows
             which = which.repeat_interleave(len(first) // len(which))
         rows = [arg[:, None] if isinstance(arg, Tensor) else arg for arg in (first, *rest)]
-        out = self.stack(*rows, own=True, which=which)
+        out = self.stack(*rows, batched=True, which=which)
         if isinstance(out, Tensor):
             return out.squeeze(1)
         state, added = out

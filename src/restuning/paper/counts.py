@@ -8,9 +8,10 @@ from torch import nn
 
 from restuning.backbones.load import describe_backbone
 from restuning.methods.named import find_method
-from restuning.methods.spec import Bypass, Method, on_blocks, resize
+from restuning.methods.spec import Method, on_blocks, resize
 from restuning.model.count import count
 from restuning.model.tuned import adapt
+from restuning.side import Bypass
 from restuning.tuners import Adapter
 
 CIFAR = 769 * 100

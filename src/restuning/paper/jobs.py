@@ -24,19 +24,7 @@ from restuning.data.objective import objective
 from restuning.features.bank.format import MANIFEST
 from restuning.methods.files import from_dict, to_dict
 from restuning.methods.named import find_method
-from restuning.methods.spec import (
-    Bypass,
-    BypassAttention,
-    BypassQuery,
-    Full,
-    LinearAll,
-    Residual,
-    grid_of,
-    on_blocks,
-    own_output,
-    parts_of,
-    resize,
-)
+from restuning.methods.spec import Full, grid_of, on_blocks, parts_of, reads_all_tokens, resize, side_of
 from restuning.model.files import read as read_adapter
 from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
@@ -46,6 +34,8 @@ from restuning.runs.load import transform_of
 from restuning.runs.run import execute
 from restuning.runs.settings import RESULT, RUN, Run
 from restuning.runs.sweep import Sweep, sweep
+from restuning.side import Bypass
+from restuning.side.base import SideConfig
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import loader, predict_logits, to_device
 from restuning.tuners import Adapter, Prefix, Prompt
@@ -129,19 +119,12 @@ def reads_features(method: str | Mapping[str, Any]) -> bool:
     found = find_method(method)
     if isinstance(found, Full):
         return False
-    return all(
-        (isinstance(part, Bypass) and {type(part.horizontal), type(part.vertical)} <= _EACH_TOKEN)
-        or (isinstance(part, Residual) and not part.tuners)
-        or (getattr(part, "init", None) == "random" and grid_of(found) is not None)
-        or isinstance(part, LinearAll)
-        or (isinstance(part, BypassQuery | BypassAttention) and not part.stem and part.grid is None)
-        for part in parts_of(found)
-    )
+    return all(part.from_bank() if isinstance(part, SideConfig) else not part.tuners for part in parts_of(found))
 
 
 def reads_all(method: str | Mapping[str, Any]) -> bool:
     """Whether it reads every layer in a way of its own, from a bank of components."""
-    return own_output(find_method(method)) is not None
+    return reads_all_tokens(find_method(method))
 
 
 def method_of(method: str | Mapping[str, Any], size: int | None, blocks: tuple[int, ...] | None) -> Any:
@@ -333,7 +316,7 @@ def _restricted(logits: Tensor, test: Items) -> Tensor:
 def _gates(folder: Path) -> list[float] | None:
     """λ by layer, of a bypass; the mean over channels, where each has its own."""
     config, state = read_adapter(folder)
-    if not any(isinstance(part, Bypass) for part in parts_of(find_method(config.spec))):
+    if not isinstance(side_of(find_method(config.spec)), Bypass):
         return None
     one = next((value for key, value in state.items() if key.endswith("side.gate")), None)
     each = [(int(k.rpartition(".")[2]), v) for k, v in state.items() if k.rpartition(".")[0].endswith("side.gate")]

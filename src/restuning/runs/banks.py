@@ -12,9 +12,10 @@ from restuning.errors import RestuningError
 from restuning.features.bank import Bank, build
 from restuning.features.bank.build import bytes_kept
 from restuning.features.bank.format import COMPONENTS
-from restuning.methods.spec import Bypass, BypassQuery, LinearAll, Method
+from restuning.methods.spec import Method
 from restuning.model.tuned import adapt
 from restuning.runs.settings import Run
+from restuning.side import Bypass, BypassQuery, LinearAll
 from restuning.side.features import MEAN
 from restuning.training.components import Components, fit_components, widths_of
 from restuning.training.logging import bar
@@ -79,11 +80,13 @@ def build_bank(
     readers: dict[str, Method] = {"pooled": LinearAll(), "pca": BypassQuery()}
     reader = readers.get(tokens or "", Bypass(grid=grid))
     tuned = adapt(model, reader, pool=pool, backbone_name=backbone)
-    if tokens == "mean" and tuned._live() != MEAN:
+    if tokens == "mean" and tuned.request.tokens != MEAN:
         raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
     if torch.cuda.is_available():
         tuned.cuda()
     task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
+    if task.kind == "per-token":
+        raise RestuningError(f"{task.spec}: a bank keeps one label for each item, and these are by token")
     components = None
     train = prepared(task.train, how, cache=False)
     if tokens == "pca":
@@ -91,7 +94,7 @@ def build_bank(
         components = (
             Components.load(there) if there else fit_components(tuned, train, count, settings.get("batch_size") or 32)
         )
-        components.check(widths_of(tuned, tuned._layers()), str(there))
+        components.check(widths_of(tuned, tuned.request.layers), str(there))
         if components.count != count:
             raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
     items = len(task.train) * settings.get("views", 1) + len(task.val or ()) + len(task.test)

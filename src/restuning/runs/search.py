@@ -162,7 +162,7 @@ class Supernet(nn.Module):
         assert isinstance(adapter, AdapterModule)
         self.slims: dict[str, list[list[ResizableTuner]]] = {
             kind: [
-                [adapter.tuners[site.name] for site in self.tuned._sites.at(op, (block,))]  # type: ignore[misc]
+                [adapter.tuners[site.name] for site in self.tuned.sites.at(op, (block,))]  # type: ignore[misc]
                 for block in range(adapter.depth)
             ]
             for kind, (op, _) in KINDS.items()

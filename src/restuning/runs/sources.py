@@ -43,7 +43,7 @@ class _FromItems:
         self.sharded: Tuned | None = None
         if shard:
             self.sharded = Tuned(self.backbone, backbone_name=run.backbone)
-            self.sharded.shard("cuda" if torch.cuda.is_available() else "cpu")
+            self.sharded.fully_shard("cuda" if torch.cuda.is_available() else "cpu")
 
     def model(self, train: Items) -> tuple[nn.Module, Tuned]:
         torch.manual_seed(self.run.training.seed)
@@ -102,8 +102,8 @@ class _FromBank:
         _adapted(tuned, self.run, self.whole, reading(self.bank.preprocessing), self.bank)
         self.bank.accepts(tuned)
         if self.components is not None:
-            tuned._find("default").fix(self.components.bases)
-        return FromFeatures(tuned, self.bank.view, self.bank.layers), tuned
+            tuned.adapter("default").set_components(self.components.bases)
+        return FromFeatures(tuned), tuned
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
         rows, key = FromBank(self.bank, items), tuple(items.names)
@@ -116,7 +116,7 @@ class _FromBank:
 
 def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading, bank: Bank | None = None) -> None:
     spec = run.spec(tuned.family)
-    if bank is not None and bank.view.components is not None:
+    if bank is not None and bank.tokens.components is not None:
         spec = bank.fitted(find_method(spec, tuned.family))
     tuned.add_adapter(
         "default",
@@ -133,9 +133,9 @@ def on_bank(run: Run, whole: Task, bank: Bank) -> Callable[[], FromFeatures]:
     """A maker of the run's newly initialised models, each on what is left of a backbone without its weights."""
     prepared = _FromBank(run, whole, bank)
 
-    def born() -> FromFeatures:
+    def newly_initialised() -> FromFeatures:
         model, _ = prepared.model(whole.train)
         assert isinstance(model, FromFeatures)
         return model
 
-    return born
+    return newly_initialised

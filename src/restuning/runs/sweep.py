@@ -5,7 +5,6 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from restuning.data import Items, Task, split
 from restuning.data.objective import objective, sort_key
 from restuning.errors import RestuningError
-from restuning.features.bank import Bank, FromFeatures
+from restuning.features.bank import Bank
 from restuning.features.stacked import Point, scores, train
 from restuning.methods.files import to_dict
 from restuning.methods.named import find_method
@@ -25,7 +24,7 @@ from restuning.model.stack import Stack
 from restuning.runs.banks import from_bank
 from restuning.runs.settings import RESULT, RUN, Run, versions
 from restuning.runs.sources import on_bank
-from restuning.side.features import TokenSelection
+from restuning.side.features import Features
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import padded
 from restuning.utils.files import as_json, atomic_write, contents, locked
@@ -116,12 +115,10 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     whole, held = ({s: _task(settings, bank, s, hold) for s in settings.seeds} for hold in (False, True))
     models = {seed: on_bank(settings.run(method, seed), whole[seed], bank) for seed in settings.seeds}
     first = models[settings.seeds[0]]().tuned
-    layers, view, kept = first._layers(bank.view), first._live(), bank.view
-    asked = objective(whole[settings.seeds[0]].kind, smoothing=settings.training.label_smoothing)
-    features, labels, offsets = _everything(bank, layers)
-    narrow = view.of(bank.view)
-    if narrow is not None and min(layers) >= 0:  # a finer bank's other tokens are not read
-        features, kept = tuple(narrow(x) for x in features), view
+    task_objective = objective(whole[settings.seeds[0]].kind, smoothing=settings.training.label_smoothing)
+    features, labels, offsets = _everything(bank)
+    if bank.tokens.tokens != "components":  # what no adapter reads is not carried along
+        features = first.reader(first.active()[0]).select(features)
 
     def rows(items: Items) -> Tensor:
         places = (name.removesuffix("]").rpartition("[") for name in items.names)
@@ -132,20 +129,20 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
 
     trials: dict[tuple[int, float, int], float] = {}
     if len(grid) > len(settings.seeds):
-        stack = Stack([_only(models[seed](), layers, kept) for seed, _, _ in grid])
+        stack = Stack([models[seed]() for seed, _, _ in grid])
         points = [Point(config(lr, epochs, seed), rows(held[seed].train)) for seed, lr, epochs in grid]
-        finite = train(stack, features, labels, points, asked)
-        validated = scores(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid], asked)
+        finite = train(stack, features, labels, points, task_objective)
+        validated = scores(stack, features, labels, [rows(_val(held[seed])) for seed, _, _ in grid], task_objective)
         trials = {p: sort_key(a if good else None) for p, a, good in zip(grid, validated, finite, strict=True)}
     pairs = list(itertools.product(settings.lrs, settings.epochs))
     # of equal score the first, as in a run
     best = {s: max(pairs, key=lambda pair, s=s: trials.get((s, *pair), -math.inf)) for s in settings.seeds}  # type: ignore[misc]
-    winners = {seed: _only(models[seed](), layers, kept) for seed in settings.seeds}
+    winners = {seed: models[seed]() for seed in settings.seeds}
     stack = Stack(list(winners.values()))
     points = [Point(config(*best[seed], seed), rows(whole[seed].train)) for seed in settings.seeds]
-    finite = train(stack, features, labels, points, asked)
+    finite = train(stack, features, labels, points, task_objective)
     stack.write_back()
-    tested = scores(stack, features, labels, [rows(whole[seed].test) for seed in settings.seeds], asked)
+    tested = scores(stack, features, labels, [rows(whole[seed].test) for seed in settings.seeds], task_objective)
     seeds = []
     for seed, score, good in zip(settings.seeds, tested, finite, strict=True):
         lr, epochs = best[seed]
@@ -195,17 +192,11 @@ def _val(task: Task) -> Items:
     return task.val
 
 
-def _everything(bank: Bank, layers: Sequence[int]) -> tuple[tuple[Tensor, ...], Tensor, dict[str, int]]:
+def _everything(bank: Bank) -> tuple[Features, Tensor, dict[str, int]]:
     """The features of all splits in one, the labels, and where each split begins."""
     parts, offsets, start = [], {}, 0
     for name in bank.splits:
         rows = bank.rows(name)
         offsets[name], start = start, start + len(rows)
         parts.append(rows.fetch(range(len(rows))))
-    at = [bank.layers.index(layer) for layer in layers]
-    features = tuple(padded([part[0][i] for part in parts]) for i in at)
-    return features, torch.cat([part[1] for part in parts]), offsets
-
-
-def _only(model: FromFeatures, layers: Sequence[int], kept: TokenSelection) -> FromFeatures:
-    return FromFeatures(model.tuned, kept, layers)
+    return Features.joined([part for part, _ in parts], padded), torch.cat([labels for _, labels in parts]), offsets

@@ -1,14 +1,10 @@
-"""What reads a backbone's features and feeds nothing back."""
+"""Networks on a frozen backbone's features that feed nothing back: one file each, its settings and the network."""
 
-from restuning.side.attention import AttentionNet as AttentionNet
-from restuning.side.bypass import BypassNet as BypassNet
-from restuning.side.bypass import keeps_mean as keeps_mean
-from restuning.side.bypass import mixes_tokens as mixes_tokens
-from restuning.side.ladder import LadderNet as LadderNet
-from restuning.side.ladder import prune as prune
-from restuning.side.query import QueryNet as QueryNet
-from restuning.side.readout import Readout as Readout
-from restuning.side.readout import ReadoutNet as ReadoutNet
+from restuning.side.attention import BypassAttention as BypassAttention
+from restuning.side.bypass import Bypass as Bypass
+from restuning.side.ladder import Ladder as Ladder
+from restuning.side.query import BypassQuery as BypassQuery
+from restuning.side.readout import LinearAll as LinearAll
 from restuning.side.side_tuning import AlexNet as AlexNet
-from restuning.side.side_tuning import SideNet as SideNet
+from restuning.side.side_tuning import SideTuning as SideTuning
 from restuning.side.side_tuning import SmallCnn as SmallCnn

@@ -1,17 +1,66 @@
 """`bypass-attention`: self-attention among the tokens of all layers, beside a read-out of every layer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from restuning.side.features import last, normalised, summary
-from restuning.side.readout import Readout
-from restuning.side.stages import Attention, PixelStem, Stages
+from restuning.side.base import FeatureInfo, SideConfig
+from restuning.side.features import Features, TokenSelection, last, summary
+from restuning.side.readout import every_layer
+from restuning.side.stages import Attention, PathInfo, PathNetwork, check_path, path_tokens
 
 
-class AttentionNet(nn.Module):
+@dataclass(frozen=True)
+class BypassAttention(SideConfig):
+    """Self-attention among the tokens of all layers, stage by stage, beside a linear read-out of every layer; see
+    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`, but for `fixed`."""
+
+    width: int = 64
+    stages: int = 4
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        check_path(self)
+
+    own_output: ClassVar[bool] = True
+
+    def layers(self, info: FeatureInfo) -> Sequence[int]:
+        return every_layer(info)
+
+    def tokens(self, info: FeatureInfo) -> TokenSelection:
+        return path_tokens(info, self.grid)
+
+    def reads_pixels(self) -> bool:
+        return self.stem
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.components is not None
+
+    def from_bank(self) -> bool:
+        return not self.stem and self.grid is None
+
+    def accepts(self, components: int | None) -> bool:
+        return self.grid is None and self.components == components
+
+    def with_components(self, count: int) -> "BypassAttention":
+        return replace(self, components=count) if self.components is None else self
+
+    def resized(self, size: int) -> "BypassAttention":
+        return replace(self, width=size)
+
+    def build(self, info: FeatureInfo) -> "AttentionNet":
+        return AttentionNet(PathInfo.of(self, info), causal=info.pool == "last")
+
+
+class AttentionNet(PathNetwork):
     """s_0 = 0; u_j = s_{j−1} + g_j, s_j = u_j + MHA_j(LN u_j) for the stages j = 1 … S, whose inputs g_j are those of
     `Stages`. Its output is the read-out and the `summary` of LN s_S (first token and mean of the patches; a decoder's:
     the last token), (b, out_features), which the head reads in place of the backbone's own pooled features. A block
@@ -20,63 +69,30 @@ class AttentionNet(nn.Module):
     causal: as in a decoder, a token sees none that comes after it.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        prefix: int,
-        readout: Readout | None,
-        *,
-        width: int = 64,
-        stages: int = 4,
-        heads: int = 4,
-        components: int | None = None,
-        stem: bool = False,
-        causal: bool = False,
-    ) -> None:
+    def __init__(self, info: PathInfo, causal: bool = False) -> None:
         """
         Args:
-            widths: d_0 … d_L, of the layers that are read.
-            prefix: how many tokens come before the patches.
-            readout: what is read of every layer besides; None: nothing.
-            width: w, a multiple of the heads.
-            stages: S, at most as many as there are layers.
-            heads: of the attention.
-            components: of `Stages`.
-            stem: whether the first stage is given a convolutional stem's reading of the pixels.
+            info: the layers and sizes.
             causal: whether the backbone is a decoder.
         """
-        super().__init__()
-        self.prefix, self.readout, self.causal = prefix, readout, causal
-        self.stages = Stages(widths, width, stages, components)
-        self.stem = PixelStem(width) if stem else None
-        self.attentions = nn.ModuleList(Attention(width, heads) for _ in range(stages))
-        self.norm = nn.LayerNorm(width)
-        own = (2 if prefix else 1) * width
-        self.out_features = own + (0 if readout is None else readout.out_features)
+        super().__init__(info)
+        self.causal = causal
+        self.attentions = nn.ModuleList(Attention(info.width, info.heads) for _ in range(info.stages))
+        self.norm = nn.LayerNorm(info.width)
+        own = (2 if info.prefix else 1) * info.width
+        self.out_features = own + (0 if info.readout is None else info.readout.out_features)
 
-    def forward(
-        self,
-        layers: Sequence[Tensor],
-        summaries: Sequence[Tensor] | None = None,
-        mask: Tensor | None = None,
-        pixels: Tensor | None = None,
-    ) -> Tensor:
-        """The arguments are those of `QueryNet`."""
-        inputs = self.stages(layers, summaries is not None)
-        if self.stem is not None and pixels is not None:
-            inputs[0] = inputs[0] + F.pad(self.stem(pixels, inputs[0].shape[1] - self.prefix), (0, 0, self.prefix, 0))
+    def forward(self, features: Features) -> Tensor:
+        """(b, out_features)."""
+        inputs, mask = self.inputs(features), features.mask
         seen = self._seen(inputs[0], mask)
         x = torch.zeros_like(inputs[0])
         for attention, g in zip(self.attentions, inputs, strict=True):
             x = x + g
             x = x + attention(x, seen=seen)
         x = self.norm(x)
-        out = (last(x, mask) if self.causal else summary(x, self.prefix, mask)).flatten(1)
-        if self.readout is None:
-            return out
-        if summaries is None:
-            summaries = [summary(normalised(x), self.prefix, mask) for x in layers]
-        return torch.cat([self.readout(summaries), out], -1)
+        out = last(x, mask) if self.causal else summary(x, self.prefix, mask)
+        return self.beside_readout(out.flatten(1), features)
 
     def _seen(self, x: Tensor, mask: Tensor | None) -> Tensor | None:
         seen = None if mask is None else mask[:, None, None].bool()

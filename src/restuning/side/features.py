@@ -1,10 +1,13 @@
-"""The tokens of a feature that any output can see: only these are tapped, kept and computed."""
+"""A frozen backbone's features: which of them are asked for, and what is there, live, from memory or from a bank."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 from restuning._types import Tokens
 from restuning.tuners.grid import cells
@@ -93,3 +96,149 @@ def summary(x: Tokens, prefix: int, mask: Tensor | None = None) -> Tensor:
 
 
 ALL, FIRST, LAST, MEAN = TokenSelection(), TokenSelection("first"), TokenSelection("last", 0), TokenSelection("mean", 0)
+
+
+@dataclass(frozen=True)
+class FeatureRequest:
+    """What of a backbone's features is read.
+
+    Args:
+        layers: by index; 0 is the first block's input, l the output of block l.
+        tokens: which tokens of them.
+        mask: whether the attention mask is read.
+        mask_of_all: whether it is read too where every token is there, of which it tells padding.
+        pixels: whether the backbone's own input is read.
+    """
+
+    layers: tuple[int, ...]
+    tokens: TokenSelection = ALL
+    mask: bool = False
+    mask_of_all: bool = False
+    pixels: bool = False
+
+    @classmethod
+    def of_all(cls, requests: Iterable["FeatureRequest"]) -> "FeatureRequest":
+        """One that serves all of these: the tokens that they agree on, or every token."""
+        found = list(requests)
+        selections = {request.tokens for request in found}
+        tokens = selections.pop() if len(selections) == 1 else ALL
+        return cls(
+            tuple(sorted({layer for request in found for layer in request.layers})),
+            tokens,
+            any(request.mask or (request.mask_of_all and tokens == ALL) for request in found),
+            any(request.mask_of_all for request in found),
+            any(request.pixels for request in found),
+        )
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of a batch of b examples. Who reads them cannot tell whether they are live, cached or from a bank.
+
+    Args:
+        layers: x_l by index l, tokens (b, n, d_l), or maps (b, d_l, h, w) of a backbone that denoises.
+        tokens: which tokens they hold.
+        mask: (b, n), which of all tokens are no padding; None: all of them.
+        pixels: the backbone's own input (b, 3, h, w), where a side network reads it.
+        summaries: beside components, the `summary` of every layer, (b, 1 or 2, d_l).
+    """
+
+    layers: Mapping[int, Tensor]
+    tokens: TokenSelection
+    mask: Tensor | None = None
+    pixels: Tensor | None = None
+    summaries: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(next(iter(self.layers.values())))
+
+    @property
+    def last(self) -> Tensor:
+        """The last of the layers."""
+        return self.layers[max(self.layers)]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in an order that depends on the layers alone."""
+        found = [self.layers[layer] for layer in sorted(self.layers)]
+        found += [x for x in (self.mask, self.pixels) if x is not None]
+        return found + [self.summaries[layer] for layer in sorted(self.summaries)]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
+        """The same with every tensor changed."""
+        return replace(
+            self,
+            layers={layer: change(x) for layer, x in self.layers.items()},
+            mask=None if self.mask is None else change(self.mask),
+            pixels=None if self.pixels is None else change(self.pixels),
+            summaries={layer: change(x) for layer, x in self.summaries.items()},
+        )
+
+    def rows(self, index: Any) -> "Features":
+        """Some of the examples.
+
+        Args:
+            index: as tensors are indexed along their first axis.
+        """
+        return self.map(lambda x: x[index])
+
+    def detached(self) -> "Features":
+        """The same without a gradient."""
+        return self.map(Tensor.detach)
+
+    def select(self, tokens: TokenSelection, layers: Sequence[int] | None = None) -> "Features":
+        """Fewer tokens, of fewer layers.
+
+        Raises:
+            KeyError: these tokens cannot be had of those that are there; see `TokenSelection.of`.
+        """
+        selection = tokens.of(self.tokens)
+        if selection is None:
+            raise KeyError(tokens.tokens)
+        chosen = {layer: self.layers[layer] for layer in (self.layers if layers is None else layers)}
+        if selection != ALL:
+            chosen = {layer: selection(x, self.mask) for layer, x in chosen.items()}
+        return replace(self, layers=chosen, tokens=tokens)
+
+    @staticmethod
+    def joined(parts: Sequence["Features"], join: Callable[[Sequence[Tensor]], Tensor]) -> "Features":
+        """Those of several batches as one.
+
+        Args:
+            parts: of the same layers and tokens.
+            join: how tensors of one kind become one, `torch.cat` as a rule.
+        """
+        first = parts[0]
+        return replace(
+            first,
+            layers={layer: join([part.layers[layer] for part in parts]) for layer in first.layers},
+            mask=None if first.mask is None else join([p.mask for p in parts if p.mask is not None]),
+            pixels=None if first.pixels is None else join([p.pixels for p in parts if p.pixels is not None]),
+            summaries={layer: join([part.summaries[layer] for part in parts]) for layer in first.summaries},
+        )
+
+
+def _flatten(features: Features) -> tuple[list[Tensor], tuple[object, ...]]:
+    shape = (
+        tuple(sorted(features.layers)),
+        features.tokens,
+        features.mask is not None,
+        features.pixels is not None,
+        tuple(sorted(features.summaries)),
+    )
+    return features.tensors(), shape
+
+
+def _unflatten(tensors: Iterable[Tensor], shape: tuple[object, ...]) -> Features:
+    layers, tokens, mask, pixels, summaries = shape
+    rest = iter(tensors)
+    return Features(
+        {layer: next(rest) for layer in layers},  # type: ignore[attr-defined]
+        tokens,  # type: ignore[arg-type]
+        next(rest) if mask else None,
+        next(rest) if pixels else None,
+        {layer: next(rest) for layer in summaries},  # type: ignore[attr-defined]
+    )
+
+
+# so that torch's transforms (vmap, compile) see the tensors in it
+register_pytree_node(Features, _flatten, _unflatten)

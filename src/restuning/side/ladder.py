@@ -1,27 +1,72 @@
 """LST."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning._types import Features, Tokens
+from restuning._types import Tokens
 from restuning.errors import MethodError
+from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid
+from restuning.side.features import Features
 
 TEMPERATURE = 0.1
 
 
-class LadderNet(nn.Module):
+@dataclass(frozen=True)
+class Ladder(SideConfig):
+    """LST (Sung et al. 2022): a side transformer of width d / reduction, all of it trained; see `LadderNet`.
+
+    init: where its blocks come from: the backbone's own, structurally pruned by `magnitude` or by `fisher` information
+    on the training data, or `random`. grid: as in `Bypass`.
+    """
+
+    reduction: int = 16
+    init: Literal["magnitude", "fisher", "random"] = "magnitude"
+    grid: int | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.reduction) is not int or self.reduction < 1:
+            raise MethodError(f"Ladder(reduction={self.reduction!r}): expected a whole number of at least 1")
+        if self.init not in ("magnitude", "fisher", "random"):
+            raise MethodError(f"Ladder(init={self.init!r}): expected magnitude, fisher or random")
+        check_grid("Ladder", self.grid)
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        return self.init != "random"
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.init == "fisher"
+
+    def from_bank(self) -> bool:
+        return not self.needs_weights and self.grid is not None
+
+    def build(self, info: FeatureInfo) -> "LadderNet":
+        if not info.uniform:
+            widths = ", ".join(str(info.layers[layer].out_features) for layer in info.stages)
+            raise MethodError(f"a ladder needs blocks of one width: {info.name} has stages of widths {widths}")
+        width, heads = info.head.out_features, info.head.heads
+        side = width // self.reduction
+        if side < heads or width % self.reduction or side % heads:
+            raise MethodError(f"a ladder of width {width} / {self.reduction}: expected a multiple of its {heads} heads")
+        net = LadderNet(info.blocks, width, side, heads, max(info.hidden // self.reduction, 1))
+        if self.needs_weights and info.weights is not None:
+            prune(net, info.weights(), lambda weight: weight.detach().abs())
+        return net
+
+
+class LadderNet(SideNetwork):
     """Ladder side-tuning (Sung et al. 2022): a thin transformer along a frozen backbone's features.
 
     s_0 = D_0 x_0;  s_l = block_l(μ_l s_{l−1} + (1 − μ_l) D_l x_l),  μ_l = sigmoid(a_l / 0.1), a_l = 0 at
     initialisation; U s_L takes the place of the final norm's input. D (width → side width) and U have no bias. mask (b,
     n): which tokens are no padding, and are attended to.
     """
-
-    mixes_tokens = True
 
     def __init__(self, depth: int, width: int, side: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -30,10 +75,13 @@ class LadderNet(nn.Module):
         self.up = nn.Linear(side, width, bias=False)
         self.gate = nn.Parameter(torch.zeros(depth))
 
-    def forward(self, features: Features, mask: Tensor | None = None) -> Tokens:
-        x = self.down[0](features[0])
+    def forward(self, features: Features) -> Tokens:
+        """Tokens (b, n, d) in place of the final norm's input."""
+        mask = features.mask
+        layers = [features.layers[layer] for layer in range(len(self.down))]
+        x = self.down[0](layers[0])
         mu = torch.sigmoid(self.gate / TEMPERATURE)
-        for block, down, h, weight in zip(self.blocks, self.down[1:], features[1:], mu, strict=True):
+        for block, down, h, weight in zip(self.blocks, self.down[1:], layers[1:], mu, strict=True):
             h = down(h)
             x = block(torch.lerp(h, x.to(h.dtype), weight.to(h.dtype)), mask)
         out: Tensor = self.up(x)

@@ -1,17 +1,82 @@
 """`bypass-query`: learned queries that attend to the tokens of all layers, beside a read-out of every layer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from restuning.side.features import normalised, summary
-from restuning.side.readout import Readout
-from restuning.side.stages import CrossAttention, PixelStem, Stages
+from restuning.errors import MethodError
+from restuning.side.base import FeatureInfo, SideConfig
+from restuning.side.features import Features, TokenSelection, normalised
+from restuning.side.readout import every_layer
+from restuning.side.stages import CrossAttention, PathInfo, PathNetwork, check_path, path_tokens
+from restuning.tuners.scale import check_size
 
 
-class QueryNet(nn.Module):
+@dataclass(frozen=True)
+class BypassQuery(SideConfig):
+    """Learned queries that attend to the tokens of all layers, stage by stage, beside a linear read-out of every layer;
+    see `QueryNet`. Ours.
+
+    width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
+    or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
+    whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
+    fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries attend to
+    is common to them: another task costs its queries and its head.
+    grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
+    on 7 × 7. stem: a convolutional stem reads the pixels too.
+    """
+
+    width: int = 64
+    stages: int = 4
+    queries: int = 8
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    fixed: bool = False
+    grid: int | None = None
+    stem: bool = False
+
+    def __post_init__(self) -> None:
+        check_size("BypassQuery", "queries", self.queries)
+        if not isinstance(self.fixed, bool):
+            raise MethodError(f"BypassQuery(fixed={self.fixed!r}): expected true or false")
+        check_path(self)
+
+    own_output: ClassVar[bool] = True
+
+    def layers(self, info: FeatureInfo) -> Sequence[int]:
+        return every_layer(info)
+
+    def tokens(self, info: FeatureInfo) -> TokenSelection:
+        return path_tokens(info, self.grid)
+
+    def reads_pixels(self) -> bool:
+        return self.stem
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.components is not None
+
+    def from_bank(self) -> bool:
+        return not self.stem and self.grid is None
+
+    def accepts(self, components: int | None) -> bool:
+        return self.grid is None and self.components == components
+
+    def with_components(self, count: int) -> "BypassQuery":
+        return replace(self, components=count) if self.components is None else self
+
+    def resized(self, size: int) -> "BypassQuery":
+        return replace(self, width=size)
+
+    def build(self, info: FeatureInfo) -> "QueryNet":
+        return QueryNet(PathInfo.of(self, info), queries=self.queries, fixed=self.fixed)
+
+
+class QueryNet(PathNetwork):
     """q_0 = Q (queries × w), N(0, ½²); q_j = q_{j−1} + MHA_j(LN q_{j−1}; LN' g_j) for the stages j = 1 … S, whose
     inputs g_j are those of `Stages`. Its output is the read-out and LN q_S, flattened, (b, out_features), which the
     head reads in place of the backbone's own pooled features. Ours.
@@ -19,65 +84,23 @@ class QueryNet(nn.Module):
     Queries see every token that is no padding, as the last token of a decoder does.
     """
 
-    def __init__(
-        self,
-        widths: Sequence[int],
-        prefix: int,
-        readout: Readout | None,
-        *,
-        width: int = 64,
-        stages: int = 4,
-        heads: int = 4,
-        queries: int = 8,
-        components: int | None = None,
-        fixed: bool = False,
-        stem: bool = False,
-    ) -> None:
+    def __init__(self, info: PathInfo, queries: int = 8, fixed: bool = False) -> None:
         """
         Args:
-            widths: d_0 … d_L, of the layers that are read.
-            prefix: how many tokens come before the patches.
-            readout: what is read of every layer besides; None: nothing.
-            width: w, a multiple of the heads.
-            stages: S, at most as many as there are layers.
-            heads: of the attention.
+            info: the layers and sizes.
             queries: how many.
-            components, fixed: of `Stages`.
-            stem: whether the first stage is given a convolutional stem's reading of the pixels.
+            fixed: of `Stages`.
         """
-        super().__init__()
-        self.prefix, self.readout = prefix, readout
-        self.queries = nn.Parameter(0.5 * torch.randn(queries, width))
-        self.stages = Stages(widths, width, stages, components, fixed)
-        self.stem = PixelStem(width) if stem else None
-        self.attentions = nn.ModuleList(CrossAttention(width, heads) for _ in range(stages))
-        self.norm = nn.LayerNorm(width)
-        self.out_features = queries * width + (0 if readout is None else readout.out_features)
+        super().__init__(info, fixed)
+        self.queries = nn.Parameter(0.5 * torch.randn(queries, info.width))
+        self.attentions = nn.ModuleList(CrossAttention(info.width, info.heads) for _ in range(info.stages))
+        self.norm = nn.LayerNorm(info.width)
+        self.out_features = queries * info.width + (0 if info.readout is None else info.readout.out_features)
 
-    def forward(
-        self,
-        layers: Sequence[Tensor],
-        summaries: Sequence[Tensor] | None = None,
-        mask: Tensor | None = None,
-        pixels: Tensor | None = None,
-    ) -> Tensor:
-        """
-        Args:
-            layers: x_0 … x_L (b, n, d_l); or, with `summaries`, their components (b, n, k).
-            summaries: of every layer, (b, 1 or 2, d_l).
-            mask: (b, n), which tokens are no padding.
-            pixels: (b, 3, h, w), for the stem.
-        """
-        inputs = self.stages(layers, summaries is not None)
-        if self.stem is not None and pixels is not None:
-            inputs[0] = inputs[0] + F.pad(self.stem(pixels, inputs[0].shape[1] - self.prefix), (0, 0, self.prefix, 0))
-        seen = None if mask is None else mask.bool()
-        q = self.queries.expand(len(layers[0]), -1, -1)
-        for attention, g in zip(self.attentions, inputs, strict=True):
+    def forward(self, features: Features) -> Tensor:
+        """(b, out_features)."""
+        seen = None if features.mask is None else features.mask.bool()
+        q = self.queries.expand(len(features), -1, -1)
+        for attention, g in zip(self.attentions, self.inputs(features), strict=True):
             q = q + attention(q, normalised(g), seen)
-        out: Tensor = self.norm(q).flatten(1)
-        if self.readout is None:
-            return out
-        if summaries is None:
-            summaries = [summary(normalised(x), self.prefix, mask) for x in layers]
-        return torch.cat([self.readout(summaries), out], -1)
+        return self.beside_readout(self.norm(q).flatten(1), features)

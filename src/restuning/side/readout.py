@@ -1,9 +1,15 @@
 """A linear read-out of every layer: the first token and the mean of each, normalised."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from restuning.errors import MethodError
+from restuning.side.base import FeatureInfo, SideConfig, SideNetwork
+from restuning.side.features import Features, TokenSelection
 
 SCALE = 0.3
 """Of the read-out in full, so that a head's outputs begin as small as they do on one layer."""
@@ -38,14 +44,77 @@ class Readout(nn.Module):
         return (x * self.gate.view(x.shape[1:])).sum(1).flatten(1)
 
 
-class ReadoutNet(nn.Module):
+@dataclass(frozen=True)
+class LinearAll(SideConfig):
+    """A linear head on every layer: the first token and the mean of the patches (of texts: the mean of the tokens),
+    each token normalised (LayerNorm without weights); see `Readout`. Ours.
+
+    gated: the layers are summed by gates, so that the head reads twice the width and not that of every layer.
+    """
+
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.gated, bool):
+            raise MethodError(f"LinearAll(gated={self.gated!r}): expected true or false")
+
+    own_output: ClassVar[bool] = True
+
+    def layers(self, info: FeatureInfo) -> Sequence[int]:
+        return every_layer(info)
+
+    def tokens(self, info: FeatureInfo) -> TokenSelection:
+        return TokenSelection("pooled", info.prefix or 0)
+
+    def build(self, info: FeatureInfo) -> "ReadoutNet":
+        return ReadoutNet(self.layers(info), readout_of(info, self.gated))
+
+    def from_bank(self) -> bool:
+        return True
+
+    def accepts(self, components: int | None) -> bool:
+        return True
+
+
+class ReadoutNet(SideNetwork):
     """`linear-all`: nothing beside the read-out; the head is linear in the features."""
 
-    def __init__(self, widths: Sequence[int], summaries: int, gated: bool = False) -> None:
-        super().__init__()
-        self.readout = Readout(widths, summaries, gated)
-        self.out_features = self.readout.out_features
+    output = "pooled"
 
-    def forward(self, summaries: Sequence[Tensor]) -> Tensor:
-        out: Tensor = self.readout(summaries)
+    def __init__(self, path: Sequence[int], readout: Readout) -> None:
+        """
+        Args:
+            path: the layers that are read.
+            readout: of their summaries.
+        """
+        super().__init__()
+        self.path, self.readout, self.out_features = tuple(path), readout, readout.out_features
+
+    def forward(self, features: Features) -> Tensor:
+        """(b, out_features)."""
+        summaries = features.summaries or features.layers
+        out: Tensor = self.readout([summaries[layer] for layer in self.path])
         return out
+
+
+def every_layer(info: FeatureInfo) -> Sequence[int]:
+    """All layers, or the stages where there are several.
+
+    Raises:
+        MethodError: the backbone has no head.
+    """
+    if info.denoises:
+        raise MethodError(f"this side network needs a head; {info.name} has none: a Bypass can be")
+    return range(len(info.layers)) if info.uniform else info.stages
+
+
+def readout_of(info: FeatureInfo, gated: bool) -> Readout:
+    """The read-out of a backbone's layers.
+
+    Raises:
+        MethodError: gates sum layers of one width, and these are not.
+    """
+    widths = [info.layers[layer].out_features for layer in every_layer(info)]
+    if gated and len({*widths}) > 1:
+        raise MethodError(f"gates sum layers of one width: {info.name} has {', '.join(map(str, widths))}")
+    return Readout(widths, 2 if info.prefix else 1, gated)

@@ -1,13 +1,18 @@
 """What side networks that mix tokens by attention share: their inputs, stage by stage, and the attention."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning.side.features import normalised
+from restuning.errors import MethodError
+from restuning.side.base import FeatureInfo, SideNetwork, check_grid
+from restuning.side.features import ALL, Features, TokenSelection, normalised, summary
+from restuning.side.readout import Readout, every_layer, readout_of
+from restuning.tuners.scale import check_size
 
 FIXED_SEED = 20_231_030
 """Of projections that are fixed: the same for all tasks."""
@@ -165,3 +170,111 @@ class PixelStem(nn.Module):
             x = conv(F.gelu(x) if i else x)
         rows = max(round((patches * pixels.shape[2] / pixels.shape[3]) ** 0.5), 1)  # of the oblong that they make
         return F.adaptive_avg_pool2d(x, (rows, patches // rows)).flatten(2).transpose(1, 2)
+
+
+STAGE_GRID = 7
+"""Cells a side to which maps are averaged for a path over stages, whatever their own sizes."""
+
+
+def path_tokens(info: FeatureInfo, grid: int | None) -> TokenSelection:
+    """Every token, or pooled patches where that is asked for, or where stages have grids of their own."""
+    grid = grid or (None if info.uniform else STAGE_GRID)
+    return ALL if grid is None else info.grid(grid)
+
+
+@dataclass(frozen=True)
+class PathInfo:
+    """What a path through all layers is built of.
+
+    Args:
+        path: the layers that it reads.
+        widths: theirs.
+        prefix: how many tokens come before the patches.
+        readout: what is read of every layer besides; None: nothing.
+        width: of the path, a multiple of the heads.
+        stages: at most as many as there are layers.
+        heads: of the attention.
+        components: of `Stages`.
+        stem: whether the first stage is given a convolutional stem's reading of the pixels.
+    """
+
+    path: tuple[int, ...]
+    widths: tuple[int, ...]
+    prefix: int
+    readout: Readout | None
+    width: int
+    stages: int
+    heads: int
+    components: int | None
+    stem: bool
+
+    @classmethod
+    def of(cls, part: Any, info: FeatureInfo) -> "PathInfo":
+        """By the settings of `BypassQuery` or `BypassAttention`."""
+        path = tuple(every_layer(info))
+        if part.stem and info.prefix is None:
+            raise MethodError("a stem reads images, and this backbone does not")
+        prefix = info.prefix or 0
+        return cls(
+            path,
+            tuple(info.layers[layer].out_features for layer in path),
+            min(prefix, 1) if part.grid else prefix,  # of pooled patches, the first token alone is kept
+            None if part.readout == "none" else readout_of(info, part.readout == "gated"),
+            part.width,
+            min(part.stages, len(path)),
+            part.heads,
+            part.components,
+            part.stem,
+        )
+
+
+class PathNetwork(SideNetwork):
+    """What networks of a path through all layers share: the stages' inputs, the pixel stem, the read-out."""
+
+    output = "pooled"
+
+    def __init__(self, info: PathInfo, fixed: bool = False) -> None:
+        super().__init__()
+        self.path, self.prefix, self.readout = info.path, info.prefix, info.readout
+        self.stages = Stages(info.widths, info.width, info.stages, info.components, fixed)
+        self.stem = PixelStem(info.width) if info.stem else None
+
+    def inputs(self, features: Features) -> list[Tensor]:
+        """g_1 … g_S (b, n, w)."""
+        layers = [features.layers[layer] for layer in self.path]
+        found: list[Tensor] = self.stages(layers, features.tokens.tokens == "components")
+        if self.stem is not None and features.pixels is not None:
+            stem = self.stem(features.pixels, found[0].shape[1] - self.prefix)
+            found[0] = found[0] + F.pad(stem, (0, 0, self.prefix, 0))
+        return found
+
+    def beside_readout(self, out: Tensor, features: Features) -> Tensor:
+        """The read-out and `out` (b, k) together."""
+        if self.readout is None:
+            return out
+        summaries = features.summaries or {
+            layer: summary(normalised(features.layers[layer]), self.prefix, features.mask) for layer in self.path
+        }
+        return torch.cat([self.readout([summaries[layer] for layer in self.path]), out], -1)
+
+    @torch.no_grad()
+    def set_components(self, bases: Mapping[int, Tensor]) -> None:
+        """Components that were fitted, (d_l, k) by layer; nothing for a path that reads tokens."""
+        if self.stages.components is not None:
+            for i, layer in enumerate(self.path):
+                self.stages.basis(i).copy_(bases[layer])
+
+
+def check_path(part: Any) -> None:
+    kind = type(part).__name__
+    for name in ("width", "stages", "heads"):
+        check_size(kind, name, getattr(part, name))
+    if part.width % part.heads:
+        raise MethodError(f"{kind}(width={part.width}): expected a multiple of its {part.heads} heads")
+    if part.readout not in ("full", "gated", "none"):
+        raise MethodError(f"{kind}(readout={part.readout!r}): expected full, gated or none")
+    if part.components is not None:
+        check_size(kind, "components", part.components)
+    if not isinstance(part.stem, bool):
+        raise MethodError(f"{kind}(stem={part.stem!r}): expected true or false")
+    check_grid(kind, part.grid)

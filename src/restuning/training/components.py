@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from restuning.errors import CheckpointError, MissingExtra, line
-from restuning.hooks.taps import MASK, summary_of
 from restuning.model.tuned import Tuned
-from restuning.side.features import normalised, summary
+from restuning.side.features import Features, TokenSelection, normalised, summary
 from restuning.training.evaluate import Examples, by_length, loader, to_device
 
 FIT_ITEMS = 256
@@ -31,23 +30,21 @@ class Components:
         """k, of the layer that has most."""
         return max(basis.shape[1] for basis in self.bases.values())
 
-    def of(self, features: Mapping[int, Tensor], prefix: int) -> dict[int, Tensor]:
-        """
-        Args:
-            features: by layer, x_l (b, n, d_l); and the mask (b, n), where there is one.
-            prefix: how many tokens come before the patches.
+    def of(self, features: Features, prefix: int) -> Features:
+        """The components τ_l = LN(x_l) V_l (b, n, k) of every layer, the summaries of LN(x_l) (b, 1 or 2, d_l), and the
+        mask.
 
-        Returns:
-            By layer, τ_l = LN(x_l) V_l (b, n, k); under `summary_of(l)`, the summary of LN(x_l) (b, 1 or 2, d_l); and
-            the mask.
+        Args:
+            features: of all tokens, x_l (b, n, d_l).
+            prefix: how many tokens come before the patches.
         """
-        mask = features.get(MASK)
-        found = {} if mask is None else {MASK: mask}
+        layers, summaries = {}, {}
         for layer, basis in self.bases.items():
-            t = normalised(features[layer])
-            found[layer] = t @ basis.to(t)
-            found[summary_of(layer)] = summary(t, prefix, mask)
-        return dict(sorted(found.items()))
+            t = normalised(features.layers[layer])
+            layers[layer] = t @ basis.to(t)
+            summaries[layer] = summary(t, prefix, features.mask)
+        tokens = TokenSelection("components", prefix, self.count)
+        return Features(layers, tokens, features.mask, summaries=summaries)
 
     def state(self) -> dict[str, Tensor]:
         return {str(layer): basis.contiguous() for layer, basis in self.bases.items()}
@@ -92,23 +89,24 @@ def fit_components(tuned: Tuned, examples: Examples, count: int, batch_size: int
     rows = [int(i * step) for i in range(min(len(examples), FIT_ITEMS))]
     sums: dict[int, Tensor] = {}
     for inputs, _ in loader(examples, batch_size, sampler=by_length(examples, rows)):
-        features = dict(zip(tuned._layers(), tuned.features(to_device(inputs, device)), strict=True))
-        mask = features.pop(MASK, None)
-        for layer, x in features.items():
+        features = tuned.features(to_device(inputs, device))
+        mask = features.mask
+        for layer, x in features.layers.items():
             t = normalised(x).flatten(0, 1) if mask is None else normalised(x)[mask.bool()]
             product = (t.mT @ t).to("cpu", torch.float64)
             sums[layer] = sums[layer] + product if layer in sums else product
-    return Components({layer: top(gram, count) for layer, gram in sums.items() if layer >= 0})
+    return Components({layer: top(gram, count) for layer, gram in sums.items()})
 
 
 def top(gram: Tensor, count: int) -> Tensor:
     """The eigenvectors (d, k) of the largest eigenvalues of a symmetric matrix (d, d), each with its largest entry
     positive."""
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
+    vectors = torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return (vectors * largest.sign()).float().contiguous()
+    top_vectors: Tensor = (vectors * largest.sign()).float().contiguous()
+    return top_vectors
 
 
 def widths_of(tuned: Tuned, layers: Sequence[int]) -> dict[int, int]:
     """By layer, those of the backbone."""
-    return {layer: tuned._sites.features[layer].out_features for layer in layers if layer >= 0}
+    return {layer: tuned.sites.features[layer].out_features for layer in layers}

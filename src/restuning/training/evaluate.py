@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from restuning.data.objective import IGNORED, objective
 from restuning.errors import RestuningError
+from restuning.side.features import Features
 
 
 class Examples(Protocol):
@@ -59,9 +60,11 @@ def back(order: Sequence[int], rows: Sequence[int]) -> Tensor:
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
-    """Collated inputs, a tensor, a dict or a list of tensors, on the device."""
+    """Collated inputs, a tensor, features, a dict or a list of tensors, on the device."""
     if isinstance(inputs, Tensor):
         return inputs.to(device, non_blocking=True)
+    if isinstance(inputs, Features):
+        return inputs.map(lambda x: x.to(device, non_blocking=True))
     if isinstance(inputs, Mapping):
         return {name: x.to(device, non_blocking=True) for name, x in inputs.items()}
     return [x.to(device, non_blocking=True) for x in inputs]

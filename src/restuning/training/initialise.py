@@ -7,10 +7,13 @@ from torch.nn import functional as F
 
 from restuning.data.objective import objective
 from restuning.hooks.taps import tap
-from restuning.methods.spec import BypassAttention, BypassQuery, Ladder, SideTuning, parts_of
+from restuning.methods.spec import side_of
 from restuning.model.adapter import AdapterModule, prune_ladder
 from restuning.model.tuned import Tuned, arguments
-from restuning.side import LadderNet, SideNet
+from restuning.side.features import FeatureRequest
+from restuning.side.ladder import LadderNet
+from restuning.side.side_tuning import SideNet, SideTuning
+from restuning.side.stages import PathNetwork
 from restuning.training.components import fit_components
 from restuning.training.evaluate import Examples, loader, to_device
 
@@ -19,29 +22,30 @@ FISHER_EXAMPLES = 128
 
 def needs_data(tuned: Tuned) -> bool:
     """Whether the active adapter's method begins from data."""
-    return any(
-        (isinstance(part, Ladder) and part.init == "fisher")
-        or (isinstance(part, SideTuning) and part.distil > 0)
-        or (isinstance(part, BypassQuery | BypassAttention) and part.components is not None)
-        for part in parts_of(tuned._find(tuned._active()[0]).method)
-    )
+    side = side_of(tuned.adapter(tuned.active()[0]).method)
+    return side is not None and side.needs_data
 
 
 def initialise(tuned: Tuned, examples: Examples, seed: int = 0) -> None:
-    """Give the active adapter's side path the beginning that its method asks for; most ask for none.
+    """Give the active adapter's side network the beginning that its method asks for; most ask for none.
 
-    examples: (inputs, label) as the backbone takes them, not the features of a bank.
+    Args:
+        tuned: the model.
+        examples: (inputs, label) as the backbone takes them, not the features of a bank.
+        seed: of the examples that are drawn.
     """
-    adapter = tuned._find(tuned._active()[0])
-    for part in parts_of(adapter.method):
-        if isinstance(part, Ladder) and part.init == "fisher" and isinstance(adapter.side, LadderNet):
-            information = fisher(tuned, adapter, examples, seed)
-            prune_ladder(adapter.side, tuned.backbone, tuned._sites, information.__getitem__)
-        elif isinstance(part, SideTuning) and isinstance(adapter.side, SideNet):
-            for epoch in range(part.distil):
-                _distil(tuned, adapter, adapter.side, examples, seed + epoch)
-        elif isinstance(part, BypassQuery | BypassAttention) and part.components is not None:
-            adapter.fix(fit_components(tuned, examples, part.components).bases)
+    adapter = tuned.adapter(tuned.active()[0])
+    part, net = side_of(adapter.method), adapter.side
+    if part is None or not part.needs_data:
+        return
+    if isinstance(net, LadderNet):
+        information = fisher(tuned, adapter, examples, seed)
+        prune_ladder(net, tuned.backbone, tuned.sites, information.__getitem__)
+    elif isinstance(part, SideTuning) and isinstance(net, SideNet):
+        for epoch in range(part.distil):
+            _distil(tuned, net, examples, seed + epoch)
+    elif isinstance(net, PathNetwork) and net.stages.components is not None:
+        net.set_components(fit_components(tuned, examples, net.stages.components).bases)
 
 
 def fisher(tuned: Tuned, adapter: AdapterModule, examples: Examples, seed: int = 0) -> dict[nn.Parameter, Tensor]:
@@ -53,14 +57,15 @@ def fisher(tuned: Tuned, adapter: AdapterModule, examples: Examples, seed: int =
     modes = [(p, p.requires_grad) for p in weights]
     picked = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))[:FISHER_EXAMPLES].tolist()
     device = weights[0].device
+    request = FeatureRequest((adapter.depth,), adapter.request.tokens)
     try:
         for weight in weights:
             weight.requires_grad_(True)
         for inputs, label in loader(examples, sampler=picked):
-            with torch.enable_grad(), tap(backbone, tuned._sites, [adapter.depth], adapter.view) as taps:
+            with torch.enable_grad(), tap(backbone, tuned.sites, request) as taps:
                 call, named = arguments((to_device(inputs, device),), {})
                 backbone(*call, **named)
-                logits = adapter.head(tuned._readers[tuned._active()[0]].tail(taps.features[0]))
+                logits = adapter.head(tuned.reader(tuned.active()[0]).tail(taps.features.last))
                 loss = objective(adapter.config.kind).loss(logits, label.to(device))
             for weight, grad in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                 if grad is not None:
@@ -71,15 +76,15 @@ def fisher(tuned: Tuned, adapter: AdapterModule, examples: Examples, seed: int =
     return sums
 
 
-def _distil(tuned: Tuned, adapter: AdapterModule, side: SideNet, examples: Examples, seed: int) -> None:
+def _distil(tuned: Tuned, side: SideNet, examples: Examples, seed: int) -> None:
     """One epoch in which the side network learns the backbone's own pooled features (Zhang et al. 2020)."""
     optimizer = torch.optim.AdamW(side.net.parameters(), lr=1e-3)
     device = next(tuned.parameters()).device
     order = torch.Generator().manual_seed(seed)
     side.net.train()
     for inputs, _ in loader(examples, 32, shuffle=True, generator=order):
-        pixels, x = tuned.features(to_device(inputs, device))
-        loss = F.mse_loss(side.net(pixels), tuned._readers[tuned._active()[0]].tail(x).detach())
+        features = tuned.features(to_device(inputs, device))
+        loss = F.mse_loss(side(features), tuned.reader(tuned.active()[0]).tail(features.last).detach())
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         optimizer.step()

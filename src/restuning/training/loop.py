@@ -256,7 +256,7 @@ def accelerated(precision: str, given: "Accelerator | None" = None) -> Iterator[
         if kind != "NO" and not kind.startswith("MULTI_"):
             raise RestuningError(
                 f"the accelerator runs {kind}: expected one process, or data parallelism (MULTI_...); a backbone that "
-                "is too large for that is shared out by Tuned.shard(), or by restuning train --shard"
+                "is too large for that is sharded by Tuned.fully_shard(), or by restuning train --shard"
             )
         yield accelerator
     finally:

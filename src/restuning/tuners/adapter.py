@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,6 +33,9 @@ class Adapter:
     factor: s, a constant. dropout: after φ, in training.
     Raises MethodError for a width below 1 or an unknown choice.
     """
+
+    SIZE: ClassVar[str] = "width"
+    TOKENWISE: ClassVar[bool] = True
 
     width: int = 10
     act: str = "gelu"

@@ -1,11 +1,13 @@
 """The contract of a tuner: what it is given, what it returns, where it can go. One class for each form of call."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, cast, runtime_checkable
 
 from torch import Tensor, nn
 
 from restuning._types import SiteInfo
+from restuning.errors import MethodError
 
 TunerInput: TypeAlias = Literal["normed", "residual", "output"]
 """What a tuner reads of an operation: its input, as a rule after the block's norm; the residual stream before that
@@ -106,3 +108,33 @@ def copy_contract(source: Any, target: Any) -> None:
 def is_prompt(tuner: Any) -> bool:
     """Whether it appends tokens to the stream."""
     return cast(str, tuner.form) == "prompt"
+
+
+def check_config(where: str, config: Any) -> None:
+    """Raises MethodError for what makes no modules, and for a module that is built already."""
+    if not callable(config):
+        raise MethodError(f"{where} is {config!r}: expected settings such as restuning.Adapter(10), or a module class")
+    if isinstance(config, nn.Module):
+        raise MethodError(
+            f"{where} is a {type(config).__name__} module, already built: pass its class, "
+            "or a function site → module, so that every block gets its own"
+        )
+
+
+def make(config: TunerConfig, info: SiteInfo, where: str) -> nn.Module:
+    """A module for one site. Raises MethodError where the settings make something else."""
+    module = config(info)
+    if not isinstance(module, nn.Module):
+        raise MethodError(f"the tuner of {where} made a {type(module).__name__}: expected an nn.Module")
+    return module
+
+
+def resized(config: Any, size: int) -> Any:
+    """The same settings with another width, rank or number of tokens, by the field that `SIZE` names."""
+    name = getattr(config, "SIZE", None)
+    return config if name is None else replace(config, **{name: size})
+
+
+def mixes_no_tokens(config: Any) -> bool:
+    """Whether tuners of these settings are known to compute each output token from the same input token alone."""
+    return bool(getattr(config, "TOKENWISE", False))

@@ -1,6 +1,7 @@
 """Convpass."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class Convpass:
     biases zero: the operation is unchanged at initialisation.
     Raises MethodError where the tokens are no grid of patches.
     """
+
+    SIZE: ClassVar[str] = "width"
 
     width: int = 8
     factor: float = 1.0

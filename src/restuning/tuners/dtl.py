@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ class Dtl:
     initialisation. A is kaiming-uniform, B zero: the backbone is unchanged at initialisation.
     Raises MethodError for a rank below 1 or above the width, and with `plus` where the tokens are no grid of patches.
     """
+
+    SIZE: ClassVar[str] = "rank"
 
     rank: int = 2
     last: int = 6

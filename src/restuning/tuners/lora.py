@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ class Lora:
     A is kaiming-uniform, B zero: the map is unchanged at initialisation. It merges into the map's weight.
     Raises MethodError for a rank below 1 or above the widths, and beside a convolution whose padding is not fixed.
     """
+
+    SIZE: ClassVar[str] = "rank"
 
     rank: int = 8
     alpha: float | None = None

@@ -1,7 +1,7 @@
 """Res-Prefix."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ class Prefix:
     init: `zero` (V_pre zero, so the operation is unchanged at initialisation) or `xavier` (keys and values).
     Raises MethodError for sizes below 1, an unknown choice, or heads that do not divide the width.
     """
+
+    SIZE: ClassVar[str] = "tokens"
+    TOKENWISE: ClassVar[bool] = True
 
     tokens: int = 10
     scale: Scale = "none"

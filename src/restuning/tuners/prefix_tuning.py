@@ -1,7 +1,7 @@
 """Prefix tuning."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class PrefixTuning:
     reparametrisation, N(0, 0.02) (He et al. 2022); grouped queries share them as they share the backbone's keys. λ > 0
     at initialisation, so the output changes.
     """
+
+    SIZE: ClassVar[str] = "tokens"
 
     tokens: int = 10
 

@@ -1,6 +1,7 @@
 """Res-Prompt."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ class Prompt:
     Raises MethodError for sizes below 1, an unknown choice, heads that do not divide the width, or an operation that
     in_features another width than it out_features.
     """
+
+    SIZE: ClassVar[str] = "tokens"
+    TOKENWISE: ClassVar[bool] = True
 
     tokens: int = 10
     scale: Scale = "none"

@@ -1,7 +1,7 @@
 """VPT."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ class PromptTuning:
     prompts pass apart and meet in the attention alone; the same output. U(±sqrt(6 / (3 · patch² + d))), as published.
     Raises MethodError for tokens below 1 or an unknown span.
     """
+
+    SIZE: ClassVar[str] = "tokens"
 
     tokens: int = 10
     span: Literal["block", "rest"] = "block"

@@ -16,9 +16,12 @@ from restuning.errors import CheckpointError, RestuningError, line
 from restuning.features.bank.format import (
     COMPONENTS,
     DTYPES,
+    FIRST_SUMMARY,
     FORMAT,
     MANIFEST,
+    MASK,
     PARTIAL,
+    PIXELS,
     SHARD_ROWS,
     TAIL,
     Shard,
@@ -27,11 +30,11 @@ from restuning.features.bank.format import (
     _hash_of_weights,
     _intact,
     _write,
+    numbered,
 )
-from restuning.features.memory import tapped
-from restuning.hooks.taps import summary_of
+from restuning.features.memory import compute_features
 from restuning.model.tuned import Tuned
-from restuning.side.features import TokenSelection
+from restuning.side.features import Features, TokenSelection
 from restuning.training.components import Components
 from restuning.training.evaluate import Examples, HasEpoch, by_length
 from restuning.utils.files import as_json, atomic_write, locked
@@ -81,8 +84,8 @@ def build(
             "splits": {name: _hash_of_data(items) for name, items in splits.items()},
             **({"held": task.held} if task.held else {}),
         },
-        "layers": layers_kept(tuned, components),
-        "view": asdict(view_kept(tuned, components)),
+        "layers": numbers_kept(tuned, components),
+        "view": asdict(tokens_kept(tuned, components)),
         "pool": tuned.adapter_config().pool,
         "dtype": dtype,
         "views": views,
@@ -109,7 +112,7 @@ def build(
                         file = f"{name}-{view}-{start // SHARD_ROWS:05d}.safetensors"
                         shard = done.get(file)
                         if shard is None or not _intact(out, shard):
-                            tensors = _tapped(tuned, examples, rows, dtype, batch_size, components)
+                            tensors = _tensors(tuned, examples, rows, dtype, batch_size, components)
                             data = _write(out / file, tensors)
                             shard = Shard(file, name, view, len(rows), len(data), hashlib.sha256(data).hexdigest())
                         shards.append(shard)
@@ -150,31 +153,30 @@ def _begin(out: Path, plan: Mapping[str, Any], resume: bool) -> dict[str, Shard]
     return shards
 
 
-def layers_kept(tuned: Tuned, components: Components | None) -> list[int]:
-    """What a bank has of each item, in its order."""
-    layers = [int(layer) for layer in tuned._layers()]
+def tokens_kept(tuned: Tuned, components: Components | None) -> TokenSelection:
+    """The tokens that a bank has of each layer."""
     if components is None:
-        return layers
-    return sorted([*layers, *(summary_of(layer) for layer in components.bases)])
+        return tuned.request.tokens
+    return TokenSelection("components", tuned.sites.info.grid or 0, components.count)
 
 
-def view_kept(tuned: Tuned, components: Components | None) -> TokenSelection:
-    """Of which tokens."""
-    return tuned._live() if components is None else TokenSelection("components", _prefix(tuned), components.count)
-
-
-def _prefix(tuned: Tuned) -> int:
-    return tuned._sites.info.grid or 0
+def numbers_kept(tuned: Tuned, components: Components | None) -> list[int]:
+    """What a bank has of each item, by the numbers of `numbered`."""
+    request = tuned.request
+    found = [*request.layers, *([MASK] if request.mask else []), *([PIXELS] if request.pixels else [])]
+    if components is not None:
+        found += [FIRST_SUMMARY - layer for layer in components.bases]
+    return sorted(int(number) for number in found)
 
 
 def bytes_kept(tuned: Tuned, examples: Examples, dtype: str, components: Components | None = None) -> int:
     """Bytes that one example takes in a bank, of the longest if they differ in length."""
     longest = by_length(examples, range(len(examples)))[-1:]
-    kept = _tapped(tuned, examples, longest, dtype, 1, components)
+    kept = _tensors(tuned, examples, longest, dtype, 1, components)
     return sum(x.nbytes for name, x in kept.items() if name != "labels")
 
 
-def _tapped(
+def _tensors(
     tuned: Tuned,
     examples: Examples,
     rows: Sequence[int],
@@ -182,16 +184,18 @@ def _tapped(
     batch_size: int,
     components: Components | None = None,
 ) -> dict[str, Tensor]:
-    def change(features: Mapping[int, Tensor]) -> Mapping[int, Tensor]:
-        return features if components is None else components.of(features, _prefix(tuned))
+    """A shard's tensors, by name."""
 
-    features, labels = tapped(tuned, examples, rows, batch_size, DTYPES[dtype], change)
-    kept = {str(layer): x for layer, x in zip(layers_kept(tuned, components), features, strict=True)}
-    for layer, x in kept.items():
+    def change(features: Features) -> Features:
+        return features if components is None else components.of(features, tuned.sites.info.grid or 0)
+
+    features, labels = compute_features(tuned, examples, rows, batch_size, DTYPES[dtype], change)
+    kept = {str(number): x for number, x in numbered(features).items()}
+    for number, x in kept.items():
         if not x.isfinite().all():
-            raise RestuningError(f"layer {layer} has values that {dtype} cannot hold: choose another dtype")
+            raise RestuningError(f"layer {number} has values that {dtype} cannot hold: choose another dtype")
     if dtype == "int8":
-        kept = {key: value for layer, x in kept.items() for key, value in _quantised(layer, x).items()}
+        kept = {key: value for name, x in kept.items() for key, value in _quantised(name, x).items()}
     return {**kept, "labels": labels}
 
 
@@ -205,7 +209,7 @@ def _quantised(name: str, x: Tensor) -> dict[str, Tensor]:
 
 def _tail_state(tuned: Tuned) -> dict[str, Tensor]:
     """Parameters and buffers of the modules after the features, by their paths in the backbone."""
-    sites = tuned._sites
+    sites = tuned.sites
     return {
         f"{path}.{key}": value.detach().cpu().contiguous()
         for path in (*sites.norm, *sites.post, *filter(None, [sites.pooler]))

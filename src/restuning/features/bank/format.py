@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from restuning.data import Items
 from restuning.errors import MissingExtra
+from restuning.side.features import Features, TokenSelection
 from restuning.utils.files import atomic_write
 
 FORMAT = "restuning.bank/1"
@@ -25,6 +26,33 @@ DTYPES = {
     "float64": torch.float64,
     "int8": torch.float32,  # as it is before each token is quantised by a scale of its own
 }
+
+
+MASK, PIXELS, FIRST_SUMMARY = -2, -1, -3
+"""The numbers that files have in place of a layer's: the attention mask, the backbone's input, and the summary of
+layer l at −3 − l."""
+
+
+def numbered(features: Features) -> dict[int, Tensor]:
+    """Features by the numbers that files have for them, in their order."""
+    found = dict(features.layers)
+    if features.mask is not None:
+        found[MASK] = features.mask
+    if features.pixels is not None:
+        found[PIXELS] = features.pixels
+    found |= {FIRST_SUMMARY - layer: x for layer, x in features.summaries.items()}
+    return dict(sorted(found.items()))
+
+
+def unnumbered(found: Mapping[int, Tensor], tokens: TokenSelection) -> Features:
+    """The inverse of `numbered`."""
+    return Features(
+        {number: x for number, x in found.items() if number >= 0},
+        tokens,
+        found.get(MASK),
+        found.get(PIXELS),
+        {FIRST_SUMMARY - number: x for number, x in found.items() if number <= FIRST_SUMMARY},
+    )
 
 
 @dataclass(frozen=True)

@@ -7,23 +7,35 @@ features in the backbone; `manifest.json`, written last, says what all of it is 
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from restuning._types import Features
 from restuning.data import Items, Source
 from restuning.errors import CheckpointError, DataError, line
-from restuning.features.bank.format import COMPONENTS, FORMAT, MANIFEST, PARTIAL, TAIL, Shard, _hash_of_file, _wide
+from restuning.features.bank.format import (
+    COMPONENTS,
+    FORMAT,
+    MANIFEST,
+    MASK,
+    PARTIAL,
+    PIXELS,
+    TAIL,
+    Shard,
+    _hash_of_file,
+    _wide,
+    unnumbered,
+)
 from restuning.features.memory import CachedFeatures
-from restuning.methods.spec import BypassAttention, BypassQuery, Ladder, Method, Mix, parts_of
+from restuning.methods.spec import Method, side_of, with_components
 from restuning.model.tuned import Tuned
-from restuning.side.features import TokenSelection
+from restuning.side.features import ALL, Features, TokenSelection
 from restuning.training.components import Components
 from restuning.training.evaluate import padded
+
+_NAMES = {MASK: "the attention mask", PIXELS: "the pixels"}
 
 
 class Bank:
@@ -38,8 +50,9 @@ class Bank:
         try:
             found = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))
             self.shards = [Shard(**shard) for shard in found["shards"]]
-            self.view = TokenSelection(**found["view"])
-            self.layers: list[int] = list(found["layers"])
+            self.tokens = TokenSelection(**found["view"])
+            self.numbers: list[int] = list(found["layers"])
+            self.layers = [number for number in self.numbers if number >= 0]
             splits = found["data"]["splits"]
             self.preprocessing: dict[str, Any] = dict(found["preprocessing"])
         except FileNotFoundError as error:
@@ -95,43 +108,42 @@ class Bank:
         """Raises CheckpointError if the active adapters need more of the backbone than what is kept here."""
         if not tuned.reads_features:
             raise CheckpointError(f"{self.path} holds features: a method that acts inside the backbone cannot use them")
-        for part in (p for name in tuned.active_adapters for p in parts_of(tuned._find(name).method)):
-            if isinstance(part, Ladder) and part.init != "random":
+        for name in tuned.active_adapters:
+            adapter = tuned.adapter(name)
+            wanted, side = adapter.request.tokens, side_of(adapter.method)
+            if side is not None and side.needs_weights:
                 raise CheckpointError(
                     f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
                     "weights; use init='random', or train without a bank"
                 )
-        for name in tuned.active_adapters:
-            adapter = tuned._find(name)
-            wanted = adapter.view
-            if adapter.accepts(self.view):
+            if adapter.accepts(self.tokens):
                 continue
-            if self.view.tokens == "components":
+            if self.tokens.tokens == "components":
                 raise CheckpointError(
-                    f"{self.path} holds {self.view.components} components of each layer's tokens: the method reads "
+                    f"{self.path} holds {self.tokens.components} components of each layer's tokens: the method reads "
                     f"{adapter.components or 'the tokens'}"
                 )
             raise CheckpointError(
-                f"{self.path} holds the tokens {self.view.tokens!r} of each layer: the method reads "
+                f"{self.path} holds the tokens {self.tokens.tokens!r} of each layer: the method reads "
                 f"{wanted.tokens!r}; build a bank with --tokens {wanted.tokens}"
             )
-        missing = sorted(set(tuned._layers(self.view)) - set(self.layers))
+        request = tuned.request
+        numbers = [*request.layers, *([PIXELS] if request.pixels else [])]
+        numbers += [MASK] if request.mask or (request.mask_of_all and self.tokens == ALL) else []
+        missing = [_NAMES.get(number, f"layer {number}") for number in numbers if number not in self.numbers]
         if missing:
-            raise CheckpointError(f"{self.path} holds layers {self.layers}: the method reads {missing} too")
+            held = f"layers {self.layers[0]} to {self.layers[-1]}" if self.layers else "no layers"
+            raise CheckpointError(f"{self.path} holds {held}: the method reads {', '.join(missing)} too")
 
     @property
     def components(self) -> Components | None:
         """Those that it holds of the tokens, if not the tokens."""
-        return Components.load(self.path / COMPONENTS) if self.view.tokens == "components" else None
+        return Components.load(self.path / COMPONENTS) if self.tokens.tokens == "components" else None
 
     def fitted(self, method: Method) -> Method:
         """The method as it reads this bank: a path that leaves its components open has those that are kept here."""
-        count = self.view.components
-        if isinstance(method, Mix):
-            return Mix(tuple(self.fitted(part) for part in method.parts))  # type: ignore[misc]
-        if count is not None and isinstance(method, BypassQuery | BypassAttention) and method.components is None:
-            return replace(method, components=count)
-        return method
+        count = self.tokens.components
+        return method if count is None else with_components(method, count)
 
     def tuned(self, described: nn.Module) -> Tuned:
         """A described backbone (on the meta device), of which nothing is left but this bank's frozen tail: enough to
@@ -140,7 +152,7 @@ class Bank:
 
         made = self.manifest["backbone"]
         tuned = Tuned(described, backbone_name=made["name"], device="cpu", fingerprint=made["fingerprint"])
-        sites, here = tuned._sites, tuned.backbone
+        sites, here = tuned.sites, tuned.backbone
         if (made["width"], made["depth"]) != (sites.info.out_features, len(sites.blocks)):
             raise CheckpointError(
                 f"{self.path} holds features of {made['name']} (width {made['width']}, {made['depth']} blocks)"
@@ -188,29 +200,27 @@ class Rows:
 
     def __getitem__(self, i: int) -> tuple[Features, Tensor]:
         features, labels = self.fetch([i])
-        return tuple(x[0] for x in features), labels[0]
+        return features.map(lambda x: x[0]), labels[0]
 
     def fetch(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
-        """Features ((b, tokens, width), …) in float32 and labels (b,) or (b, c)."""
+        """Features of many rows, in float32, and labels (b,) or (b, c)."""
         where = torch.as_tensor(indices)
         at = torch.searchsorted(torch.tensor(self.starts[1:]), where, right=True)
-        layers: list[list[Tensor]] = [[] for _ in self.bank.layers]
+        parts: dict[int, list[Tensor]] = {number: [] for number in self.bank.numbers}
         labels, order = [], []
         for k in sorted(set(at.tolist())):
             mine = (at == k).nonzero().flatten()
             tensors, rows = self.bank.shard(self.shards[k].file), where[mine] - self.starts[k]
-            for kept, layer in zip(layers, self.bank.layers, strict=True):
-                value = tensors[str(layer)][rows]
-                scale = tensors.get(f"{layer}.scale")
+            for number, kept in parts.items():
+                value = tensors[str(number)][rows]
+                scale = tensors.get(f"{number}.scale")
                 kept.append(value if scale is None else value.float() * scale[rows].float())
             labels.append(tensors["labels"][rows])
             order.append(mine)
         back = torch.cat(order).argsort()
         # what is kept in half precision is read in single; double stays double
-        return (
-            tuple(_wide(padded(kept)[back]) for kept in layers),
-            torch.cat(labels)[back],
-        )
+        found = {number: _wide(padded(kept)[back]) for number, kept in parts.items()}
+        return unnumbered(found, self.bank.tokens), torch.cat(labels)[back]
 
 
 class FromBank:
@@ -232,7 +242,7 @@ class FromBank:
 
     def __getitem__(self, i: int) -> tuple[Features, Tensor]:
         features, labels = self.__getitems__([i])
-        return tuple(x[0] for x in features), labels[0]
+        return features.map(lambda x: x[0]), labels[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Features, Tensor]:
         """Many rows at once, as torch's loader asks for them."""
@@ -243,8 +253,8 @@ class FromBank:
                 parts.append(self._rows(split).fetch([self.places[indices[k]][1] for k in mine]))
                 order += mine
         again = torch.tensor(order).argsort()
-        layers = zip(*(features for features, _ in parts), strict=True)
-        return tuple(padded(layer)[again] for layer in layers), torch.cat([labels for _, labels in parts])[again]
+        features = Features.joined([part for part, _ in parts], padded).map(lambda x: x[again])
+        return features, torch.cat([labels for _, labels in parts])[again]
 
     def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
         """What `__getitems__` gives is a batch already."""

@@ -1,0 +1,52 @@
+"""The pass of one adapter, from the input to what its head reads, as a compiled graph."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from restuning.hooks.law import Attachment, group_by_site
+from restuning.hooks.points import backbone_lock
+from restuning.hooks.recompute import checkpoints, replays_nothing
+from restuning.hooks.taps import Taps, tap
+from restuning.model.adapter import Reader
+from restuning.model.mixed import kind_of
+
+if TYPE_CHECKING:
+    from restuning.model.tuned import Tuned
+
+
+class CompiledPass:
+    """Adapters of one kind, whatever their classes, share a graph."""
+
+    def __init__(self, backbone: nn.Module, options: dict[str, Any]) -> None:
+        """
+        Args:
+            backbone: frozen.
+            options: of `torch.compile`.
+        """
+        self.backbone = backbone
+        self._graph: Callable[..., Tensor] = torch.compile(self._pass, **options)
+
+    def __call__(self, tuned: "Tuned", name: str, args: Any, kwargs: Any) -> Tensor:
+        """Logits of one adapter. The head runs outside: tasks may differ in their classes."""
+        adapter, reader = tuned.adapter(name), tuned.reader(name)
+        added = group_by_site((site, "", tuner) for site, tuner in (*adapter.inside, *adapter.in_tail))
+        attachment = Attachment(self.backbone, tuned.sites, added)
+        with (
+            backbone_lock(self.backbone),
+            replays_nothing() if checkpoints(self.backbone) else nullcontext(),
+            attachment.on(),
+            tap(self.backbone, tuned.sites, adapter.request) as taps,
+        ):
+            pooled = self._graph(kind_of(name, adapter), reader, taps, args, kwargs)
+        out: Tensor = adapter.head(pooled)
+        return out
+
+    def _pass(self, kind: str, reader: Reader, taps: Taps, args: Any, kwargs: Any) -> Tensor:
+        """kind: part of the signature, since what is attached is not."""
+        with torch.no_grad() if reader.adapter.reads_features else nullcontext():
+            self.backbone(*args, **kwargs)
+        return reader.read(taps.features, head=False)
