@@ -118,7 +118,7 @@ class CrossAttention(Attention):
         scores = rows_times(q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5, tokens.mT)
         scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
         read = rows_times(scores.softmax(-1), tokens) * self.norm_kv.weight + self.norm_kv.bias
-        read = read.unflatten(1, (self.heads, -1))
+        read = read.reshape(len(read), self.heads, -1, x.shape[-1])
         out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
         return self.proj(out)  # type: ignore[no-any-return]
 
@@ -149,7 +149,7 @@ class _RowsTimes(torch.autograd.Function):
         at_x, at_y = in_dims
         if at_y is None and at_x is not None:
             x = x.movedim(at_x, 1)
-            return rows_times(x.flatten(1, 2), y).unflatten(1, x.shape[1:3]), 1
+            return rows_times(x.flatten(1, 2), y).reshape(*x.shape[:3], -1), 1
         x = x if at_x is None else x.movedim(at_x, 0)
         y = y if at_y is None else y.movedim(at_y, 0)
         return x @ y, 0
