@@ -200,6 +200,23 @@ def test_components_keep_less_for_backward(path: Any) -> None:
     assert size[None] - size[4] == 3 * tokens * (32 - 4), "three layers"
 
 
+@pytest.mark.parametrize("dims", [(0, None), (0, 0), (None, 0), (1, None), (2, 1)], ids=str)
+def test_rows_of_many_times_what_they_share(dims: Any) -> None:
+    """As a loop over slices, and its gradients, whichever of both is shared."""
+    from restuning.side.stages import rows_times
+
+    x, y = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    x, y = (t if d is None else torch.stack([t, -2 * t, t + 1], d) for t, d in zip((x, y), dims, strict=True))
+    both = [t.requires_grad_() for t in (x, y)]
+    out = torch.vmap(rows_times, in_dims=dims)(*both)
+    slices = [[t if d is None else t.select(d, i) for t, d in zip(both, dims, strict=True)] for i in range(3)]
+    expected = torch.stack([a @ b for a, b in slices])
+    torch.testing.assert_close(out, expected)
+    seed = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad(o, both, seed) for o in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_tasks_with_fixed_projections_share_what_they_attend_to() -> None:
     """The same projections in every task; a stack holds them, and works on the tokens, once."""
     from restuning.model.stack import Stack

@@ -115,12 +115,44 @@ class CrossAttention(Attention):
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
         keys, values = self.kv.weight.view(2, self.heads, -1, x.shape[-1])
         q = torch.einsum("bmhe,hew->bhmw", q, keys).flatten(1, 2)
-        scores = (q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5) @ tokens.mT
+        scores = rows_times(q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5, tokens.mT)
         scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
-        read = (scores.softmax(-1) @ tokens) * self.norm_kv.weight + self.norm_kv.bias
-        read = read.unflatten(1, (self.heads, -1))
+        read = rows_times(scores.softmax(-1), tokens) * self.norm_kv.weight + self.norm_kv.bias
+        read = read.reshape(len(read), self.heads, -1, x.shape[-1])
         out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
         return self.proj(out)  # type: ignore[no-any-return]
+
+
+def rows_times(x: Tensor, y: Tensor) -> Tensor:
+    """(b, m, k) times (b, k, n). Under vmap over x alone, the rows of all slices are one matrix: y is not copied."""
+    out: Tensor = _RowsTimes.apply(x, y)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _RowsTimes(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> Tensor:
+        return x @ y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, y = ctx.saved_tensors
+        to_x, to_y = ctx.needs_input_grad
+        return rows_times(grad, y.mT) if to_x else None, x.mT @ grad if to_y else None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, y: Tensor) -> tuple[Tensor, int]:
+        at_x, at_y = in_dims
+        if at_y is None and at_x is not None:
+            x = x.movedim(at_x, 1)
+            return rows_times(x.flatten(1, 2), y).reshape(*x.shape[:3], -1), 1
+        x = x if at_x is None else x.movedim(at_x, 0)
+        y = y if at_y is None else y.movedim(at_y, 0)
+        return x @ y, 0
 
 
 class PixelStem(nn.Module):
