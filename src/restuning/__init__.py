@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from restuning.model.peft import save_peft as save_peft
     from restuning.model.tuned import Tuned as Tuned
     from restuning.model.tuned import adapt as adapt
+    from restuning.runs.estimators import Classifier as Classifier
+    from restuning.runs.estimators import Regressor as Regressor
     from restuning.side import AlexNet as AlexNet
     from restuning.side import SmallCnn as SmallCnn
     from restuning.side.base import SideConfig as SideConfig
@@ -84,6 +86,7 @@ _PUBLIC = {
     "model.count": ("count",),
     "model.peft": ("load_peft", "save_peft"),
     "model.tuned": ("Tuned", "adapt"),
+    "runs.estimators": ("Classifier", "Regressor"),
     "side": ("AlexNet", "SmallCnn"),
     "side.base": ("SideConfig", "SideNetwork"),
     "side.features": ("FeatureRequest", "Features", "TokenSelection"),
