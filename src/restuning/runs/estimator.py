@@ -57,6 +57,9 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     """What both estimators do: settings are attributes, what is fitted ends in `_`."""
 
     kind: ClassVar[str]
+    model_: Any  # a Tuned; a linear map where X is rows of numbers
+    reading_: Reading
+    seen_: tuple[Any, Any]
 
     def __init__(
         self,
@@ -219,7 +222,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _add_adapter(self, given: list[Any], targets: Tensor, classes: Sequence[str]) -> None:
         module = self._load_backbone()
-        self.reading_: Reading = reading_of(module, self.image_size, max_length=self.max_length)
+        self.reading_ = reading_of(module, self.image_size, max_length=self.max_length)
         self.model_ = Tuned(module, backbone_name=self.backbone)
         settings: dict[str, Any] = {"pool": self.pool, "classes": classes, "kind": self.kind}
         self.model_.add_adapter("default", self.method, preprocessing=self.reading_.to_dict(), **settings)
@@ -230,15 +233,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _load_backbone(self) -> nn.Module:
         """One for all estimators of these settings, but where it is itself trained."""
-        if isinstance(find_method(self.method), Full):
-            return load_backbone(self.backbone, self.weights, self.image_size)
-        key = (self.backbone, self.weights, self.image_size)
-        if key not in _BACKBONES:
-            _BACKBONES[key] = load_backbone(*key)
-        _BACKBONES.move_to_end(key)
-        while len(_BACKBONES) > _BACKBONES_AT_MOST:
-            _BACKBONES.popitem(last=False)
-        return _BACKBONES[key]
+        load = load_backbone if isinstance(find_method(self.method), Full) else shared_backbone
+        return load(self.backbone, self.weights, self.image_size)
 
     def _items(self, given: list[Any], labels: Sequence[Any]) -> Items:
         return given_items(given, labels, isinstance(self.reading_, Tokenise))
@@ -274,6 +270,21 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return head
 
 
+def shared_backbone(name: str, weights: str | None, image_size: int | None) -> nn.Module:
+    """The backbone that estimators of these settings share; the last two that were asked for are kept.
+
+    Args:
+        name, weights, image_size: as `load_backbone` has them.
+    """
+    key = (name, weights, image_size)
+    if key not in _BACKBONES:
+        _BACKBONES[key] = load_backbone(*key)
+    _BACKBONES.move_to_end(key)
+    while len(_BACKBONES) > _BACKBONES_AT_MOST:
+        _BACKBONES.popitem(last=False)
+    return _BACKBONES[key]
+
+
 def _given(X: Any) -> list[Any] | None:
     """The items, or None where X is rows of numbers."""
     table = X.to_numpy() if hasattr(X, "iloc") else X
@@ -297,12 +308,12 @@ def _moments(x: Tensor) -> Moments:
 def _standardise(head: nn.Linear, inputs: Moments | None, outputs: Moments | None) -> None:
     """A head of standardised inputs and outputs that computes what it did."""
     if inputs is not None:
-        head.bias += head.weight @ inputs[0]
-        head.weight *= inputs[1]
+        head.bias.add_(head.weight @ inputs[0])
+        head.weight.mul_(inputs[1])
     if outputs is not None:
         mean, std = (x.to(head.bias) for x in outputs)
         head.bias.copy_((head.bias - mean) / std)
-        head.weight /= std[:, None]
+        head.weight.div_(std[:, None])
 
 
 @torch.no_grad()
@@ -310,8 +321,8 @@ def _restore(head: nn.Linear, inputs: Moments | None, outputs: Moments | None) -
     """The inverse of `_standardise`."""
     if outputs is not None:
         mean, std = (x.to(head.bias) for x in outputs)
-        head.weight *= std[:, None]
+        head.weight.mul_(std[:, None])
         head.bias.copy_(head.bias * std + mean)
     if inputs is not None:
-        head.weight /= inputs[1]
-        head.bias -= head.weight @ inputs[0]
+        head.weight.div_(inputs[1])
+        head.bias.sub_(head.weight @ inputs[0])

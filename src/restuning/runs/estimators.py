@@ -49,6 +49,7 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     """
 
     kind = "single-label"
+    classes_: Any
 
     def fit(self, X: Any, y: Any) -> Self:
         """Train a new model.
@@ -156,6 +157,7 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
     """
 
     kind = "regression"
+    flat_: bool
 
     def fit(self, X: Any, y: Any) -> Self:
         """Train a new model.
