@@ -22,19 +22,15 @@ check: setup  ## format, lint, types, import layers
 
 bench: setup  ## the recorded tables of docs/results; hours
 	for what in memory step multitask mixed grid bank; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
-	$(PY) scripts/bench_vit_tiny.py
-	$(PY) scripts/bench_methods.py
-	$(PY) scripts/bench_bank_formats.py
-	$(PY) scripts/bench_text.py
-	$(PY) scripts/bench_resnet.py
-	$(PY) scripts/bench_unet.py
+	for what in vit-tiny methods bank-formats text resnet18 unet; do \
+	.venv/bin/restuning reproduce $$what --data-root ../shared/data --out runs/$$what || exit 1; done
 	$(PY) scripts/convert_taef2.py --out runs/emoji/vae
 	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data --save-every 300
-	$(PY) scripts/bench_emoji.py
-	$(PY) scripts/bench_tasks.py
+	.venv/bin/restuning reproduce emoji --data-root ../shared/data --out runs/emoji/tuned
+	.venv/bin/restuning reproduce tasks --data-root ../shared/data --out runs/emoji/tasks
 	.venv/bin/restuning reproduce small --data-root ../shared/data --out runs/small
 	.venv/bin/restuning report runs/small --out docs/results/small
-	.venv/bin/restuning bench memory --backbone resnet50 --batch 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
+	.venv/bin/restuning bench memory --backbone resnet50 --batch-size 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
 
 clean:
 	rm -rf .venv runs

@@ -210,7 +210,7 @@ def test_steps_that_are_run_again(half: bool, dropout: float, monkeypatch: pytes
         return [said.detach(), *(p.grad.clone() for p in tuned.adapters.parameters() if p.grad is not None)]
 
     ours = found()
-    monkeypatch.setattr("restuning.side.bypass.again", lambda step, inputs, parameters: step(*inputs))
+    monkeypatch.setattr("restuning.side.bypass.checkpoint", lambda step, *inputs, **_: step(*inputs))
     torch.testing.assert_close(ours, found())
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from restuning.cli.main import _parser
+from restuning.cli.main import parse
 from restuning.errors import RestuningError
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +62,7 @@ def test_commands_parse(path: Path) -> None:
                     continue
                 if len(argv) > 1 and argv[0] == "restuning":
                     try:
-                        _parser().parse_args(argv[1:])
+                        parse(argv[1:])
                     except RestuningError as error:  # a part of a command may be shown
                         if not re.search("are required|expected (one|at least one) argument", str(error)):
                             raise AssertionError(f"{part}: {error}") from error

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from restuning.cli.main import _parser
+from restuning.cli.main import parse
 from restuning.data import KINDS
 from restuning.errors import RestuningError
 from restuning.methods.named import find_method
@@ -33,7 +33,7 @@ def test_an_experiment_is_whole(name: str) -> None:
     for command in filter(None, (found.said, *(row.command for row in found.rows))):
         if not command.startswith("python -m pytest "):
             assert command.startswith("restuning ")
-            _parser().parse_args(command.split()[1:])
+            parse(command.split()[1:])
 
 
 @pytest.mark.skipif(not PAPER.exists(), reason="the paper's tables are not beside this checkout")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from restuning.backbones.load import describe_backbone
-from restuning.cli.main import _parser
+from restuning.cli.main import parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -29,7 +29,7 @@ def test_the_commands_parse() -> None:
     lines = [line for line in README.splitlines() if line.startswith("restuning ")]
     assert len(lines) == 13
     for line in lines:
-        _parser().parse_args(shlex.split(line)[1:])
+        parse(shlex.split(line)[1:])
 
 
 def test_the_table_of_methods_is_what_params_prints() -> None:

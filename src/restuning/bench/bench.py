@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ from restuning.model.tuned import Tuned, adapt
 from restuning.side.features import Features
 from restuning.training.config import TrainConfig, data_order, parameter_groups
 from restuning.utils.figures import Record
+from restuning.utils.options import ImageSize, Option
 from restuning.utils.profiling import in_turn, peak_bytes, saved_bytes, spread
 
 if TYPE_CHECKING:
@@ -76,16 +77,21 @@ class Bench:
     """The settings of a benchmark. methods: of `memory` and `step`, peers among them; tasks: adapters; points: of a
     grid."""
 
-    backbone: str = "vit_base_patch16_224"
-    weights: str = "random"
-    image_size: int | None = None
-    batch: int = 8
-    rounds: int = 5
-    classes: int = 100
-    tasks: int = 19
-    points: int = 8
-    device: str = "cpu"
-    methods: tuple[str, ...] = (*METHODS, *PEERS)
+    backbone: Annotated[str, Option("a timm model, or restuning-micro")] = "vit_base_patch16_224"
+    weights: Annotated[str, Option("file of pretrained weights")] = "random"
+    image_size: ImageSize = None
+    batch: Annotated[
+        int, Option("images (default 8; mixed 64; grid and bank 32)", flag="batch-size", aliases=("batch",))
+    ] = 8
+    rounds: Annotated[int, Option("ratios are taken round by round")] = 5
+    classes: Annotated[int, Option("of each head (default 100; multitask 10)")] = 100
+    tasks: Annotated[int, Option("multitask: most tasks (default 1000); mixed: adapters (default 19)")] = 19
+    points: Annotated[int, Option("of a grid")] = 8
+    device: Annotated[str, Option("cpu or cuda")] = "cpu"
+    methods: Annotated[tuple[str, ...], Option("memory and step: methods and peers (default: all)", flag="method")] = (
+        *METHODS,
+        *PEERS,
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch", "rounds", "classes", "tasks", "points"):

@@ -1,1 +1,1 @@
-"""The command line: one file for each kind of work."""
+"""The command line: `main.py` has the table of commands, and each is one file by its name."""

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from restuning.model.denoiser import Plug
 from restuning.model.files import changes_the_base, fetch
 from restuning.model.tuned import Tuned
 from restuning.utils.files import atomic_write
+from restuning.utils.options import Option
 
 Share = Literal["exact", "base-trajectory", "mean-trajectory"]
 SHARES = ("exact", "base-trajectory", "mean-trajectory")
@@ -41,15 +42,20 @@ class Asked:
     latent; `mean-trajectory`: one, at the mean of their latents. Both are approximations. batch_size: pictures at once.
     """
 
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...] = (0,)
-    negative: str = ""
-    size: int | None = None
-    steps: int = 50
-    guidance: float = 3.0
-    sampler: str = "plms"
-    share: Share = "exact"
-    batch_size: int = 8
+    prompts: Annotated[tuple[str, ...], Option("what to generate")]
+    seeds: Annotated[tuple[int, ...], Option("of each prompt")] = (0,)
+    negative: Annotated[str, Option("what to lead away from (default: the empty prompt)")] = ""
+    size: Annotated[
+        int | None,
+        Option("pixels a side (default: that of the first run, or the base's)", flag="image-size", aliases=("size",)),
+    ] = None
+    steps: Annotated[int, Option("of the sampler")] = 50
+    guidance: Annotated[float, Option("classifier-free")] = 3.0
+    sampler: Annotated[str, Option("plms, ddim or dpm")] = "plms"
+    share: Annotated[
+        Share, Option("how bypasses share the U-Net: exact, base-trajectory, mean-trajectory", parse=str)
+    ] = "exact"
+    batch_size: Annotated[int, Option("images at once")] = 8
 
     def __post_init__(self) -> None:
         if not self.prompts or not self.seeds:

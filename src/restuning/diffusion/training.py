@@ -1,12 +1,11 @@
 """Tuning a text-to-image base: the noise-prediction loss over kept latents; a run from its settings to its files."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,8 @@ from restuning.training.logging import History, bar
 from restuning.training.loop import accelerated, fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.options import CAPTIONS, TUNER_SIZE, Blocks, Option
+from restuning.utils.plain import read_plain
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
@@ -57,22 +58,29 @@ class DiffusionRun:
     latents and embeddings (None: in the run's own). prompts: painted every `sample_every` epochs.
     """
 
-    base: str
-    data: str
-    method: str | Mapping[str, Any] = "res-tuning"
-    size: int = 512
-    width: int | None = None
-    blocks: tuple[int, ...] | None = None
-    flip: bool = True
-    drop: float = 0.1
-    truncate: bool = False
-    prior_prompt: str | None = None
-    prior_images: int = 100
-    prior_weight: float = 1.0
-    latents: str | None = None
-    gradient_checkpointing: bool = False
-    prompts: tuple[str, ...] = ()
-    sample_every: int = 1
+    base: Annotated[str, Option("a pipeline of diffusers: a folder, or a hub id")]
+    data: Annotated[str, Option(CAPTIONS)]
+    method: Annotated[
+        str | Mapping[str, Any],
+        Option("full, lora, adapter, prefix, prompt, res-tuning, bypass, scedit, a .json file", parse=str),
+    ] = "res-tuning"
+    size: Annotated[int, Option("pixels a side", flag="image-size", aliases=("size",))] = 512
+    width: Annotated[int | None, replace(TUNER_SIZE, aliases=("width",))] = None
+    blocks: Blocks = None
+    flip: Annotated[bool, Option("no mirrored images")] = True
+    drop: Annotated[float, Option("share of captions left out, for guidance")] = 0.1
+    truncate: Annotated[bool, Option("cut captions that are too long")] = False
+    prior_prompt: Annotated[str | None, Option("DreamBooth's prior preservation: the class, as the base knows it")] = (
+        None
+    )
+    prior_images: Annotated[int, Option("that the base generates of it")] = 100
+    prior_weight: Annotated[float, Option("of their loss")] = 1.0
+    latents: Annotated[
+        str | None, Option("folder that keeps latents and embeddings for other runs (default: OUT/latents)")
+    ] = None
+    gradient_checkpointing: Annotated[bool, Option("the U-Net's own")] = False
+    prompts: Annotated[tuple[str, ...], Option("generated at intervals, into OUT/samples-EPOCH.png")] = ()
+    sample_every: Annotated[int, Option("epochs", metavar="EPOCHS")] = 1
     training: TrainConfig = RECIPE
 
     def __post_init__(self) -> None:
@@ -95,29 +103,10 @@ class DiffusionRun:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "DiffusionRun":
-        """The inverse of `to_dict`. Raises RestuningError for settings that are unknown or missing."""
-        unknown = sorted(set(data) - {f.name for f in fields(cls)})
-        if unknown or not {"base", "data"} <= set(data):
-            raise RestuningError(f"a run with unknown settings {unknown}" if unknown else "a run without base or data")
-        blocks = data.get("blocks")
-        try:
-            training = TrainConfig(**{**asdict(RECIPE), **data.get("training", {})})
-        except TypeError as error:
-            raise RestuningError(f"a run with unknown training settings: {error}") from error
-        more = {"prompts": tuple(data.get("prompts", ())), "blocks": None if blocks is None else tuple(blocks)}
-        return cls(**{**data, **more, "training": training})
-
 
 def read_run(path: Path) -> DiffusionRun:
     """A run.json. Raises RestuningError if it is not there, cannot be read, or is of another kind."""
-    try:
-        return DiffusionRun.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise RestuningError(f"no recorded run at {path}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RestuningError(f"{path} is damaged: {error}") from error
+    return read_plain(path, DiffusionRun, lambda data: {**data, "training": asdict(RECIPE) | data.get("training", {})})
 
 
 class Noised:

@@ -1,12 +1,13 @@
 """Methods as plain data, for JSON."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
-from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from restuning.errors import MethodError, line
 from restuning.methods.spec import KINDS, TUNER_CONFIGS, Method
+from restuning.utils.plain import convert
 
 
 def to_dict(method: Method) -> dict[str, Any]:
@@ -60,21 +61,9 @@ def _build(name: str, table: Mapping[str, Any], settings: Mapping[str, Any]) -> 
         raise MethodError(f"unknown settings of {name}: {', '.join(sorted(unknown))}")
     hints = get_type_hints(table[name])
     for setting, value in settings.items():
-        if not _is(value, hints[setting]):
-            wanted = getattr(hints[setting], "__name__", hints[setting])
-            raise MethodError(f"{name}: {setting} is {value!r}: expected {wanted}")
+        with suppress(TypeError):  # no plain type, such as a tuner's: its own check decides
+            convert(hints[setting], value, f"{name}: {setting} is {value!r}", MethodError)
     try:
         return table[name](**settings)
     except (TypeError, AttributeError) as error:
         raise MethodError(f"{name} cannot be read: {line(error)}") from error
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value can be what a setting is declared as; where that is no plain type, its own check decides."""
-    kind = get_origin(hint)
-    if kind in (Union, UnionType):
-        return any(_is(value, one) for one in get_args(hint))
-    if kind in (Sequence, Mapping):
-        return isinstance(value, kind) and not isinstance(value, str)
-    wanted = {int: (int,), float: (int, float), bool: (bool,), str: (str,), NoneType: (NoneType,)}.get(hint)
-    return wanted is None or (isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)))

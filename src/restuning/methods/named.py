@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from restuning.errors import MethodError, line
-from restuning.methods.files import from_dict
+from restuning.methods.files import from_dict, to_dict
 from restuning.methods.spec import KINDS, Full, Method, Residual
 from restuning.side import Bypass, BypassAttention, BypassQuery, Ladder, LinearAll, SideTuning
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
@@ -134,6 +134,14 @@ ABOUT: dict[str, str] = {
     "bypass-query": "learned queries that attend to the tokens of all layers, beside linear-all (ours)",
     "bypass-attention": "self-attention among the tokens of all layers, beside linear-all (ours)",
 }
+
+
+def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with what a method's .json file holds in place of its name, for a run that records them."""
+    method = settings.get("method")
+    if isinstance(method, str) and method.endswith(".json"):
+        return {**settings, "method": to_dict(find_method(method))}
+    return dict(settings)
 
 
 def find_method(method: str | Mapping[str, Any] | Method, family: str = "") -> Method:

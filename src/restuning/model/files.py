@@ -17,6 +17,7 @@ from restuning.methods.files import from_dict
 from restuning.methods.spec import Method
 from restuning.utils.files import as_json, atomic_write
 from restuning.utils.hub import hub
+from restuning.utils.plain import from_plain
 
 if TYPE_CHECKING:
     from restuning.model.tuned import Tuned
@@ -34,7 +35,7 @@ class AdapterConfig:
     backbone: Mapping[str, Any]
     pool: str
     num_classes: int | None
-    classes: Sequence[str] | None = None
+    classes: Sequence[Any] | None = None
     preprocessing: Mapping[str, Any] | None = None
     kind: str = "single-label"
 
@@ -94,13 +95,8 @@ def read_config(folder: Path) -> AdapterConfig:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         found = data.get("format", data.get("peft_type", "none")) if isinstance(data, dict) else "none"
         raise CheckpointError(f"{config} is not of this library: its format is {found!r}, expected {FORMAT!r}")
-    names = [f.name for f in fields(AdapterConfig)]
-    data = {"kind": AdapterConfig.kind, **data}  # older files hold adapters of this one kind
-    missing = [name for name in names if name not in data]
-    missing += [name for name in ("spec", "backbone") if name in data and not isinstance(data[name], dict)]
-    if missing:
-        raise CheckpointError(f"{config} is incomplete: it lacks {', '.join(missing)}")
-    return AdapterConfig(**{name: data[name] for name in names})
+    held = {f.name: data[f.name] for f in fields(AdapterConfig) if f.name in data}  # the rest is of the file
+    return from_plain(AdapterConfig, held, str(config), CheckpointError)
 
 
 def changes_the_base(folder: Path) -> bool:

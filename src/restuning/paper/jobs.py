@@ -29,7 +29,7 @@ from restuning.model.files import read as read_adapter
 from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
 from restuning.paper.results import RESULTS, Record, append, key_of, read, where
-from restuning.runs.banks import build_bank
+from restuning.runs.banks import BankSettings, build_bank
 from restuning.runs.load import transform_of
 from restuning.runs.run import execute
 from restuning.runs.settings import RESULT, RUN, Run
@@ -265,7 +265,7 @@ def _bank(job: Job, out: Path, dtype: str, progress: bool) -> Path:
     }
     folder = out / BANKS / _hash(settings)
     if not (folder / MANIFEST).exists():
-        build_bank(out=folder, sizes={}, progress=progress, resume=True, **settings)
+        build_bank(BankSettings(**settings), folder, resume=True, progress=progress)
     return folder
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from restuning.paper.experiments import Data, Experiment, Row
 from restuning.paper.jobs import Done, Job, blank, finish, method_of, one_seed, reads_all, reads_features
 from restuning.paper.results import RESULTS, key_of, read
 from restuning.utils.files import as_json, atomic_write, locked
+from restuning.utils.options import BACKBONE, DTYPES, ImageSize, Option, Weights
 
 SETTINGS = "reproduce.json"
 Engine = Callable[[Sequence[Job], Path, str], Iterator[Done]]
@@ -31,22 +32,22 @@ class Settings:
     """What is not the experiment's own: data_root, in place of `{root}`; the rest in place of what it says. dtype: of
     the features kept."""
 
-    data_root: str
-    backbone: str | None = None
-    weights: str | None = None
-    image_size: int | None = None
-    lrs: tuple[float, ...] | None = None
-    epochs: tuple[int, ...] | None = None
-    seeds: tuple[int, ...] | None = None
-    dtype: str = "float32"
+    data_root: Annotated[str, Option("where its data are; see `restuning data list`", metavar="DIR")]
+    backbone: Annotated[str | None, Option(f"{BACKBONE}, in place of the experiment's")] = None
+    weights: Weights = None
+    image_size: ImageSize = None
+    lrs: Annotated[tuple[float, ...] | None, Option("in place of the experiment's", flag="lr")] = None
+    epochs: Annotated[tuple[int, ...] | None, Option("in place of the experiment's")] = None
+    seeds: Annotated[tuple[int, ...] | None, Option("in place of the experiment's")] = None
+    dtype: Annotated[str, Option("of the banks", choices=DTYPES)] = "float32"
 
 
 @dataclass(frozen=True)
 class Only:
     """Which parts of an experiment: all where nothing is said."""
 
-    rows: tuple[str, ...] = ()
-    columns: tuple[str, ...] = ()
+    rows: Annotated[tuple[str, ...], Option("these rows alone", flag="row")] = ()
+    columns: Annotated[tuple[str, ...], Option("these columns alone", flag="column")] = ()
 
     def check(self, experiments: Sequence[Experiment]) -> None:
         """Raises RestuningError for a name that none of them has."""

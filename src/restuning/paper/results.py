@@ -1,6 +1,5 @@
 """Results as JSON lines: one a score, appended by any number of processes, each key once."""
 
-import fcntl
 import json
 import os
 import platform
@@ -9,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from restuning._version import __version__
 from restuning.errors import RestuningError
@@ -30,8 +31,7 @@ def append(path: Path, records: Sequence[Record]) -> int:
     taken away. Raises RestuningError where the file cannot be written or is damaged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        with FileLock(path.with_name(path.name + ".lock")), open(path, "a+b") as file:
             file.seek(0)
             data = file.read()
             whole = data[: data.rfind(b"\n") + 1]

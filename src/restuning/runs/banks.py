@@ -1,8 +1,9 @@
 """Runs and banks: build one by names, and the settings that one decides."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
@@ -19,6 +20,19 @@ from restuning.side import Bypass, BypassQuery, LinearAll
 from restuning.side.features import MEAN
 from restuning.training.components import Components, fit_components, widths_of
 from restuning.training.logging import bar
+from restuning.utils.options import (
+    BACKBONE,
+    DATA,
+    DTYPES,
+    ImageSize,
+    MaxLength,
+    Option,
+    TestSize,
+    Tokenizer,
+    TrainSize,
+    ValSize,
+    Weights,
+)
 
 
 def from_bank(path: str | Path) -> dict[str, Any]:
@@ -39,39 +53,61 @@ def _agree(run: Run, bank: str) -> None:
         raise RestuningError(f"{bank} holds features: augmented ones are built by restuning bank --views")
 
 
-def build_bank(
-    data: str,
-    out: Path,
-    *,
-    backbone: str = MICRO,
-    weights: str | None = None,
-    image_size: int | None = None,
-    crop: bool = False,
-    tokenizer: str | None = None,
-    max_length: int | None = None,
-    tokens: str | None = None,
-    sizes: Mapping[str, int | None],
-    progress: bool = True,
-    say: Callable[[int, int], None] = lambda each, items: None,
-    resume: bool = False,
-    **settings: Any,
-) -> dict[str, Any]:
-    """Load the data and the backbone, and build a bank of all layers; see `restuning.bank.build` for `settings`.
+@dataclass(frozen=True)
+class BankSettings:
+    """What a bank is of.
 
     tokens: `first`, `last`, `all`, `mean` (where there is no CLS beside patches), g for CLS and a g × g grid, `pooled`
     (what linear-all reads), `int8` (all tokens, each quantised), or `pca:K` and `pca:K:FILE` (K components of every
     token, fitted on the training items or taken from a file, and what is pooled); None: what the backbone's pooling
-    sees. say: told the bytes of an item and how many there are, before anything is written.
+    sees.
     """
-    model = load_backbone(backbone, weights, image_size)
-    tokens, count, file = _components(tokens)
-    if tokens == "int8":
-        tokens, settings["dtype"] = "all", "int8"
+
+    data: Annotated[str, Option(DATA)]
+    backbone: Annotated[str, Option(BACKBONE)] = MICRO
+    weights: Weights = None
+    image_size: ImageSize = None
+    tokenizer: Tokenizer = None
+    max_length: MaxLength = None
+    crop: Annotated[bool, Option("the backbone's centre crop, not the whole image")] = False
+    tokens: Annotated[
+        str | None,
+        Option(
+            "first, last, mean, all, int8 (all, quantised), G for CLS and a G x G grid, pooled (of linear-all), "
+            "or pca:K[:FILE], K components of every token, fitted or from a file (default: what the pooling sees)"
+        ),
+    ] = None
+    dtype: Annotated[str, Option("of the features", choices=(*DTYPES, "float64"))] = "float32"
+    views: Annotated[int, Option("augmented views of each training image", metavar="K")] = 1
+    train_size: TrainSize = None
+    val_size: ValSize = 0
+    test_size: TestSize = None
+    batch_size: Annotated[int, Option()] = 32
+    seed: Annotated[int, Option()] = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RestuningError(f"--batch-size {self.batch_size}: expected at least 1")
+
+
+def build_bank(
+    settings: BankSettings,
+    out: Path,
+    *,
+    resume: bool = False,
+    progress: bool = True,
+    say: Callable[[int, int], None] = lambda each, items: None,
+) -> dict[str, Any]:
+    """Load the data and the backbone, and build a bank of all layers in `out` (see `restuning.features.bank.build`).
+    Returns its manifest. say: told the bytes of an item and how many there are, before anything is written."""
+    model = load_backbone(settings.backbone, settings.weights, settings.image_size)
+    tokens, count, file = _components(settings.tokens)
+    tokens, dtype = ("all", "int8") if tokens == "int8" else (tokens, settings.dtype)
     if tokens not in (None, "first", "last", "all", "mean", "pooled", "pca") and not tokens.isdecimal():
         raise RestuningError(
             f"tokens {tokens!r}: expected first, mean, all, last, pooled, int8, pca:K, or the cells a side of a grid"
         )
-    reads: dict[str, Any] = {"image_size": image_size, "crop": crop, "tokenizer": tokenizer, "max_length": max_length}
+    reads: dict[str, Any] = {k: getattr(settings, k) for k in ("image_size", "crop", "tokenizer", "max_length")}
     how = reading_of(model, **reads)
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     # a mean over all tokens of a text has their mask kept too
@@ -79,34 +115,45 @@ def build_bank(
     pool = {"first": "cls", "last": "last", "all": all_tokens}.get(tokens or "")
     readers: dict[str, Method] = {"pooled": LinearAll(), "pca": BypassQuery()}
     reader = readers.get(tokens or "", Bypass(grid=grid))
-    tuned = adapt(model, reader, pool=pool, backbone_name=backbone)
+    tuned = adapt(model, reader, pool=pool, backbone_name=settings.backbone)
     if tokens == "mean" and tuned.request.tokens != MEAN:
         raise RestuningError("tokens 'mean': this backbone has tokens before its patches; 1 keeps CLS and the mean")
     if torch.cuda.is_available():
         tuned.cuda()
-    task = load_task(data, **{"val_size": 0, **sizes})  # type: ignore[arg-type]
+    sizes = {k: getattr(settings, k) for k in ("train_size", "val_size", "test_size", "seed")}
+    task = load_task(settings.data, **sizes)
     if task.kind == "per-token":
         raise RestuningError(f"{task.spec}: a bank keeps one label for each item, and these are by token")
     components = None
     train = prepared(task.train, how, cache=False)
     if tokens == "pca":
         there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
-        components = (
-            Components.load(there) if there else fit_components(tuned, train, count, settings.get("batch_size") or 32)
-        )
+        components = Components.load(there) if there else fit_components(tuned, train, count, settings.batch_size)
         components.check(widths_of(tuned, tuned.request.layers), str(there))
         if components.count != count:
             raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
-    items = len(task.train) * settings.get("views", 1) + len(task.val or ()) + len(task.test)
-    say(bytes_kept(tuned, train, settings.get("dtype", "float32"), components), items)
+    items = len(task.train) * settings.views + len(task.val or ()) + len(task.test)
+    say(bytes_kept(tuned, train, dtype, components), items)
     with bar(100, progress) as show:
 
         def seen(done: int, of: int) -> None:
             show(100 * done // of, f"{done} of {of}")
 
-        source = {"backbone": backbone, "weights": weights, **reads}
-        about = {"source": source, "test_size": sizes.get("test_size")}
-        return build(tuned, task, how, out, about=about, seen=seen, components=components, resume=resume, **settings)
+        source = {"backbone": settings.backbone, "weights": settings.weights, **reads}
+        return build(
+            tuned,
+            task,
+            how,
+            out,
+            dtype=dtype,
+            views=settings.views,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            about={"source": source, "test_size": settings.test_size},
+            components=components,
+            resume=resume,
+            seen=seen,
+        )
 
 
 def _components(tokens: str | None) -> tuple[str | None, int, Path | None]:

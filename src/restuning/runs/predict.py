@@ -15,7 +15,7 @@ from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.model.files import AdapterConfig
 from restuning.model.tuned import Tuned
 from restuning.runs.load import load_tuned, transform_of
-from restuning.training.evaluate import loader, padded
+from restuning.training.evaluate import loader, padded, to_device
 from restuning.utils.files import atomic_write
 
 
@@ -25,6 +25,8 @@ def predict(
     top: int = 1,
     weights: str | None = None,
     embeddings: Path | None = None,
+    device: str | None = None,
+    batch_size: int = 32,
 ) -> list[dict[str, Any]]:
     """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
     with their classes under per-token.
@@ -32,12 +34,14 @@ def predict(
     given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
     parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
     shape run as one; others take a pass each. embeddings: a .safetensors file for what the heads read, (items, d) for
-    each adapter.
+    each adapter. device: as `device_of` has it.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
+    place = device_of(device)
     tuned, names = _load(adapters, weights)
+    tuned.to(place)
     configs = {name: tuned.adapter_config(name) for name in names}
     shared: list[str] = []
     alone: list[str] = []
@@ -54,16 +58,16 @@ def predict(
     begins: list[Tensor] = []
     tuned.eval()
     with torch.inference_mode():
-        for inputs, labels in loader(examples, 32):
+        for inputs, labels in loader(examples, batch_size):
             begins.append(labels)
             for group in groups:
                 tuned.set_adapter(group)
-                features = tuned.features(inputs)
+                features = tuned.features(to_device(inputs, place))
                 for found, head in ((said, True), (read, False)):
                     if head or embeddings is not None:
                         out = tuned.from_features(features, head=head)
                         for name in group:
-                            found[name].append(out[name] if len(group) > 1 else out)
+                            found[name].append((out[name] if len(group) > 1 else out).cpu())
     if embeddings is not None:
         from safetensors.torch import save
 
@@ -81,6 +85,18 @@ def predict(
         for i, path in enumerate(items.names)
         for name, folder in names.items()
     ]
+
+
+def device_of(name: str | None = None) -> torch.device:
+    """cpu, cuda, cuda:N or mps; None: a GPU where there is one. Raises RestuningError for one that cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise RestuningError(f"device {name!r} cannot be used here: {line(error)}") from error
+    return device
 
 
 def _texts(given: str, words: bool) -> Texts:

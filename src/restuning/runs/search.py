@@ -3,9 +3,9 @@
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from restuning.training.loop import fit
 from restuning.tuners import Adapter, Lora, PromptTuning
 from restuning.tuners.base import TunerConfig, as_tuner, copy_contract
 from restuning.utils.files import as_json, atomic_write
+from restuning.utils.options import Option
+from restuning.utils.plain import read_plain
 
 KINDS: Mapping[str, tuple[str, TunerConfig]] = {
     "adapter": ("ffn", Adapter(10, source="out")),
@@ -229,36 +231,44 @@ def evolve(
 
 
 @dataclass(frozen=True)
+class SearchSettings:
+    """How far a search goes."""
+
+    limit: Annotated[int, Option("most tuner parameters")] = 360_000
+    population: Annotated[int, Option("subnets in a generation")] = 16
+    generations: Annotated[int, Option()] = 4
+
+    def __post_init__(self) -> None:
+        if self.population < 2 or self.generations < 0:
+            raise RestuningError(
+                f"population {self.population}, generations {self.generations}: expected at least 2 and 0"
+            )
+
+
+DEFAULT = SearchSettings()
+
+
+@dataclass(frozen=True)
 class SearchRun:
     """Everything that decides a search's outcome."""
 
     run: Run
-    limit: int
-    population: int
-    generations: int
+    search: SearchSettings
 
     def to_dict(self) -> dict[str, Any]:
-        own = {"limit": self.limit, "population": self.population, "generations": self.generations}
-        return {**self.run.to_dict(), "search": own}
+        return {**self.run.to_dict(), "search": asdict(self.search)}
 
     @classmethod
     def read(cls, path: Path) -> "SearchRun":
         """The run.json of a search. Raises RestuningError for one that cannot be read, or is a run's."""
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-            own = held.pop("search")
-            return cls(Run.from_dict(held), **own)
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise RestuningError(f"{path} is damaged, or no search's: {error}") from error
+        return read_plain(path, cls, lambda held: {"search": held.pop("search", None), "run": held})
 
 
 def search(
     run: Run,
     out: Path,
+    settings: SearchSettings = DEFAULT,
     *,
-    limit: int = 360_000,
-    population: int = 16,
-    generations: int = 4,
     resume: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -267,10 +277,8 @@ def search(
     The found method is trained again from its birth by `restuning train --method OUT/method.json`. Returns what
     search.json holds. Raises MethodError for a limit below the smallest subnet.
     """
-    if population < 2 or generations < 0:
-        raise RestuningError(f"population {population}, generations {generations}: expected at least 2 and 0")
-    asked_for = SearchRun(run, limit, population, generations)
-    with run_directory(out, asked_for, resume, SearchRun.read, SEARCH):
+    limit = settings.limit
+    with run_directory(out, SearchRun(run, settings), resume, SearchRun.read, SEARCH):
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
         how = reading_of(backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
         config = replace(run.training, lr=run.lrs[0], accumulate=_SANDWICH)
@@ -292,8 +300,8 @@ def search(
         for best in evolve(
             net,
             val,
-            population=population,
-            generations=generations,
+            population=settings.population,
+            generations=settings.generations,
             seed=config.seed,
             batch_size=config.batch_size,
             kind=task.kind,

@@ -1,11 +1,10 @@
 """A run's settings as data, and the files that record them."""
 
-import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -15,6 +14,23 @@ from restuning.errors import RestuningError
 from restuning.methods.named import find_method
 from restuning.methods.spec import Method, on_blocks, resize
 from restuning.training.config import TrainConfig
+from restuning.utils.options import (
+    BACKBONE,
+    DATA,
+    TUNER_SIZE,
+    Blocks,
+    ImageSize,
+    MaxLength,
+    Option,
+    Pool,
+    Shots,
+    TestSize,
+    Tokenizer,
+    TrainSize,
+    ValSize,
+    Weights,
+)
+from restuning.utils.plain import read_plain
 
 RUN, RESULT, TRIALS = "run.json", "result.json", "trials.json"
 
@@ -27,26 +43,32 @@ class Run:
     training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
     """
 
-    data: str
-    method: str | Mapping[str, Any] = "res-tuning"
-    backbone: str = MICRO
-    weights: str | None = None
-    image_size: int | None = None
-    bank: str | None = None
-    size: int | None = None
-    blocks: tuple[int, ...] | None = None
-    pool: str | None = None
-    train_size: int | None = None
-    shots: int | None = None
-    val_size: int = 0
-    test_size: int | None = None
-    augment: bool = False
-    crop: bool = False
-    tokenizer: str | None = None
-    max_length: int | None = None
-    class_weights: Literal["balanced"] | None = None
-    keep_features: bool = True
-    lrs: tuple[float, ...] = (1e-3,)
+    data: Annotated[str, Option(DATA)]
+    method: Annotated[
+        str | Mapping[str, Any], Option("see `restuning methods`, or a method's .json file", parse=str)
+    ] = "res-tuning"
+    backbone: Annotated[str, Option(BACKBONE)] = MICRO
+    weights: Weights = None
+    image_size: ImageSize = None
+    bank: Annotated[str | None, Option("train from a bank's features, without data and backbone", metavar="DIR")] = None
+    size: Annotated[int | None, TUNER_SIZE] = None
+    blocks: Blocks = None
+    pool: Pool = None
+    train_size: TrainSize = None
+    shots: Shots = None
+    val_size: ValSize = 0
+    test_size: TestSize = None
+    augment: Annotated[bool, Option("RandomResizedCrop and flip")] = False
+    crop: Annotated[bool, Option("the backbone's centre crop, not the whole image")] = False
+    tokenizer: Tokenizer = None
+    max_length: MaxLength = None
+    class_weights: Annotated[
+        Literal["balanced"] | None, Option("weigh classes in the loss so that each counts as much")
+    ] = None
+    keep_features: Annotated[
+        bool, Option("run the backbone in every epoch even where its features could be kept in memory")
+    ] = True
+    lrs: Annotated[tuple[float, ...], Option("learning rate; several: chosen on validation", flag="lr")] = (1e-3,)
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
@@ -69,36 +91,10 @@ class Run:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Run":
-        """The inverse of `to_dict`. Raises RestuningError for settings that are unknown or missing."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown or "data" not in data:
-            raise RestuningError(f"a run with unknown settings {unknown}" if unknown else "a run without 'data'")
-        blocks = data.get("blocks")
-        try:
-            training = TrainConfig(**data.get("training", {}))
-        except TypeError as error:
-            raise RestuningError(f"a run with unknown training settings: {error}") from error
-        return cls(
-            **{
-                **data,
-                "blocks": None if blocks is None else tuple(blocks),
-                "lrs": tuple(data.get("lrs", (1e-3,))),
-                "training": training,
-            }
-        )
-
 
 def read_run(path: Path) -> Run:
     """A run.json. Raises RestuningError if it is not there or cannot be read."""
-    try:
-        return Run.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise RestuningError(f"no recorded run at {path}: expected a {RUN}") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise RestuningError(f"{path} is damaged: {error}") from error
+    return read_plain(path, Run)
 
 
 def versions() -> dict[str, str]:

@@ -7,7 +7,7 @@ import statistics
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from restuning.side.features import Features
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import padded
 from restuning.utils.files import as_json, atomic_write, contents, locked
+from restuning.utils.options import Option, Pool, Shots, TrainSize, ValSize
 
 SWEEP, RECORD = "sweep.json", "settings.json"
 
@@ -36,15 +37,15 @@ SWEEP, RECORD = "sweep.json", "settings.json"
 class Sweep:
     """Every method × rate × length × seed. Splits and births are those of a `Run` of the same seed."""
 
-    bank: str
-    methods: tuple[str, ...] = ("bypass",)
-    lrs: tuple[float, ...] = (0.05, 0.01, 0.005, 0.001)
-    epochs: tuple[int, ...] = (50, 100)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    pool: str | None = None
-    train_size: int | None = None
-    shots: int | None = None
-    val_size: int = 0
+    bank: Annotated[str, Option("a bank's folder", metavar="DIR")]
+    methods: Annotated[tuple[str, ...], Option("names, or .json files", flag="method")] = ("bypass",)
+    lrs: Annotated[tuple[float, ...], Option("learning rates", flag="lr")] = (0.05, 0.01, 0.005, 0.001)
+    epochs: Annotated[tuple[int, ...], Option("lengths")] = (50, 100)
+    seeds: Annotated[tuple[int, ...], Option()] = (0, 1, 2)
+    pool: Pool = None
+    train_size: TrainSize = None
+    shots: Shots = None
+    val_size: ValSize = 0
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

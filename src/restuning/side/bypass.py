@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from restuning.errors import MethodError
-from restuning.side.again import again
 from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid, check_indices
 from restuning.side.features import Features
 from restuning.tuners.base import TunerConfig, as_tuner, check_config, make, mixes_no_tokens, resized
@@ -180,7 +180,7 @@ class BypassNet(SideNetwork):
         for layer, (h, weight) in enumerate(zip(along[1:], gates, strict=True)):
             step = partial(self._step, layer, grids[layer], grids[layer + 1])
             # of a decoder's maps, no more is kept for backward than what is read
-            x = step(x, h, weight) if self.out is None else again(step, (x, h, weight), self._of(layer))
+            x = step(x, h, weight) if self.out is None else checkpoint(step, x, h, weight, use_reentrant=False)
         x = x if self.out is None else self.out(x)
         return x if grids[-1] is None else x.transpose(1, 2).unflatten(2, grids[-1])
 
@@ -192,11 +192,6 @@ class BypassNet(SideNetwork):
     def _read(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2) if x.ndim == 4 else x
         return F.layer_norm(x, x.shape[-1:]) if self.normed else x
-
-    def _of(self, layer: int) -> list[nn.Parameter]:
-        """A step's parameters, but for its gate."""
-        parts = (side[str(layer)] for side in (self.horizontal, self.vertical, self.across) if str(layer) in side)
-        return [p for part in parts for p in part.parameters()]
 
     def _across(self, layer: int, x: Tensor, to: Tensor, was: Any, grid: Any) -> Tensor:
         if x.shape[1] > to.shape[1]:

@@ -4,12 +4,13 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
 from torch import nn
 
 from restuning.errors import RestuningError
+from restuning.utils.options import Option
 
 _MAY_BE_ZERO = ("weight_decay", "label_smoothing", "warmup_epochs", "seed", "workers")
 
@@ -24,21 +25,25 @@ class TrainConfig:
     weights, a mean that decays so much a step, which stands at the end.
     """
 
-    epochs: int = 50
-    lr: float = 1e-3
-    weight_decay: float = 0.05
-    batch_size: int = 32
-    warmup_epochs: float = 10
-    schedule: Literal["cosine", "constant"] = "cosine"
-    label_smoothing: float = 0.0
-    ema: float | None = None
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    accumulate: int = 1
-    clip: float | None = None
-    seed: int = 0
-    patience: int | None = None
-    group_by_length: bool = False
-    workers: int = 0
+    epochs: Annotated[int, Option()] = 50
+    lr: Annotated[float, Option("learning rate")] = 1e-3
+    weight_decay: Annotated[float, Option("never on scales, gates, biases, norms")] = 0.05
+    batch_size: Annotated[int, Option("examples, over all processes")] = 32
+    warmup_epochs: Annotated[float, Option("at most a fifth of all")] = 10
+    schedule: Annotated[Literal["cosine", "constant"], Option("of the learning rate, after the warm-up")] = "cosine"
+    label_smoothing: Annotated[float, Option("share of a label that all classes have")] = 0.0
+    ema: Annotated[float | None, Option("decay of the mean of the weights, which is what is saved (default none)")] = (
+        None
+    )
+    precision: Annotated[Literal["no", "bf16", "fp16"], Option("mixed precision")] = "no"
+    accumulate: Annotated[int, Option("batches per step")] = 1
+    clip: Annotated[float | None, Option("largest gradient norm (default none)")] = None
+    seed: Annotated[int, Option()] = 0
+    patience: Annotated[
+        int | None, Option("stop after so many epochs without a better validation score (default never)")
+    ] = None
+    group_by_length: Annotated[bool, Option("batches of texts of about one length")] = False
+    workers: Annotated[int, Option("processes that load images")] = 0
     save_seconds: float = 60
 
     def __post_init__(self) -> None:
@@ -50,8 +55,9 @@ class TrainConfig:
             raise RestuningError(f"ema is {self.ema!r}: expected a number below 1")
         if not self.label_smoothing < 1:
             raise RestuningError(f"label_smoothing is {self.label_smoothing!r}: expected a number below 1")
+        kinds = get_type_hints(type(self))
         for f in fields(self):
-            value, whole = getattr(self, f.name), f.type in (int, int | None)
+            value, whole = getattr(self, f.name), kinds[f.name] in (int, int | None)
             if f.name in ("precision", "schedule", "group_by_length") or (value is None and f.default is None):
                 continue
             kind = "a whole number" if whole else "a number"

@@ -1,12 +1,13 @@
 """Files written whole or not at all."""
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout  # torch needs it, so it is there
 
 from restuning.errors import Locked, RestuningError
 
@@ -54,14 +55,15 @@ def contents(folder: Path) -> list[str]:
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A folder, made where it is missing, for one process alone. Raises Locked if another has it."""
+    lock = FileLock(out / ".lock")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = (out / ".lock").open("w")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise Locked(f"{out} is in use by another run: choose another folder, or wait for it") from error
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Locked(f"{out} is in use by another run: choose another folder, or wait for it") from error
+    try:
         yield
+    finally:
+        lock.release()

@@ -1,8 +1,6 @@
 """What tuning costs: parameters, bytes saved for backward, peak memory, seconds."""
 
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from restuning.errors import MissingExtra
 
 
 def saved_bytes(run: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int:
@@ -35,7 +35,7 @@ def saved_bytes(run: Callable[[], Any], leave_out: Iterable[Tensor] = ()) -> int
 def peak_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, int]:
     """(before, above): what was held when `run()` began, and how far it rose; allocated on a GPU, else resident.
 
-    A system that cannot forget an earlier peak (all but Linux) wants a fresh process for each call.
+    Linux alone can forget an earlier peak: elsewhere each call wants a fresh process, and macOS tells no peak.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -52,10 +52,16 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> tuple[int, in
 
 
 def _resident(field: str) -> int:
+    """`VmRSS`, what is resident, or `VmHWM`, its peak: where a system keeps none, what is resident too."""
     with suppress(OSError):
         status = Path("/proc/self/status").read_text().splitlines()
         return 1024 * next(int(row.split()[1]) for row in status if row.startswith(field))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        import psutil
+    except ImportError as error:
+        raise MissingExtra("psutil", "bench") from error
+    memory = psutil.Process().memory_info()
+    return int(getattr(memory, "peak_wset", memory.rss) if field == "VmHWM" else memory.rss)
 
 
 def in_turn(

@@ -5,6 +5,7 @@ from importlib import import_module
 
 from restuning.errors import RestuningError
 from restuning.paper.experiments import small
+from restuning.paper.experiments.ours import OWN
 from restuning.paper.experiments.spec import COSTS as COSTS
 from restuning.paper.experiments.spec import Data as Data
 from restuning.paper.experiments.spec import Experiment as Experiment
@@ -27,7 +28,8 @@ def find(name: str) -> list[Experiment]:
     if name in SUITES:
         return [EXPERIMENTS[n] for n in SUITES[name]]
     if name not in EXPERIMENTS:
-        near = difflib.get_close_matches(name, (*EXPERIMENTS, *SUITES), 1)
+        known = (*EXPERIMENTS, *SUITES, *OWN)
+        near = difflib.get_close_matches(name, known, 1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise RestuningError(f"unknown experiment {name!r}{hint}: expected one of {', '.join((*EXPERIMENTS, *SUITES))}")
+        raise RestuningError(f"unknown experiment {name!r}{hint}: expected one of {', '.join(known)}")
     return [EXPERIMENTS[name]]

@@ -2,28 +2,29 @@
 
 import base64
 from collections.abc import Sequence
-from html import escape
+from dataclasses import dataclass
 from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader  # torch needs it, so it is there
 
 from restuning.errors import RestuningError
 from restuning.paper.experiments import COSTS
-from restuning.paper.report.plots import many_tasks, pictures
+from restuning.paper.report.plots import Picture, many_tasks, pictures
 from restuning.paper.report.tables import Cell, Table, tables
 from restuning.paper.results import Record, read
 from restuning.utils.files import atomic_write
 
-STYLE = """
-body { font: 15px/1.5 Georgia, serif; max-width: 80rem; margin: 2rem auto; padding: 0 1rem; color: #111 }
-h1, h2 { font-weight: normal } h2 { margin-top: 3rem; border-top: 1px solid #999; padding-top: 1rem }
-table { border-collapse: collapse; font: 13px/1.3 sans-serif; display: block; overflow-x: auto }
-th, td { padding: .2rem .55rem; text-align: right; white-space: nowrap }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff }
-thead th { border-bottom: 2px solid #111; vertical-align: bottom } tr.ours td { font-weight: bold }
-tr.difference td { border-bottom: 1px solid #ccc; color: #444; font-style: italic }
-tr.ours:last-child td, tbody { border-bottom: 1px solid #111 }
-code { font-size: 12.5px; background: #f2f2f2; padding: .1rem .3rem } figure { margin: 1.5rem 0 }
-img { max-width: 100% } figcaption, .note { font-size: 13px; color: #444 }
-"""
+
+@dataclass(frozen=True)
+class Part:
+    """A section of the report: a table (kind, name and cells of each row), notes, and the command that makes it."""
+
+    title: str
+    figures: Sequence[Picture]
+    columns: Sequence[str] = ()
+    rows: Sequence[tuple[str, str, list[str]]] = ()
+    notes: Sequence[str] = ()
+    command: str = ""
 
 
 def write(results: Path, out: Path) -> list[str]:
@@ -33,34 +34,40 @@ def write(results: Path, out: Path) -> list[str]:
     if not records and not bench.exists():
         raise RestuningError(f"no results in {results}: expected a results.jsonl, or a folder that has one")
     found = tables(records)
-    html, text = [f"<h1>{_TITLE}</h1>", f"<p class=note>{escape(_ABOUT)}</p>"], [f"# {_TITLE}", "", _ABOUT, ""]
+    parts = [
+        Part(
+            table.experiment.about,
+            list(pictures(table)),
+            [COSTS.get(c, c) for c in table.experiment.columns],
+            _lines(table),
+            _notes(table),
+            table.experiment.said,
+        )
+        for table in found
+    ]
+    if bench.exists():
+        parts.append(Part(_TASKS, [many_tasks(bench)]))
     try:
-        for table in found:
-            html += [f"<h2>{escape(table.experiment.about)}</h2>", _html(table)]
-            text += [f"## {table.experiment.about}", "", *_markdown(table), ""]
-            html += [f"<p class=note>{escape(line)}</p>" for line in _notes(table)]
-            text += [f"- {line}" for line in _notes(table)] + [""]
-            html.append(f"<p><code>{escape(table.experiment.said)}</code></p>")
-            text += ["```", table.experiment.said, "```", ""]
-            for picture in pictures(table):
-                _show(out, html, text, *picture)
-        if bench.exists():
-            html.append(f"<h2>{_TASKS}</h2>")
-            text += [f"## {_TASKS}", ""]
-            _show(out, html, text, *many_tasks(bench))
-        head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_TITLE}</title><style>{STYLE}</style>'
-        atomic_write(out / "report.html", "\n".join((head, *html, "</html>\n")).encode())
-        atomic_write(out / "report.md", ("\n".join(text).rstrip() + "\n").encode())
+        for name, _, svg in (picture for part in parts for picture in part.figures):
+            atomic_write(out / f"{name}.svg", svg)
+        for name in ("report.html", "report.md"):
+            atomic_write(out / name, _rendered(name, parts).encode())
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
     return [table.experiment.name for table in found] + ["multitask"] * bench.exists()
 
 
-def _show(out: Path, html: list[str], text: list[str], name: str, caption: str, svg: bytes) -> None:
-    atomic_write(out / f"{name}.svg", svg)
-    source = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-    html.append(f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{caption}</figcaption></figure>')
-    text += [f"![{caption}]({name}.svg)", "", f"*{caption}*", ""]
+def _rendered(name: str, parts: Sequence[Part]) -> str:
+    jinja = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=name.endswith(".html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    jinja.filters |= {"base64": lambda data: base64.b64encode(data).decode(), "row": _row}
+    bold = {"paper": "{}", "ours": "**{}**", "difference": "*{}*"}
+    return jinja.get_template(f"{name}.jinja").render(title=_TITLE, about=_ABOUT, parts=parts, bold=bold)
 
 
 MULTITASK = "multitask.jsonl"  # as `restuning bench multitask` writes it
@@ -86,22 +93,6 @@ def _lines(table: Table) -> list[tuple[str, str, list[str]]]:
         if papers and any(cell.difference is not None for cell in cells):
             made.append(("difference", "difference", [_difference(cell) for cell in cells]))
     return made
-
-
-def _html(table: Table) -> str:
-    head = "".join(f"<th>{escape(COSTS.get(c, c))}</th>" for c in table.experiment.columns)
-    body = "".join(
-        f"<tr class={kind}><td>{escape(name)}</td>{''.join(f'<td>{escape(c)}</td>' for c in cells)}</tr>"
-        for kind, name, cells in _lines(table)
-    )
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _markdown(table: Table) -> list[str]:
-    columns = [COSTS.get(c, c) for c in table.experiment.columns]
-    bold = {"paper": "{}", "ours": "**{}**", "difference": "*{}*"}
-    rows = [[bold[kind].format(name), *cells] for kind, name, cells in _lines(table)]
-    return [_row(["", *columns]), "|---|" + "--:|" * len(columns), *map(_row, rows)]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -14,8 +14,11 @@ from restuning.utils.figures import multitask, pyplot
 MARKS, DASHES = "os^vDPX*<>", ("-", "--", "-.", ":")
 GREYS = ("0.0", "0.4", "0.65")
 
+Picture = tuple[str, str, bytes]
+"""Name, caption, SVG."""
 
-def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
+
+def pictures(found: Table) -> Iterator[Picture]:
     """(name, caption, SVG) of each that there are numbers for."""
     plt = pyplot()
     name = found.experiment.name
@@ -34,7 +37,7 @@ def pictures(found: Table) -> Iterator[tuple[str, str, bytes]]:
         yield f"{name}-lambda", caption, _svg(plt, _forest(plt, found))
 
 
-def many_tasks(file: Path) -> tuple[str, str, bytes]:
+def many_tasks(file: Path) -> Picture:
     """The same, of what `restuning bench multitask` wrote. Raises RestuningError for a file of something else."""
     plt = pyplot()
     try:

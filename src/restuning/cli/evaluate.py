@@ -1,0 +1,87 @@
+"""`restuning evaluate`."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from restuning.cli.arguments import Parser, filled
+from restuning.cli.output import table
+from restuning.data import check, load_task, prepared
+from restuning.data.objective import confusion, objective
+from restuning.data.task import some
+from restuning.errors import RestuningError
+from restuning.runs.load import load_tuned, transform_of
+from restuning.runs.predict import device_of
+from restuning.runs.settings import RUN, read_run
+from restuning.training.evaluate import predict_logits
+from restuning.utils.options import DATA, Device, Json, Option, TestSize
+
+EXAMPLE = "restuning evaluate runs/photos --data folder:photos"
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What is measured, and on what."""
+
+    adapter: Annotated[Path, Option("folder of a saved adapter", positional=True)]
+    data: Annotated[str | None, Option(f"{DATA} (default: the data it was trained on)")] = None
+    test_size: TestSize = None
+    weights: Annotated[str | None, Option("the backbone's weights, if not those of its run.json")] = None
+    batch_size: Annotated[int, Option()] = 32
+    device: Device = None
+    per_class: Annotated[bool, Option("the metrics of every class too")] = False
+    confusion: Annotated[Path | None, Option("an image of what was taken for what", metavar="FILE")] = None
+    json: Json = False
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise RestuningError(f"--batch-size {self.batch_size}: expected at least 1")
+
+
+def arguments(parser: Parser) -> None:
+    parser.settings(Evaluate)
+
+
+def run(args: argparse.Namespace) -> None:
+    own = filled(Evaluate, args)
+    device = device_of(own.device)
+    tuned = load_tuned(own.adapter, own.weights)
+    config = tuned.adapter_config()
+    run = read_run(own.adapter / RUN) if (own.adapter / RUN).exists() else None
+    if own.data is None and run is None:
+        raise RestuningError(f"--data is missing, and {own.adapter} has no {RUN} that names it")
+    metrics_of = objective(config.kind)
+    if own.confusion is not None and config.kind not in ("single-label", "per-token"):
+        raise RestuningError(f"--confusion: a {config.kind} task has none")
+    spec = own.data or (run.data if run else "")
+    same = run is not None and spec == run.data
+    test = (task := load_task(spec, test_size=run.test_size if run and same else own.test_size)).test
+    if same and own.test_size is not None:
+        test = some(spec, test, own.test_size)  # of those that it was not trained on
+    if (tuple(task.classes), task.kind) != (tuple(config.classes or ()), config.kind):
+        raise RestuningError(
+            f"{spec} is {task.kind} of {len(task.classes)} classes ({', '.join(task.classes[:3])}, …), the adapter "
+            f"{config.kind} of {len(config.classes or ())} ({', '.join((config.classes or ())[:3])}, …): "
+            "expected the same"
+        )
+    check(test)
+    reading = transform_of(own.adapter, config.preprocessing)
+    logits, labels = predict_logits(tuned.to(device), prepared(test, reading), own.batch_size)
+    metrics = {name: round(value, 4) for name, value in metrics_of.metrics(logits, labels)}
+    each = {}
+    if own.per_class:
+        each = {name: [round(v, 4) for v in t.tolist()] for name, t in metrics_of.each(logits, labels).items()}
+    if own.confusion is not None:
+        from restuning.utils.figures import matrix
+
+        matrix(confusion(logits, labels).tolist(), task.classes, own.confusion)
+    if own.json:
+        found = {"data": spec, "examples": len(test), **metrics}
+        print(json.dumps({**found, "classes": list(task.classes), "per_class": each} if each else found))
+        return
+    print(f"{len(test)} examples: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+    if each:
+        rows = [[c, *(f"{values[i]:g}" for values in each.values())] for i, c in enumerate(task.classes)]
+        table(["class", *each], rows)

@@ -1,0 +1,47 @@
+"""`restuning sites`."""
+
+import argparse
+import json
+from dataclasses import dataclass
+from typing import Annotated
+
+from restuning.backbones.load import MICRO, describe_backbone
+from restuning.backbones.sites import find_sites
+from restuning.cli.arguments import Parser, filled
+from restuning.cli.output import table
+from restuning.utils.options import BACKBONE, Json, Option
+
+EXAMPLE = "restuning sites --backbone vit_base_patch16_224"
+
+
+@dataclass(frozen=True)
+class SitesCommand:
+    """Of what."""
+
+    backbone: Annotated[str, Option(BACKBONE)] = MICRO
+    json: Json = False
+
+
+def arguments(parser: Parser) -> None:
+    parser.settings(SitesCommand)
+
+
+def run(args: argparse.Namespace) -> None:
+    own = filled(SitesCommand, args)
+    found = find_sites(describe_backbone(own.backbone))
+    rows = [
+        {
+            "op": s.op,
+            "block": s.block,
+            "reads": f"{s.reads.path} ({s.reads.side})",
+            "writes": f"{s.writes.path} ({s.writes.side})",
+            "width": s.info.in_features,
+        }
+        for s in found
+    ]
+    if own.json:
+        print(json.dumps({"anatomy": found.anatomy.name, "pool": found.pool, "heads": found.info.heads, "sites": rows}))
+    else:
+        stages = "" if found.uniform else f" in {len(found.stages)} stages"
+        print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")
+        table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
