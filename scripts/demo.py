@@ -53,7 +53,8 @@ def main() -> None:
             found[task, method] = execute(run, out / f"{task.replace(':', '-')}-{method}", progress=True)
             print(f"{task}, {method}: {found[task, method]['test_accuracy']:.1f} %", flush=True)
     table = Table(
-        title=f"restuning-micro, {train_size:,} training images, {test_size} test images ({time.perf_counter() - start:.0f} s)"
+        title=f"restuning-micro, {train_size:,} training images, {test_size} test images "
+        f"({time.perf_counter() - start:.0f} s)"
     )
     for column in ("task", *METHODS):
         table.add_column(column, justify="left" if column == "task" else "right")
@@ -65,7 +66,7 @@ def main() -> None:
     print(f"picture: {out / 'demo.png'}; tuned files: {out}/*/adapter_model.safetensors")
     print(f"next: .venv/bin/restuning evaluate {out / 'digits-bypass'} --per-class")
     print(
-        "or your own pictures, a folder for each class: .venv/bin/restuning train --data folder:PHOTOS --out runs/photos"
+        "your own pictures, a folder for each class: .venv/bin/restuning train --data folder:PHOTOS --out runs/photos"
     )
 
 

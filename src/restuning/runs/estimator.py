@@ -46,7 +46,7 @@ except ImportError as error:
     raise MissingExtra("scikit-learn", "images") from error
 
 ESTIMATOR = "estimator.json"
-FORMAT = "restuning.estimator/1"
+FORMAT = "restuning-estimator/1"
 CACHE = ContentCache(LIMIT)
 """Features of all estimators in this process, by content; `CACHE.clear()` forgets them."""
 _BACKBONES: OrderedDict[tuple[Any, ...], nn.Module] = OrderedDict()

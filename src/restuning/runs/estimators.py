@@ -179,7 +179,7 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         data, y = self._pairs(X, y, reset=not hasattr(self, "model_"), multi_output=True, y_numeric=True)
         data, y = self._also_seen(data, y)
         self.flat_ = y.ndim == 1
-        targets = torch.from_numpy(np.asarray(y, np.float64).reshape(len(y), -1))
+        targets = torch.tensor(np.asarray(y, np.float64).reshape(len(y), -1))
         if not isinstance(data, np.ndarray):
             targets = targets.float()
         self._train(data, targets, [f"target {i}" for i in range(targets.shape[1])])
