@@ -1,29 +1,37 @@
 PY := .venv/bin/python
-.PHONY: setup demo test fuzz check bench backbones clean
+.PHONY: setup demo test fuzz check bench backbones docs clean
 
-setup: .venv/ready
+setup: .venv/demo  ## what the demo needs
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/demo: pyproject.toml constraints.txt
 	python3 -m venv .venv
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[images]'
+	touch $@
+
+.venv/ready: .venv/demo  ## and what the tests, the checks and the benchmarks need
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: setup  ## linear probing, res-tuning and bypass on digits and two sprite tasks: a table and a picture
+.venv/docs: .venv/demo
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+demo: setup  ## linear probing, bypass and res-tuning on small tasks: a table, a picture and the next command
 	$(PY) scripts/demo.py
 
-test: setup  ## a process for each core
+test: .venv/ready  ## a process for each core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
 
-fuzz: setup  ## 1,600 bad inputs over every command, flag and file format: totals by exit code, violations
+fuzz: .venv/ready  ## 1,600 bad inputs over every command, flag and file format: totals by exit code, violations
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/fuzzing.py --count 1600
 
-check: setup  ## format, lint, types, import layers
+check: .venv/ready  ## format, lint, types, import layers
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-logo
 
-bench: setup  ## the recorded tables of docs/results; hours
+bench: .venv/ready  ## the recorded tables of docs/results; hours
 	for what in memory step multitask mixed grid bank; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
 	for what in vit-tiny methods bank-formats text resnet18 unet; do \
 	.venv/bin/restuning reproduce $$what --data-root ../shared/data --out runs/$$what || exit 1; done
@@ -35,9 +43,12 @@ bench: setup  ## the recorded tables of docs/results; hours
 	.venv/bin/restuning report runs/small --out docs/results/small
 	.venv/bin/restuning bench memory --backbone resnet50 --batch-size 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
 
-backbones: setup  ## every family of timm, transformers and torchvision tried, one small model each: docs/backbones.md; an hour
+backbones: .venv/ready  ## every family of timm, transformers and torchvision tried, one small model each: docs/backbones.md; an hour
 	.venv/bin/restuning backbones check --out runs/backbones.json
 	.venv/bin/restuning backbones page runs/backbones.json --out docs/backbones.md
+
+docs: .venv/docs  ## the pages as a site in runs/site
+	$(PY) -m mkdocs build --strict --site-dir runs/site
 
 clean:
 	rm -rf .venv runs

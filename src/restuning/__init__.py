@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from restuning.model.predictor import Predictor as Predictor
     from restuning.model.tuned import Tuned as Tuned
     from restuning.model.tuned import adapt as adapt
+    from restuning.runs.estimators import Classifier as Classifier
+    from restuning.runs.estimators import Regressor as Regressor
     from restuning.side import AlexNet as AlexNet
     from restuning.side import SmallCnn as SmallCnn
     from restuning.side.base import SideConfig as SideConfig
@@ -86,6 +88,7 @@ _PUBLIC = {
     "model.peft": ("load_peft", "save_peft"),
     "model.predictor": ("Predictor",),
     "model.tuned": ("Tuned", "adapt"),
+    "runs.estimators": ("Classifier", "Regressor"),
     "side": ("AlexNet", "SmallCnn"),
     "side.base": ("SideConfig", "SideNetwork"),
     "side.features": ("FeatureRequest", "Features", "TokenSelection"),

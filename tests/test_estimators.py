@@ -1,0 +1,157 @@
+"""`rt.Classifier` and `rt.Regressor` as estimators: scikit-learn's own checks, and what it cannot know of items."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.base import clone
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import Pipeline
+from sklearn.preprocessing import FunctionTransformer
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+import restuning as rt
+from restuning.cli.main import main
+from restuning.errors import CheckpointError, DataError, RestuningError
+from restuning.runs import estimator as base
+
+FAILED: dict[str, str] = {}
+"""scikit-learn's checks that are expected to fail, and why: none. (`check_array_api_input` is skipped by itself where
+SCIPY_ARRAY_API is not set.)"""
+
+
+@parametrize_with_checks(
+    [rt.Classifier(lr=0.3, epochs=8), rt.Regressor(lr=0.3, epochs=8)], expected_failed_checks=lambda estimator: FAILED
+)
+def test_scikit_learns_own_checks(estimator: Any, check: Any) -> None:
+    check(estimator)
+
+
+@pytest.fixture(scope="module")
+def pictures() -> tuple[list[Image.Image], np.ndarray[Any, Any]]:
+    """30 bright or dark pictures with noise, 24 pixels a side."""
+    random = np.random.default_rng(0)
+    bright = np.arange(30) % 2
+    pixels = (60 + 130 * bright[:, None, None, None] + random.integers(0, 50, (30, 24, 24, 3))).astype(np.uint8)
+    return [Image.fromarray(p) for p in pixels], np.array(["dark", "light"])[bright]
+
+
+@pytest.fixture
+def passed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many items went through the backbone, pass by pass; nothing is known of earlier ones."""
+    base.CACHE.clear()
+    base._BACKBONES.clear()
+    seen: list[int] = []
+    load = base.load_backbone
+
+    def counted(*args: Any) -> Any:
+        module = load(*args)
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(len([*args, *kwargs.values()][0])), with_kwargs=True
+        )
+        return module
+
+    monkeypatch.setattr(base, "load_backbone", counted)
+    return seen
+
+
+def test_a_search_over_methods_and_rates_takes_one_pass(
+    pictures: tuple[list[Image.Image], Any], passed: list[int]
+) -> None:
+    X, y = pictures
+    grid = {"method": ["linear", "bypass"], "lr": [0.03, 0.01]}
+    search = GridSearchCV(rt.Classifier(epochs=4), grid, cv=3).fit(X, y)
+    assert sum(passed) == len(X)
+    assert search.best_score_ > 0.9 and (search.predict(X) == y).mean() > 0.9
+    scores = cross_val_score(
+        Pipeline([("as-they-are", FunctionTransformer()), ("tuned", search.best_estimator_)]), X, y
+    )
+    assert scores.shape == (5,) and sum(passed) == len(X)
+    assert (clone(search.best_estimator_).fit(X, y).predict_proba(X) >= 0).all() and sum(passed) == len(X)
+
+
+def test_paths_images_and_arrays_are_the_same_items(
+    pictures: tuple[list[Image.Image], Any], tmp_path: Path, passed: list[int]
+) -> None:
+    X, y = pictures
+    tuned = rt.Classifier(epochs=2).fit(X, y)
+    expected = tuned.predict_proba(X[:4])
+    for i, image in enumerate(X[:4]):
+        image.save(tmp_path / f"{i}.png")
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for same in (paths, [str(p) for p in paths], np.stack([np.asarray(x) for x in X[:4]])):
+        assert np.allclose(tuned.predict_proba(same), expected, atol=1e-6)
+    assert sum(passed) == len(X) + 4 + 4  # a file, and pixels, are told by their own bytes
+    with pytest.raises(DataError, match="rows of numbers"):
+        tuned.predict(np.zeros((2, 3)))
+    with pytest.raises(DataError, match=r"expected paths, PIL images"):
+        tuned.predict([X[0], 3])
+
+
+def test_what_it_saves_is_what_predict_reads(
+    pictures: tuple[list[Image.Image], Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    X, y = pictures
+    tuned = rt.Classifier(method="linear", epochs=4).fit(X, y)
+    tuned.save(tmp_path / "tuned")
+    X[0].save(tmp_path / "picture.png")
+    assert main(["predict", str(tmp_path / "tuned"), str(tmp_path / "picture.png"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    row = printed[0] if isinstance(printed, list) else printed
+    best = (row.get("top") or row["results"][0]["top"])[0]
+    assert best["class"] == tuned.predict(X[:1])[0]
+    assert best["probability"] == pytest.approx(tuned.predict_proba(X[:1]).max(), abs=1e-4)
+    for again in (rt.Classifier.load(tmp_path / "tuned"), pickle.loads(pickle.dumps(tuned))):
+        assert np.array_equal(again.predict_proba(X), tuned.predict_proba(X))
+        assert again.get_params() == tuned.get_params()
+    with pytest.raises(CheckpointError, match="Regressor is for regression"):
+        rt.Regressor.load(tmp_path / "tuned")
+    with pytest.raises(RestuningError, match="no backbone"):
+        rt.Classifier(epochs=1).fit(np.eye(4), [0, 1, 0, 1]).save(tmp_path / "rows")
+
+
+def test_partial_fit_adds_classes_and_forgets_none(pictures: tuple[list[Image.Image], Any], passed: list[int]) -> None:
+    X, y = pictures
+    blue = [Image.new("RGB", (24, 24), (0, 0, 200 + i)) for i in range(10)]
+    tuned = rt.Classifier(epochs=6).fit(X, y)
+    head = tuned.model_.adapter("default").head.weight.detach().clone()
+    tuned.epochs = 1
+    tuned.partial_fit(blue, ["blue"] * 10)
+    assert tuned.classes_.tolist() == ["blue", "dark", "light"]
+    grown = tuned.model_.adapter("default").head.weight
+    assert grown.shape[0] == 3 and (grown[1:] - head).abs().max() < (head - grown[:1]).abs().max()
+    tuned.set_params(epochs=6).partial_fit(blue, ["blue"] * 10)
+    assert tuned.score([*X, *blue], [*y, *["blue"] * 10]) > 0.9
+    assert sum(passed) == len(X) + len(blue)
+
+
+def test_a_method_inside_the_backbone_learns_too(pictures: tuple[list[Image.Image], Any]) -> None:
+    X, y = pictures
+    tuned = rt.Classifier(method=rt.Residual({"ffn": rt.Adapter(4)}), epochs=1, image_size=32).fit(X[:8], y[:8])
+    adapter = tuned.model_.adapter("default")
+    assert any(p.abs().max() > 0 for name, p in adapter.named_parameters() if "up" in name)
+    assert set(tuned.predict(X[:8])) <= {"dark", "light"}
+
+
+def test_a_regressor_learns_a_target_far_from_zero(pictures: tuple[list[Image.Image], Any], tmp_path: Path) -> None:
+    X, y = pictures
+    target = 1000 + 50.0 * (y == "light")
+    tuned = rt.Regressor(epochs=20).fit(X, target)
+    assert tuned.score(X, target) > 0.5
+    tuned.save(tmp_path)
+    assert np.allclose(rt.Regressor.load(tmp_path).predict(X), tuned.predict(X))
+
+
+def test_texts(passed: list[int]) -> None:
+    X = ["a fine film", "what a joy", "a great story", "dull and slow", "a bad film", "what a bore"]
+    y = [1, 1, 1, 0, 0, 0]
+    tuned = rt.Classifier("all-MiniLM-L6-v2", "linear", epochs=20, lr=0.03).fit(X, y)
+    assert tuned.score(X, y) == 1.0
+    passes = len(passed)
+    assert cross_val_score(tuned, X, y, cv=3).shape == (3,) and len(passed) == passes
+    with pytest.raises(DataError, match="empty"):
+        tuned.predict(["  "])

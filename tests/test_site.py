@@ -1,0 +1,57 @@
+"""The pages of the site, the extras and the workflows name what is there."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import restuning as rt
+
+ROOT = Path(__file__).parent.parent
+OF_OTHER_PARTS = {"backbones.md", "serving.md", "security.md"}
+"""Pages that come with parts of their own."""
+
+
+def test_every_page_of_the_menu_is_there() -> None:
+    pages = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.M))
+    assert len(pages) > 15
+    assert {page for page in pages if not (ROOT / "docs" / page).exists()} <= OF_OTHER_PARTS
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    names = re.findall(r"^::: restuning[\w.]*\.(\w+)$", (ROOT / "docs/api.md").read_text(encoding="utf-8"), re.M)
+    assert set(names) == set(rt.__all__) - {"__version__", "METHODS"}
+
+
+def test_what_language_models_read_links_to_what_is_there() -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "llms.txt").read_text(encoding="utf-8"))
+    assert len(links) > 5 and all((ROOT / link).exists() for link in links)
+
+
+def test_every_extra_that_an_error_names_exists() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    assert project["dependencies"] == ["torch>=2.8"]
+    assert {"images", "text", "diffusion", "ray", "all", "dev", "docs"} <= set(extras)
+    sources = (path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py"))
+    named = {extra for text in sources for extra in re.findall(r'MissingExtra\("[^"]+", "(\w+)"\)', text)}
+    own = {name for lines in extras.values() for line in lines for name in re.findall(r"^restuning\[(.*)\]$", line)}
+    assert named | {name for names in own for name in names.split(",")} <= set(extras)
+
+
+def test_the_first_five_minutes_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    exec(block.replace("200", "40").replace("epochs=20", "epochs=2"), {})
+    assert capsys.readouterr().out.strip() and (tmp_path / "my-task/adapter_model.safetensors").exists()
+
+
+def test_workflows_try_every_python_that_is_promised() -> None:
+    text = (ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8")
+    for version in ("3.11", "3.12", "3.13", "3.14"):
+        assert f'"{version}"' in text
+    assert "lowest-direct" in text and "id-token: write" in (ROOT / ".github/workflows/release.yml").read_text()
