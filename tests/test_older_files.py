@@ -47,7 +47,7 @@ def test_recorded_runs_are_read_and_written_alike(files: Path, name: str) -> Non
 def test_banks_and_sweeps_are_read(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bank = Bank(files / "bank")
     features, labels = bank.rows("train").fetch(range(24))
-    assert len(features) == len(bank.layers) and len(labels) == 24
+    assert len(features.layers) == len(bank.layers) and len(labels) == 24
     out = tmp_path / "run"
     argv = ["train", "--bank", str(files / "bank"), "--method", "bypass", "--size", "2", "--epochs", "1", "--json"]
     assert main([*argv, "--warmup-epochs", "0", "--out", str(out)]) == 0

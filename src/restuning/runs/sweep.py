@@ -1,7 +1,6 @@
 """A grid of settings from one bank, every point of a method at once: validation chooses, then one test."""
 
 import itertools
-import json
 import math
 import statistics
 import time
@@ -30,6 +29,7 @@ from restuning.training.config import TrainConfig
 from restuning.training.evaluate import padded
 from restuning.utils.files import as_json, atomic_write, contents, locked
 from restuning.utils.options import Option, Pool, Shots, TrainSize, ValSize
+from restuning.utils.plain import read_plain
 from restuning.utils.reading import read_json
 
 SWEEP, RECORD = "sweep.json", "settings.json"
@@ -107,7 +107,7 @@ def _record(settings: Sweep, out: Path, resume: bool) -> None:
         raise RestuningError(f"{out} holds a sweep: continue it with --resume, or choose another folder")
     if not record.exists() and contents(out):
         raise RestuningError(f"{out} is not empty and holds no sweep: choose another folder")
-    if record.exists() and read_json(record) != json.loads(as_json(asdict(settings))):
+    if record.exists() and read_plain(record, Sweep) != settings:
         raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
     atomic_write(record, as_json(asdict(settings)))
 
