@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,17 @@ def test_texts(passed: list[int]) -> None:
     assert cross_val_score(tuned, X, y, cv=3).shape == (3,) and len(passed) == passes
     with pytest.raises(DataError, match="empty"):
         tuned.predict(["  "])
+
+
+def test_without_scikit_learn_the_line_to_install_it_is_named() -> None:
+    code = """
+import sys
+sys.modules["sklearn"] = None
+import restuning as rt
+try:
+    rt.Classifier
+except rt.RestuningError as error:
+    print(error)
+"""
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "pip install 'restuning[images]'" in printed and printed.count("\n") == 1

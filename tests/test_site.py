@@ -55,3 +55,13 @@ def test_workflows_try_every_python_that_is_promised() -> None:
     for version in ("3.11", "3.12", "3.13", "3.14"):
         assert f'"{version}"' in text
     assert "lowest-direct" in text and "id-token: write" in (ROOT / ".github/workflows/release.yml").read_text()
+
+
+def test_the_figures_of_which_method_stand_in_the_tables_that_it_names() -> None:
+    text = (ROOT / "docs/which.md").read_text(encoding="utf-8")
+    tables = "".join(
+        (ROOT / "docs" / page).read_text(encoding="utf-8") for page in re.findall(r"\]\((results/[^)]+)\)", text)
+    )
+    figures = re.findall(r"\d+\.\d+", text)
+    assert len(figures) > 6
+    assert not [figure for figure in figures if not re.search(rf"(?<![\d.,]){re.escape(figure)}(?!\d)", tables)]
