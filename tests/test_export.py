@@ -81,7 +81,7 @@ def test_the_example_of_the_docs(tmp_path: Path, capsys: Any) -> None:
     assert main(["export", str(tmp_path / "task"), "--out", str(tmp_path / "out"), "--inputs", str(tmp_path)]) == 0
     text = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
     (code,) = (
-        block for block in re.findall(r"```\n(.*?)```", text, re.S) if "onnxruntime" in block and "argv" in block
+        block for block in re.findall(r"```\w*\n(.*?)```", text, re.S) if "onnxruntime" in block and "argv" in block
     )
     files = [str(tmp_path / f"{i}.png") for i in range(3)]
     run = [sys.executable, "-c", code, str(tmp_path / "out"), *files]
