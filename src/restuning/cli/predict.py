@@ -90,13 +90,8 @@ def _ask(own: Predict, server: str) -> list[dict[str, Any]]:
         tasks = [str(name) for name in own.adapters] or None
         for i in range(0, len(names), own.batch_size):
             part = items[i : i + own.batch_size]
-<<<<<<< HEAD
-            given: dict[str, Any] = {"texts" if texts else "images": part}
-            found = client.predict(**given, tasks=tasks, top=own.top)
-=======
             images, own_texts = ((), part) if texts else (part, ())
             found = client.predict(images, own_texts, tasks, own.top)
->>>>>>> serve
             for name, answers in zip(names[i:], found, strict=False):
                 rows += [{"input": name, "adapter": task, **answer} for task, answer in answers.items()]
     return rows
