@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import pytest
 
-from restuning.bench.bench import Bench
+from restuning.bench.settings import Bench
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.main import COMMANDS, main, parse
 from restuning.diffusion.training import RECIPE, DiffusionRun

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from restuning.backbones.load import MICRO
-from restuning.bench.bench import BENCHES, Bench, Measured, bench
+from restuning.bench.bench import BENCHES, bench
+from restuning.bench.settings import Bench, Measured
 from restuning.cli.main import main
 from restuning.errors import RestuningError
 from restuning.utils.profiling import in_turn, spread

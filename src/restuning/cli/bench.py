@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from restuning.bench.bench import BENCHES, Bench, bench
+from restuning.bench.bench import BENCHES, bench
+from restuning.bench.settings import Bench
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import table
 from restuning.errors import RestuningError

@@ -1,4 +1,4 @@
-"""adapt(backbone, method) → Tuned: a frozen backbone with named adapters, each with its tuners and its head."""
+"""A frozen backbone with named adapters: one class, the public face, which calls functions for its work."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager

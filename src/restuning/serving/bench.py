@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from restuning.backbones.load import load_backbone, reading_of
-from restuning.bench.bench import Bench, Measured, records_of
+from restuning.bench.bench import records_of
+from restuning.bench.settings import Bench, Measured
 from restuning.data import Preprocess
 from restuning.errors import RestuningError
 from restuning.model.predictor import Predictor

@@ -1,0 +1,92 @@
+"""One training step: bytes kept for backward, peak memory, seconds."""
+
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from restuning.bench.peers import PEERS, bound_loss
+from restuning.errors import MethodError, RestuningError, SiteError, line
+from restuning.utils.profiling import in_turn, peak_bytes, saved_by_module
+
+if TYPE_CHECKING:
+    pass
+
+from restuning.bench.settings import Bench, Call, Measured, absent_peers, training_step, without_grad
+
+# ---- what is measured
+
+
+def memory(settings: Bench) -> Measured:
+    """One training step of each, in a fresh process for each round."""
+    measured, threads = Measured(absent=absent_peers(settings)), torch.get_num_threads()
+    for _ in range(settings.rounds):
+        for name in (m for m in settings.methods if m not in measured.absent):
+            try:
+                with ProcessPoolExecutor(1, get_context("spawn")) as fresh:
+                    found, measured.operations[name] = fresh.submit(cost, settings, name, threads).result()
+            except (MethodError, SiteError) as error:
+                measured.absent[name] = line(error)
+            except BrokenProcessPool as error:
+                raise RestuningError(f"the process that measured {name} was killed: too little memory?") from error
+            else:
+                units = measured.samples.setdefault(name, {unit: [] for unit in found})
+                for unit, value in found.items():
+                    units[unit].append(value)
+    measured.against("full", "saved_bytes")
+    measured.against("full", "peak_bytes")
+    measured.against("linear", "peak_bytes")
+    measured.against("peft-lora-equal", "saved_bytes", [m for m in measured.samples if m.startswith("res-tuning")])
+    return measured
+
+
+def cost(settings: Bench, name: str, threads: int) -> tuple[dict[str, float], dict[str, int]]:
+    """Of one training step, in all and by module; `peak_bytes` are those above `loaded_bytes`."""
+    torch.set_num_threads(threads)
+    model, (x, labels) = settings.subject(name), settings.inputs()
+    tiny = nn.Linear(2, 2, device=x.device)
+    training_step(tiny, lambda: tiny(torch.ones(1, 2, device=x.device)).sum())()  # what any first step loads
+    loaded, above = peak_bytes(training_step(model, lambda: model(x, labels=labels)["loss"]), x.device)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    saved = saved_by_module(lambda: model(x, labels=labels)["loss"], model)
+    costs = {
+        "parameters": trained,
+        "saved_bytes": sum(saved.values()),
+        "peak_bytes": above,
+        "loaded_bytes": loaded,
+    }
+    if settings.memory is not None:
+        weights = sum(p.nbytes for p in model.parameters())
+        fixed = weights + 3 * 4 * trained  # a gradient and AdamW's two means
+        each = max(1.0, (above - 3 * 4 * trained) / settings.batch)
+        costs["largest_batch"] = max(0, int((settings.memory * 2**30 - fixed) / each))
+    return costs, saved
+
+
+def steps(settings: Bench) -> Measured:
+    """Training steps and forwards, in turn."""
+    shared, (x, labels), measured = settings.load(), settings.inputs(), Measured(absent=absent_peers(settings))
+    calls: dict[str, Call] = {"forward": without_grad(lambda: shared(x))}
+    for name in (m for m in settings.methods if m not in measured.absent):
+        try:
+            model = settings.subject(name, None if name == "full" or name in PEERS else shared)
+        except (MethodError, SiteError) as error:
+            measured.absent[name] = line(error)
+            continue
+        calls[name] = training_step(model, lambda m=model: m(x, labels=labels)["loss"])  # type: ignore[misc]
+        if name == "res-tuning":
+            calls["forward, res-tuning"] = without_grad(partial(model, x))
+        if name == "prefix":
+            calls["prefix, bound"] = training_step(model, partial(bound_loss, model, x, labels))
+    measured.seconds(in_turn(calls, settings.rounds))
+    measured.against("full")
+    measured.against("forward", names=["forward, res-tuning", "linear", "bypass"])
+    modes = [name for name in calls if name.startswith("res-tuning")]
+    measured.against("peft-lora-equal", names=[*modes, "bypass"])
+    pairs = ("prefix", "prefix, bound"), ("lora", "peft-lora"), ("bypass", "swift-bypass")
+    measured.pairs += [(name, to, "seconds") for name, to in pairs]
+    return measured
