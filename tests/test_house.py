@@ -12,8 +12,8 @@ SOURCE = Path(restuning.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 TOP = {"__init__.py", "_types.py", "_version.py", "errors.py", "py.typed"}
 FOLDERS = {
-    "backbones", "bench", "cli", "data", "diffusion", "features", "hooks", "methods", "model", "paper", "runs", "serving", "side",
-    "training", "tuners", "utils",
+    "backbones", "bench", "cli", "data", "diffusion", "features", "hooks", "methods", "model", "paper", "runs",
+    "serving", "side", "training", "tuners", "utils",
 }  # fmt: skip
 LONG = {"model/tuned.py"}
 """What may be longer, with the reason in its first line: one class, the public face, whose methods call functions."""
