@@ -41,6 +41,8 @@ def from_bank(path: str | Path) -> dict[str, Any]:
     """The settings of a run that a bank decides: data, what of it is tested on, and backbone, as they were when it was
     built."""
     manifest = Bank(path, verify=False).manifest
+    if "source" not in manifest:
+        raise RestuningError(f"{path} does not say how it was made: it was built in Python, and is read there")
     sizes = {"test_size": manifest.get("test_size")}
     return {"data": manifest["data"]["spec"], "bank": str(path), **sizes, **manifest["source"]}
 

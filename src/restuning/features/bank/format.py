@@ -100,7 +100,7 @@ def check_manifest(path: Path, found: Any) -> None:
     number(found["views"], 1, 2**31, "views", whole=True)
     number(backbone["width"], 1, 2**31, "the backbone's width", whole=True)
     number(backbone["depth"], 1, 2**31, "the backbone's depth", whole=True)
-    if not isinstance(backbone["name"], str) or not isinstance(found["source"], dict):
+    if not isinstance(backbone["name"], str) or not isinstance(found.get("source", {}), dict):
         raise ValueError("the backbone has no name")
     view = found["view"]
     if view.get("components") is not None:
