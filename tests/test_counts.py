@@ -148,7 +148,7 @@ def test_clip_vit_l_14(tmp_path: Path) -> None:
     vision = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
     config = {"model_type": "clip", "vision_config": {**vision, "image_size": 224, "patch_size": 14}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    clip = describe_backbone(f"hf:{tmp_path}")
+    clip = describe_backbone(f"hf:{tmp_path}#vision_model")
     assert len(rt.find_sites(clip).blocks) == 24 and rt.find_sites(clip).info.out_features == 1024
     d, depth, head, r = 1024, 24, 1025 * 100, 10
     body = 2 * 2 * d + 3 * 14 * 14 * d + d + 257 * d + depth * (4 * d + 4 * (d * d + d) + 2 * 4 * d * d + 5 * d)

@@ -654,7 +654,7 @@ def test_bad_input(base: str, data: str, tmp_path: Path, capsys: Any) -> None:
         assert not (tmp_path / "out").exists()
         return error
 
-    assert "cannot be loaded as a pipeline" in train(base=str(tmp_path / "nothing"))
+    assert "no such folder" in train(base=str(tmp_path / "nothing"))
     (tmp_path / "folder").mkdir()
     assert "has no model_index.json" in train(base=str(tmp_path / "folder"))
     assert "metadata.jsonl" in train(data=f"captions:{tmp_path / 'folder'}")

@@ -340,13 +340,14 @@ def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path: Path) -> No
 # ---- 7: what a match covers
 
 
-def test_a_match_that_covers_a_small_part_is_refused() -> None:
+def test_a_match_that_covers_a_small_part_is_not_taken() -> None:
     import timm
 
     with torch.device("meta"):
         hrnet = timm.create_model("hrnet_w18_small", num_classes=0)
-    with pytest.raises(SiteError, match=r"hold \d+ % of the parameters"):
-        rt.find_sites(hrnet)
+    sites = rt.find_sites(hrnet)
+    assert sites.anatomy.name == "found in HighResolutionNet"
+    assert {site.writes.path.split(".")[0] for site in sites} >= {"layer1", "stage2", "stage3", "stage4"}
 
 
 def test_of_several_towers_none_is_taken_in_silence() -> None:
@@ -359,7 +360,7 @@ def test_of_several_towers_none_is_taken_in_silence() -> None:
             )
 
     towers = Towers()
-    with pytest.raises(SiteError, match="fits in 2 places"):
+    with pytest.raises(SiteError, match="no known anatomy fits Towers"):
         rt.find_sites(towers)
     assert rt.find_sites(towers.language_model).anatomy.family == "text"
 
@@ -945,11 +946,12 @@ def test_what_a_text_encoder_cannot_be_tuned_by(family: str, method: str) -> Non
 
 
 @pytest.mark.parametrize("version", [2, 3])
-def test_latent_attention_is_no_anatomy_that_is_known(version: int) -> None:
+def test_latent_attention_is_found_not_taken_for_another(version: int) -> None:
     sizes = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
     settings = {**TEXT, **sizes, "n_routed_experts": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
     model = getattr(hf, f"DeepseekV{version}Model")(
         getattr(hf, f"DeepseekV{version}Config")(**settings, num_experts_per_tok=1)
     )
-    with pytest.raises(SiteError, match="no known anatomy fits"):
-        rt.find_sites(model)
+    sites = rt.find_sites(model)
+    assert sites.anatomy.name == f"found in DeepseekV{version}Model"
+    assert {site.op for site in sites} >= {"mha", "ffn", "block"}

@@ -210,7 +210,7 @@ BROKEN: dict[str, tuple[dict[str, str | bytes], str, str]] = {
     "no finite number": (
         {"train.jsonl": '{"text": "a", "label": 0.5}\n{"text": "b", "label": NaN}\n'},
         "",
-        "line 2: 'label' is nan: expected a finite number",
+        "line 2: no JSON (NaN is no number: expected a finite one)",
     ),
     "labels that are none": (
         {"train.jsonl": '{"text": "a", "label": [{"a": 1}]}\n'},

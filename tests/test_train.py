@@ -673,10 +673,11 @@ from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[1])
 from dataclasses import replace
-from test_train import CONFIG, Points, fit, net, recipe
+from restuning.training.config import data_order
+from test_train import CONFIG, Points, fit, net
 class Stop(Points):
     def __getitem__(self, index):
-        if self.epoch == 1 and index in recipe.data_order(22, 3, 0, 1)[4]:  # the same step in both
+        if self.epoch == 1 and index in data_order(22, 3, 0, 1)[4]:  # the same step in both
             raise KeyboardInterrupt
         return super().__getitem__(index)
 folder, config, rank = Path(sys.argv[2]), replace(CONFIG, accumulate=2, batch_size=3, clip=1.0, patience=3), sys.argv[3]

@@ -95,7 +95,13 @@ def added_to_weight(module: nn.Module) -> float:
         at_0, at_1 = (
             torch.func.functional_call(module, {"weight": torch.full_like(weight, v), **zero}, (x,)) for v in (0.0, 1.0)
         )
-    except (RuntimeError, TypeError, ValueError, IndexError):  # of maps, not of rows: the norms of convolutions
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        AssertionError,
+    ):  # of maps, not of rows: the norms of convolutions
         return 0.0
     slope = float((at_1 - at_0).abs().sum())
     return float(round(float(at_0.abs().sum()) / slope)) if slope else 0.0

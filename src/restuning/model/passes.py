@@ -81,7 +81,8 @@ def check_inputs(tuned: "Tuned", args: tuple[Any, ...], kwargs: Mapping[str, Any
     if most is not None and isinstance(ids, torch.Tensor) and ids.ndim > 1 and ids.shape[1] > most:
         raise MethodError(f"a text of {ids.shape[1]} tokens: {type(tuned.backbone).__name__} reads at most {most}")
     mask = kwargs.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.numel():
+    whole = kwargs.get("past_key_values") is None  # with a cache, a row's first tokens may all be padding
+    if whole and isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.numel():
         empty = (~mask.bool().any(-1)).nonzero()
         if len(empty):
             raise MethodError(f"row {int(empty[0])} is padding alone: a text has one token at least")

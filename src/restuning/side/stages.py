@@ -125,6 +125,9 @@ class CrossAttention(Attention):
 
 def rows_times(x: Tensor, y: Tensor) -> Tensor:
     """(b, m, k) times (b, k, n). Under vmap over x alone, the rows of all slices are one matrix: y is not copied."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:  # as it casts a matrix product
+        x, y = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, y))
     out: Tensor = _RowsTimes.apply(x, y)  # type: ignore[no-untyped-call]
     return out
 
