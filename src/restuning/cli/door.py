@@ -159,6 +159,11 @@ def _kept(argv: Sequence[str]) -> str:
     return "nothing was kept"
 
 
+class _Stopped(KeyboardInterrupt):  # noqa: N818
+    """Of a class of its own: where KeyboardInterrupt itself leaves code that C has started, as packages do when they are
+    imported, CPython remembers it and ends the process by SIGINT, whatever the exit code."""
+
+
 @contextlib.contextmanager
 def _signals() -> Iterator[list[int]]:
     """SIGTERM raises KeyboardInterrupt as Ctrl-C does while this lasts, in the main thread of the process that started;
@@ -173,7 +178,7 @@ def _signals() -> Iterator[list[int]]:
         if os.getpid() != own:  # a worker of ours has nothing to say
             os._exit(128 + number)
         came.append(number)
-        raise KeyboardInterrupt
+        raise _Stopped
 
     # where a shell has a command in the background ignore Ctrl-C, that stays
     held = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
