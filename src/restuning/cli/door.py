@@ -159,9 +159,9 @@ def _kept(argv: Sequence[str]) -> str:
     return "nothing was kept"
 
 
-class _Stopped(KeyboardInterrupt):  # noqa: N818
-    """Of a class of its own: where KeyboardInterrupt itself leaves code that C has started, as packages do when they are
-    imported, CPython remembers it and ends the process by SIGINT, whatever the exit code."""
+class _Stopped(KeyboardInterrupt):
+    """Of a class of its own: where KeyboardInterrupt itself leaves code that C has started, as packages do when
+    they are imported, CPython remembers it and ends the process by SIGINT, whatever the exit code."""
 
 
 @contextlib.contextmanager
