@@ -184,16 +184,16 @@ def _describe(backbone: nn.Module, root: str, lists: Sequence[str], row: Anatomy
         assert row.widths is not None
         widths = [row.widths(backbone.get_submodule(path)) for path in stems]
         along = [SiteInfo(reads, writes, 1, i, len(stems), None) for i, (reads, writes) in enumerate(widths)]
-    said = [replace(info, in_features=info.out_features) for info in along]
+    outputs = [replace(info, in_features=info.out_features) for info in along]
     first = replace(along[0], out_features=along[0].in_features)
     return Sites(
         anatomy=row,
         blocks=blocks,
         stages=tuple(accumulate(map(len, children))),
         stems=stems,
-        features=(first, *said),
+        features=(first, *outputs),
         all=(*_sites(backbone, root, blocks, row, infos, (*norm, *post)), *words_of(backbone)),
-        info=replace(said[-1], out_features=_widened(backbone, (*norm, *post), said[-1].out_features)),
+        info=replace(outputs[-1], out_features=_widened(backbone, (*norm, *post), outputs[-1].out_features)),
         norm=norm,
         post=post,
         pooler=_join(root, row.pooler) if row.pooler is not None and row.pool(holder) == "map" else None,

@@ -149,7 +149,7 @@ SUMS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 
 
 class _Recorder(TorchFunctionMode):
-    """What is known of a tensor is kept beside it, in a table that does not keep it alive."""
+    """What is known of each tensor, in a table of weak references."""
 
     def __init__(self, names: Mapping[int, str], frozen: set[int]) -> None:
         """names: of parameters, by their id. frozen: ids of parameters and buffers, which no tensor follows from."""

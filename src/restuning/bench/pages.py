@@ -99,8 +99,8 @@ def page(done: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _mark(said: str | None) -> str:
-    return "" if said is None else {RIGHT: "✓"}.get(said, said.partition(":")[0])
+def _mark(outcome: str | None) -> str:
+    return "" if outcome is None else {RIGHT: "✓"}.get(outcome, outcome.partition(":")[0])
 
 
 def _reasons(here: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -109,8 +109,8 @@ def _reasons(here: Sequence[Mapping[str, Any]]) -> list[str]:
     for one in here:
         if one["why"]:
             found.setdefault(one["why"], []).append(one["family"])
-        for method, said in one["methods"].items():
-            if said != RIGHT:
-                reason = re.sub(r" here: .*", "", said.partition(": ")[2])
+        for method, outcome in one["methods"].items():
+            if outcome != RIGHT:
+                reason = re.sub(r" here: .*", "", outcome.partition(": ")[2])
                 found.setdefault(f"{method}: {reason}", []).append(one["family"])
     return [f"- {', '.join(names)}: {why.replace('|', '/')}" for why, names in found.items()]
