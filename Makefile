@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-.PHONY: setup demo test fuzz check bench backbones docs clean
+.PHONY: setup demo test fuzz kill check bench backbones docs clean
 
 setup: .venv/demo  ## what the demo needs
 
@@ -24,6 +24,9 @@ test: .venv/ready  ## a process for each core
 
 fuzz: .venv/ready  ## 1,600 bad inputs over every command, flag and file format: totals by exit code, violations
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/fuzzing.py --count 1600
+
+kill: .venv/ready  ## 20 SIGKILLs in every long command, resumed: files that differ from an undisturbed run's
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/killing.py --kills 20
 
 check: .venv/ready  ## format, lint, types, import layers
 	$(PY) -m ruff format --check .

@@ -28,9 +28,15 @@ def described() -> str:
 
 
 def members(cls: type) -> list[tuple[str, object]]:
+    """Its own methods, and those of its bases in this package that are not public themselves."""
+    public = {getattr(rt, name) for name in rt.__all__ if inspect.isclass(getattr(rt, name))} - {cls}
+    own = [
+        base for base in cls.__mro__ if base is cls or (base.__module__.startswith("restuning") and base not in public)
+    ]
+    found = {name: value for base in reversed(own) for name, value in vars(base).items()}
     return sorted(
         (name, value)
-        for name, value in vars(cls).items()
+        for name, value in found.items()
         if not name.startswith("_") and callable(getattr(cls, name, None))
     )
 

@@ -15,8 +15,6 @@ FOLDERS = {
     "backbones", "bench", "cli", "data", "diffusion", "features", "hooks", "methods", "model", "paper", "runs",
     "serving", "side", "training", "tuners", "utils",
 }  # fmt: skip
-LONG = {"model/tuned.py"}
-"""What may be longer, with the reason in its first line: one class, the public face, whose methods call functions."""
 
 
 def test_the_top_holds_four_files_and_the_folders() -> None:
@@ -29,9 +27,6 @@ def test_the_top_holds_four_files_and_the_folders() -> None:
 def test_no_file_is_longer_than_400_lines_and_no_class_than_300(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     tree, table = ast.parse(text), path.parent.name == "families"
-    if str(path.relative_to(SOURCE)) in LONG:
-        assert "one class" in (ast.get_docstring(tree) or "").splitlines()[0] and len(text.splitlines()) <= 550
-        return
     assert table or len(text.splitlines()) <= 400
     for node in ast.walk(tree):
         if isinstance(node, ast.ClassDef):
@@ -55,7 +50,7 @@ def test_a_tuner_declares_its_contract_in_one_place() -> None:
 
 def test_nobody_reaches_into_a_tuned_models_private_parts() -> None:
     for path in FILES:
-        if path.relative_to(SOURCE) == Path("model/tuned.py"):
+        if path.relative_to(SOURCE) in (Path("model/tuned.py"), Path("model/collection.py")):
             continue
         reach = re.findall(r"(?:tuned|first|live|model\.tuned)\._(?!_)\w+", path.read_text(encoding="utf-8"))
         assert not reach, (path, reach)

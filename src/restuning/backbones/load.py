@@ -181,8 +181,10 @@ def _processor(path: str) -> dict[str, Any]:
         where = located(path)
         name, at = (where.repo, where.revision) if isinstance(where, HubId) else (path, None)
         with nullcontext() if local else hub():
-            found: dict[str, Any] = BaseImageProcessor.get_image_processor_dict(name, revision=at)[0]
-            return found
+            found = BaseImageProcessor.get_image_processor_dict(name, revision=at)[0]
+        if not isinstance(found, dict):
+            raise TypeError(f"expected a JSON object, found {str(found)[:40]!r}")
+        return found
     except CheckpointError:
         return {}
     except Exception as error:

@@ -17,6 +17,7 @@ from restuning.runs.load import load_tuned, transform_of
 from restuning.runs.predict import device_of
 from restuning.runs.settings import RUN, read_run
 from restuning.training.evaluate import predict_logits
+from restuning.utils.files import check_output
 from restuning.utils.options import DATA, Device, Json, Option, TestSize
 
 EXAMPLE = "restuning evaluate runs/photos --data folder:photos"
@@ -47,6 +48,8 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = filled(Evaluate, args)
+    if own.confusion is not None:
+        check_output(own.confusion, "--confusion")
     device = device_of(own.device)
     tuned = load_tuned(own.adapter, own.weights)
     config = tuned.adapter_config()

@@ -19,6 +19,7 @@ from restuning.errors import RestuningError
 from restuning.model.files import changes_the_base, check_adapter
 from restuning.model.tuned import Tuned
 from restuning.runs.settings import RUN
+from restuning.utils.files import check_output
 from restuning.utils.options import Json, Option
 
 EXAMPLE = 'restuning generate runs/photos runs/dogs --prompts "a photo of a dog" --seeds 0 1 2 --out images'
@@ -53,8 +54,8 @@ def run(args: argparse.Namespace) -> None:
     )
     if twice is not None:
         raise RestuningError(f"{twice!r} is asked for twice: each prompt and seed is painted once")
-    if own.grid is not None and own.grid.is_dir():
-        raise RestuningError(f"--grid {own.grid} is a folder: expected a file's name, such as grid.png")
+    if own.grid is not None:
+        check_output(own.grid, "--grid")
     if not own.adapters and not own.base:
         raise RestuningError("nothing to paint with: expected a tuned file, or --base")
     if own.out.exists() and any(own.out.glob("*.png")):

@@ -18,7 +18,7 @@ from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.files import AdapterConfig, check_config
 
 if TYPE_CHECKING:
-    from restuning.model.tuned import Tuned
+    from restuning.model.collection import AdapterCollection
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Head:
 
 
 def build_adapter(
-    tuned: "Tuned", name: str, method: str | Method, head: Head, preprocessing: Mapping[str, Any] | None
+    tuned: "AdapterCollection", name: str, method: str | Method, head: Head, preprocessing: Mapping[str, Any] | None
 ) -> tuple[AdapterModule, Reader]:
     """The modules of a new adapter, on the backbone's device and in its precision.
 
