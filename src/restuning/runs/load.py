@@ -29,13 +29,17 @@ def load_tuned(folder: Path, weights: str | None = None, onto: nn.Module | None 
 def backbone_of(folder: Path, weights: str | None = None) -> nn.Module:
     """The backbone that a saved adapter's files name, of the image size that it was trained at."""
     config, _ = read(folder)
-    if weights is None and (folder / RUN).exists():
-        weights = read_run(folder / RUN).weights
+    weights = weights_of(folder) if weights is None else weights
     how = transform_of(folder, config.preprocessing)
     backbone = load_backbone(str(config.backbone["name"]), weights)
     if isinstance(how, Preprocess) and preprocessing_of(backbone).size != how.size:
         backbone = load_backbone(str(config.backbone["name"]), weights, how.size[0])
     return backbone
+
+
+def weights_of(folder: Path) -> str | None:
+    """The backbone's weights by the run.json beside a saved adapter, if there is one and it names them."""
+    return read_run(folder / RUN).weights if (folder / RUN).exists() else None
 
 
 def transform_of(folder: Path, data: Mapping[str, Any] | None) -> Reading:

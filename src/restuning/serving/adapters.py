@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
@@ -12,11 +12,12 @@ import torch
 
 from restuning.backbones.load import load_backbone, preprocessing_of
 from restuning.data import Preprocess, Reading, Texts, Tokenise, Tokenised
+from restuning.data.objective import IGNORED
 from restuning.errors import CheckpointError, DataError, RestuningError
 from restuning.model.files import CONFIG, MODEL, changes_the_base, read_config
 from restuning.model.predictor import Inputs, Predictor
 from restuning.model.tuned import Tuned
-from restuning.runs.load import backbone_of, transform_of
+from restuning.runs.load import backbone_of, transform_of, weights_of
 from restuning.serving.settings import Refused, ServeSettings
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -47,17 +48,20 @@ class Adapters:
         named = _named(settings.adapters)
         found = [] if settings.root is None or not settings.watch else _inside(settings.root)
         first = next(iter(named.values()), found[0] if found else None)
+        weights = settings.weights
         if settings.backbone is not None:
-            backbone = load_backbone(settings.backbone, settings.weights, settings.image_size)
+            backbone = load_backbone(settings.backbone, weights, settings.image_size)
             self.backbone = settings.backbone
         elif first is not None:
-            backbone, self.backbone = backbone_of(first, settings.weights), str(read_config(first).backbone["name"])
+            weights = weights_of(first) if weights is None else weights
+            backbone, self.backbone = backbone_of(first, weights), str(read_config(first).backbone["name"])
         else:
             raise RestuningError("nothing to serve: give an adapter, or --backbone NAME")
         tuned = Tuned(backbone.to(device), backbone_name=self.backbone)
         self.size = preprocessing_of(backbone).size if tuned.family != "text" else None
-        alone = len(named) == 1 and changes_the_base(next(iter(named.values())))
-        if alone:
+        self.source = self.backbone, weights
+        self.alone = len(named) == 1 and changes_the_base(next(iter(named.values())))
+        if self.alone:
             ((name, folder),) = named.items()
             tuned.load_adapter(folder, name)
             self.current = Snapshot(
@@ -115,6 +119,11 @@ class Adapters:
                 raise Refused(404, f"no adapter named {name[:80]!r}")
             left = {key: how for key, how in now.readings.items() if key != name}
             self.current = Snapshot(now.predictor.without(name), left)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Add an adapter that another process has checked. Raises CheckpointError for one that does not fit."""
+        with self._lock:
+            self._add(name, folder)
 
     def scan(self) -> list[tuple[str, str]]:
         """What has come, gone or changed in the root: (name, what happened), a line each. A folder that does not hold a
@@ -198,9 +207,17 @@ class Adapters:
         """A batch of one, to try an adapter with."""
         if isinstance(how, Preprocess):
             return torch.zeros(1, 3, *how.size)
-        one = self.tokenised([(["a", "word"],) if by_word else ("a word",)], how, by_word)
-        inputs: Inputs = one.collate([one[0]])[0]
-        return inputs
+        return self.collate_of(how, by_word)([self._words(how, by_word)[0][0]])
+
+    def collate_of(self, how: Reading, by_word: bool = False) -> Callable[[Sequence[Any]], Inputs]:
+        """What makes a batch of items: of images, or of texts as token ids."""
+        if isinstance(how, Preprocess):
+            return _stacked
+        made, label = self._words(how, by_word), [IGNORED] if by_word else 0
+        return lambda items: made.collate([(item, label) for item in items])[0]
+
+    def _words(self, how: Tokenise, by_word: bool) -> Tokenised:
+        return self.tokenised([(["a", "word"],) if by_word else ("a word",)], how, by_word)
 
     def about(self, name: str) -> dict[str, Any]:
         """An adapter as /v1/models lists it."""
@@ -216,6 +233,10 @@ class Adapters:
             "method": config.method,
             "pool": config.pool,
         }
+
+
+def _stacked(items: Sequence[Any]) -> Inputs:
+    return torch.stack(list(items))
 
 
 def _named(adapters: Sequence[str]) -> dict[str, Path]:

@@ -16,10 +16,9 @@ from starlette.exceptions import HTTPException
 
 from restuning._version import __version__
 from restuning.data import Preprocess, Tokenise
-from restuning.data.objective import IGNORED
 from restuning.errors import DataError, RestuningError
 from restuning.serving.adapters import Adapters
-from restuning.serving.batches import Answered, Batcher, Job
+from restuning.serving.batches import Answered, Batcher, Batches, Job
 from restuning.serving.decoding import Decoders
 from restuning.serving.guard import LOG, Guard, error_response, now_text
 from restuning.serving.metrics import Metrics
@@ -48,7 +47,7 @@ class Server:
         self.decoders: Decoders | None = None
         if not adapters.reads_texts:
             self.decoders = Decoders(settings.decoders, settings.decode_seconds, FORMATS, settings.max_pixels)
-        self.batcher = Batcher(adapters, settings, self.metrics)
+        self.batcher = _batcher(adapters, settings, self.metrics)
         self.threads = ThreadPoolExecutor(settings.decoders if self.decoders else 1, "restuning-items")
         self.changes = ThreadPoolExecutor(1, "restuning-adapters")
         self.warm = self.draining = False
@@ -56,7 +55,7 @@ class Server:
     @property
     def ready(self) -> bool:
         """Whether it takes requests: the weights are there, a first batch has been answered."""
-        return self.warm and not self.draining and self.batcher.thread.is_alive()
+        return self.warm and not self.draining and self.batcher.alive
 
     async def warm_up(self) -> None:
         """Answer a first batch with every adapter, and decode a first image, before requests come."""
@@ -139,13 +138,13 @@ class Server:
             try:
                 if isinstance(how, Preprocess):
                     calls = [loop.run_in_executor(self.threads, self._pixels, image, how) for image in wanted.images]
-                    items, collate = list(await asyncio.gather(*calls)), _stack
+                    items = list(await asyncio.gather(*calls))
                 else:
                     reading = loop.run_in_executor(self.threads, self._tokens, wanted.texts, how, by_word)
-                    items, collate, words = await reading
+                    items, words = await reading
             except DataError as error:
                 raise Refused(422, str(error)) from error
-            size = self.settings.max_batch
+            size, collate = self.settings.max_batch, self.adapters.collate_of(how, by_word)
             for i in range(0, len(items), size):
                 part = None if words is None else words[i : i + size]
                 job = Job(items[i : i + size], tuple(names), how, now, collate, wanted.top, wanted.logits, head, part)
@@ -158,7 +157,7 @@ class Server:
             raise DataError("the image is empty")
         return how.normalise(self.decoders.pixels(image, how))
 
-    def _tokens(self, texts: Sequence[str | list[str]], how: Tokenise, by_word: bool) -> tuple[list[Any], Any, Any]:
+    def _tokens(self, texts: Sequence[str | list[str]], how: Tokenise, by_word: bool) -> tuple[list[Any], Any]:
         if by_word:
             if any(isinstance(text, list) for text in texts):
                 raise DataError("a task by token reads one text, no pair")
@@ -170,11 +169,15 @@ class Server:
         made = self.adapters.tokenised(rows, how, by_word)
         items = [made[i][0] for i in range(len(rows))]
         words = [(row[0], made[i][1]) for i, row in enumerate(rows)] if by_word else None
+        return items, words
 
-        def collate(items: Sequence[Any]) -> Any:
-            return made.collate([(item, [IGNORED] if by_word else 0) for item in items])[0]
 
-        return items, collate, words
+def _batcher(adapters: Adapters, settings: ServeSettings, metrics: Metrics) -> Batches:
+    if settings.engine == "local":
+        return Batcher(adapters, settings, metrics)
+    from restuning.serving.replicas import Replicas
+
+    return Replicas(adapters, settings, metrics)
 
 
 def make_app(server: Server) -> Any:
@@ -209,7 +212,7 @@ def make_app(server: Server) -> Any:
     @app.get("/health", tags=["operations"])
     async def health() -> Any:
         """The process lives, and so does the thread that owns the model."""
-        if not server.batcher.thread.is_alive():
+        if not server.batcher.alive:
             raise Refused(503, "the thread that owns the model has ended")
         return {"status": "ok", "version": __version__}
 
@@ -336,12 +339,6 @@ def _leaves(group: BaseExceptionGroup[Refused]) -> Any:
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _stack(items: Sequence[Any]) -> Any:
-    import torch
-
-    return torch.stack(list(items))
 
 
 def _json(data: Any) -> Response:

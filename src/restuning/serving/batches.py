@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +58,17 @@ class Job:
         return how, self.head, self.words is None
 
 
+class Batches(Protocol):
+    """What answers jobs: a thread of this process, or replicas elsewhere."""
+
+    @property
+    def alive(self) -> bool: ...
+
+    async def submit(self, job: Job) -> Answered: ...
+
+    def close(self) -> None: ...
+
+
 class Batcher:
     """A queue of at most `max_queue` items, and a thread that answers them, up to `max_batch` at a time; the first of a
     batch waits for others for `max_wait_ms` at most."""
@@ -69,6 +80,11 @@ class Batcher:
         self._changed, self._closed = threading.Condition(), False
         self.thread = threading.Thread(target=self._run, name="restuning-model", daemon=True)
         self.thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that owns the model lives."""
+        return self.thread.is_alive()
 
     async def submit(self, job: Job) -> Answered:
         """A job's answers. Raises Refused if the queue is full (429) or the job cannot be answered; when the caller is

@@ -26,6 +26,7 @@ class Metrics:
         self.requests = made(counter, "requests", "Requests by route and status", ("route", "status"))
         self.answers = made(counter, "answers", "Answers, one an item and task, by task and status", ("task", "status"))
         self.refused = made(counter, "queue_refusals", "Requests refused because the queue was full")
+        self.retries = made(counter, "retries", "Requests sent again, since the replica that had them died")
         self.left = made(counter, "clients_left", "Requests whose client left before its answer")
         self.queued = made(gauge, "queue_items", "Items that wait")
         self.queue_seconds = made(histogram, "queue_seconds", "Seconds that a request waits", buckets=SECONDS)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from restuning.errors import RestuningError
 from restuning.utils.options import Device, ImageSize, Option
@@ -29,6 +29,9 @@ class ServeSettings:
         decode_seconds: how long an image may take to decode; decoders: processes that do it.
         read_seconds: how long a client may take to send its request.
         api_key: what clients must send, as `Authorization: Bearer KEY`; None: nothing.
+        engine: local, one process that owns the model; ray, replicas of it on a Ray cluster (RAY_ADDRESS, else a local
+        one). replicas: how many, or at least. autoscale: NAME=VALUE of Ray Serve's `autoscaling_config`.
+        replica_adapters: how many adapters a replica holds; the one that was used least recently goes.
         precision: no, bf16 or fp16 (autocast). threads: of the computation; None: torch's own number.
     """
 
@@ -60,13 +63,19 @@ class ServeSettings:
     api_key: Annotated[
         str | None, Option("what clients must send (default: RESTUNING_API_KEY; where that is empty, nothing)")
     ] = None
+    engine: Annotated[Literal["local", "ray"], Option("ray: the model on replicas, the routes here")] = "local"
+    replicas: Annotated[int, Option("of the model on Ray, each with a backbone; with --autoscale, at least")] = 1
+    autoscale: Annotated[
+        tuple[str, ...], Option("Ray Serve's settings: max_replicas=8 target_ongoing_requests=4", metavar="NAME=VALUE")
+    ] = ()
+    replica_adapters: Annotated[int, Option("adapters that a replica holds at most", metavar="N")] = 256
     device: Device = None
     precision: Annotated[str, Option("autocast", choices=("no", "bf16", "fp16"))] = "no"
     threads: Annotated[int | None, Option("of the computation (default: torch's own number)", metavar="N")] = None
 
     def __post_init__(self) -> None:
         numbers = ("max_batch", "max_queue", "max_body", "max_items", "max_text", "decoders", "threads")
-        for name in (*numbers, "max_pixels", "decode_seconds", "read_seconds", "watch_seconds"):
+        for name in (*numbers, "replicas", "replica_adapters", "max_pixels", "decode_seconds", "read_seconds", "watch_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise RestuningError(f"{name.replace('_', '-')} {value}: expected a positive number")
@@ -78,6 +87,8 @@ class ServeSettings:
             raise RestuningError(f"port {self.port}: expected 0 to 65535")
         if self.precision not in ("no", "bf16", "fp16"):
             raise RestuningError(f"precision {self.precision!r}: expected no, bf16 or fp16")
+        if self.engine != "ray" and (self.replicas != 1 or self.autoscale):
+            raise RestuningError("replicas and autoscale are of --engine ray")
         if (self.watch or self.allow_changes) and self.root is None:
             raise RestuningError("watch and allow-changes need a folder of adapters: give --adapters FOLDER")
         if self.root is not None and not self.root.is_dir():
