@@ -74,8 +74,8 @@ class ServeSettings:
     threads: Annotated[int | None, Option("of the computation (default: torch's own number)", metavar="N")] = None
 
     def __post_init__(self) -> None:
-        numbers = ("max_batch", "max_queue", "max_body", "max_items", "max_text", "decoders", "threads")
-        for name in (*numbers, "replicas", "replica_adapters", "max_pixels", "decode_seconds", "read_seconds", "watch_seconds"):
+        counts = ("max_batch", "max_queue", "max_body", "max_items", "max_text", "decoders", "threads", "replicas")
+        for name in (*counts, "replica_adapters", "max_pixels", "decode_seconds", "read_seconds", "watch_seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise RestuningError(f"{name.replace('_', '-')} {value}: expected a positive number")
