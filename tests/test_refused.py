@@ -955,3 +955,25 @@ def test_latent_attention_is_found_not_taken_for_another(version: int) -> None:
     sites = rt.find_sites(model)
     assert sites.anatomy.name == f"found in DeepseekV{version}Model"
     assert {site.op for site in sites} >= {"mha", "ffn", "block"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a fork")
+def test_a_limit_on_memory_is_one_line(tmp_path: Path) -> None:
+    """Under a limit of the operating system that the batch's own tensors pass, not the process."""
+    for i in range(2):
+        for j in range(4):
+            (tmp_path / "photos" / str(i)).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (i, j, 0)).save(tmp_path / "photos" / str(i) / f"{j}.png")
+    code = f"""
+import resource, sys
+from restuning.cli.main import main
+small = ["train", "--data", "folder:{tmp_path}/photos", "--method", "linear", "--epochs", "1", "--quiet", "--out"]
+assert main([*small, "{tmp_path}/a"]) == 0  # all is imported
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
+large = ["--image-size", "2048", "--method", "full", "--batch-size", "8"]
+sys.exit(main(["train", "--data", "folder:{tmp_path}/photos", "--epochs", "1", "--quiet", *large, "--out", "{tmp_path}/b"]))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert "not enough memory" in run.stderr and not (tmp_path / "b").exists()

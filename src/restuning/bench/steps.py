@@ -23,6 +23,7 @@ from restuning.bench.settings import Bench, Call, Measured, absent_peers, traini
 
 def memory(settings: Bench) -> Measured:
     """One training step of each, in a fresh process for each round."""
+    settings.load()  # a backbone that cannot be loaded is refused once, not by every process
     measured, threads = Measured(absent=absent_peers(settings)), torch.get_num_threads()
     for _ in range(settings.rounds):
         for name in (m for m in settings.methods if m not in measured.absent):
