@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from restuning.backbones.load import load_backbone, reading_of
 from restuning.data import Tokenised, load_task, prepared
+from restuning.errors import RestuningError
 from restuning.features.bank import Bank, FromBank, FromFeatures
 from restuning.features.bank.format import MANIFEST
 from restuning.model.tuned import adapt
@@ -46,11 +48,14 @@ class Row:
         return f"{self.method} (CLS)" if self.pool == "cls" else self.method
 
 
+COMPONENTS = "pca:64"
 ROWS = (
     Row("linear", bank="mean"),
     Row("bypass-mean", bank="mean"),
     Row("linear", "cls", "first"),
     Row("bypass", "cls", "first"),
+    Row("linear-all", bank=COMPONENTS),
+    Row("bypass-query", bank=COMPONENTS),
     Row("res-tuning", rates=(0.001,)),
     Row("full", rates=(0.00005,)),
     Row("lora", rates=(0.001,)),
@@ -62,22 +67,37 @@ SEEDS = (0, 1, 2)  # from a bank; inside the backbone the first
 
 @dataclass(frozen=True)
 class Text:
-    """Seven rows on three tasks."""
+    """Nine rows on three tasks, or some of them.
+
+    Args:
+        tasks: names, between spaces.
+        rows: likewise; empty: all.
+    """
+
+    tasks: str = " ".join(EPOCHS)
+    rows: str = ""
+
+    def __post_init__(self) -> None:
+        for value, known in ((self.tasks, tuple(EPOCHS)), (self.rows, tuple(row.name for row in ROWS))):
+            if wrong := [name for name in value.split() if name not in known]:
+                raise RestuningError(f"--set of text: unknown {wrong[0]!r}, expected of {', '.join(known)}")
 
     def run(self, place: Place) -> Iterator[Record]:
-        for task in EPOCHS:
+        rows = [row for row in ROWS if not self.rows or row.name in self.rows.split()]
+        for task in self.tasks.split():
             data = f"text:{place.data}/text/{task}"
-            for tokens in ("mean", "first"):
-                out = place.out / f"bank-{task}-{tokens}"
+            for tokens in sorted({row.bank for row in rows if row.bank} | (set() if self.rows else {"first"})):
+                out = _bank(place, task, tokens)
                 if not (out / MANIFEST).exists():
                     settings = BankSettings(data, MINILM, max_length=MAX_LENGTH, tokens=tokens, dtype="float16")
                     build_bank(settings, out, resume=out.exists(), progress=False)
-            for row in ROWS:
+            for row in rows:
                 folder = place.out / f"{task}-{row.method}-{row.pool}"
                 record = once(folder / DONE, partial(_one, place, task, data, row))
                 yield {"task": task, "row": row.name, **record}
-            found = once(place.out / f"{task}-ratio.json", partial(_ratio, place, task, data))
-            yield {"task": task, **found}
+            if not self.rows:
+                found = once(place.out / f"{task}-ratio.json", partial(_ratio, place, task, data))
+                yield {"task": task, **found}
 
     def text(self, records: Sequence[Record]) -> str:
         columns = ["method", "reads", "test accuracy", "seeds", "epochs", "rate", "trained", "kept, MiB"]
@@ -86,7 +106,7 @@ class Text:
 
 {MINILM} (6 blocks, width 384). Texts cut to {MAX_LENGTH} tokens, batch {BATCH}, weight decay 0.05, the last epoch.
 Every head reads the mean of a text's tokens (`bypass-mean` runs on that mean alone), but for the rows named CLS. Banks
-hold float16. Where a method has several rates ({", ".join(map(str, HEADS))}), validation chose: SST-2's own dev
+hold float16; `{COMPONENTS}` are 64 components of every token of every layer, and the means in full. Where a method has several rates ({", ".join(map(str, HEADS))}), validation chose: SST-2's own dev
 sentences, elsewhere a fifth of the training pairs. Bytes kept for backward: of one batch, the first {BATCH} training
 texts."""
         ]
@@ -98,7 +118,7 @@ texts."""
                     rows.append(
                         [
                             row.name,
-                            f"a bank, {row.bank if row.bank == 'mean' else 'CLS'}" if row.bank else "texts",
+                            f"a bank, {'CLS' if row.bank == 'first' else row.bank}" if row.bank else "texts",
                             mean(r["test_accuracies"]),
                             str(len(r["test_accuracies"])),
                             str(r["epochs_trained"]),
@@ -120,11 +140,15 @@ texts."""
         return "\n\n".join(parts)
 
 
+def _bank(place: Place, task: str, tokens: str) -> Path:
+    return place.out / f"bank-{task}-{tokens.replace(':', '')}"
+
+
 def _one(place: Place, task: str, data: str, row: Row) -> Record:
     """A grid from the bank, and an epoch alone for its time; or one run inside the backbone."""
-    out, at = place.out / f"{task}-{row.method}-{row.pool}", place.out / f"bank-{task}-{row.bank}"
+    out, at = place.out / f"{task}-{row.method}-{row.pool}", _bank(place, task, row.bank or "")
     epochs = EPOCHS[task][0 if row.bank else 1]
-    pool = None if row.method == "bypass-mean" else row.pool
+    pool = None if row.method == "bypass-mean" or row.bank == COMPONENTS else row.pool
     run = Run(
         data=data,
         backbone=MINILM,
