@@ -971,8 +971,8 @@ small = ["train", "--data", "folder:{tmp_path}/photos", "--method", "linear", "-
 assert main([*small, "{tmp_path}/a"]) == 0  # all is imported
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 100 * 2**20,) * 2)
-large = ["--image-size", "2048", "--method", "full", "--batch-size", "8"]
-sys.exit(main(["train", "--data", "folder:{tmp_path}/photos", "--epochs", "1", "--quiet", *large, "--out", "{tmp_path}/b"]))
+large = ["--image-size", "2048", "--method", "full", "--batch-size", "8", "--out", "{tmp_path}/b"]
+sys.exit(main(["train", "--data", "folder:{tmp_path}/photos", "--epochs", "1", "--quiet", *large]))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr

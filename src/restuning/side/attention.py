@@ -1,60 +1,19 @@
 """`bypass-attention`: self-attention among the tokens of all layers, beside a read-out of every layer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from restuning.side.base import FeatureInfo, SideConfig
-from restuning.side.features import Features, TokenSelection, last, summary
-from restuning.side.readout import every_layer
-from restuning.side.stages import Attention, PathInfo, PathNetwork, check_path, path_tokens
+from restuning.side.base import FeatureInfo
+from restuning.side.features import Features, last, summary
+from restuning.side.stages import Attention, PathConfig, PathInfo, PathNetwork
 
 
 @dataclass(frozen=True)
-class BypassAttention(SideConfig):
+class BypassAttention(PathConfig):
     """Self-attention among the tokens of all layers, stage by stage, beside a linear read-out of every layer; see
-    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings are those of `BypassQuery`, but for `fixed`."""
-
-    width: int = 64
-    stages: int = 4
-    heads: int = 4
-    readout: Literal["full", "gated", "none"] = "full"
-    components: int | None = None
-    grid: int | None = None
-    stem: bool = False
-
-    def __post_init__(self) -> None:
-        check_path(self)
-
-    own_output: ClassVar[bool] = True
-
-    def layers(self, info: FeatureInfo) -> Sequence[int]:
-        return every_layer(info)
-
-    def tokens(self, info: FeatureInfo) -> TokenSelection:
-        return path_tokens(info, self.grid)
-
-    def reads_pixels(self) -> bool:
-        return self.stem
-
-    @property
-    def needs_data(self) -> bool:  # type: ignore[override]
-        return self.components is not None
-
-    def from_bank(self) -> bool:
-        return not self.stem and self.grid is None
-
-    def accepts(self, components: int | None) -> bool:
-        return self.grid is None and self.components == components
-
-    def with_components(self, count: int) -> "BypassAttention":
-        return replace(self, components=count) if self.components is None else self
-
-    def resized(self, size: int) -> "BypassAttention":
-        return replace(self, width=size)
+    `AttentionNet`. Ours, in the manner of LAST (2402.04009). Settings: those of `PathConfig`."""
 
     def build(self, info: FeatureInfo) -> "AttentionNet":
         return AttentionNet(PathInfo.of(self, info), causal=info.pool == "last")

@@ -1,76 +1,36 @@
 """`bypass-query`: learned queries that attend to the tokens of all layers, beside a read-out of every layer."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from restuning.errors import MethodError
-from restuning.side.base import FeatureInfo, SideConfig
-from restuning.side.features import Features, TokenSelection, normalised
-from restuning.side.readout import every_layer
-from restuning.side.stages import CrossAttention, PathInfo, PathNetwork, check_path, path_tokens
+from restuning.side.base import FeatureInfo
+from restuning.side.features import Features, normalised
+from restuning.side.stages import CrossAttention, PathConfig, PathInfo, PathNetwork
 from restuning.tuners.scale import check_size
 
 
 @dataclass(frozen=True)
-class BypassQuery(SideConfig):
+class BypassQuery(PathConfig):
     """Learned queries that attend to the tokens of all layers, stage by stage, beside a linear read-out of every layer;
     see `QueryNet`. Ours.
 
-    width: of the path, a multiple of the `heads`. stages: runs of layers. readout: what the head reads besides, `full`
-    or `gated` as in `LinearAll`, or `none`. components: how many of each layer's fixed components are read, not its
-    whole width; they are fitted to the training data, or come with a bank; None: what a bank holds, or all.
-    fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries attend to
-    is common to them: another task costs its queries and its head.
-    grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of maps
-    on 7 × 7. stem: a convolutional stem reads the pixels too.
+    Args:
+        queries: how many; the other settings are those of `PathConfig`.
+        fixed: the projections of the layers are not trained, and the same for all tasks, so that what the queries
+            attend to is common to them: another task costs its queries and its head.
     """
 
-    width: int = 64
-    stages: int = 4
     queries: int = 8
-    heads: int = 4
-    readout: Literal["full", "gated", "none"] = "full"
-    components: int | None = None
     fixed: bool = False
-    grid: int | None = None
-    stem: bool = False
 
     def __post_init__(self) -> None:
         check_size("BypassQuery", "queries", self.queries)
         if not isinstance(self.fixed, bool):
             raise MethodError(f"BypassQuery(fixed={self.fixed!r}): expected true or false")
-        check_path(self)
-
-    own_output: ClassVar[bool] = True
-
-    def layers(self, info: FeatureInfo) -> Sequence[int]:
-        return every_layer(info)
-
-    def tokens(self, info: FeatureInfo) -> TokenSelection:
-        return path_tokens(info, self.grid)
-
-    def reads_pixels(self) -> bool:
-        return self.stem
-
-    @property
-    def needs_data(self) -> bool:  # type: ignore[override]
-        return self.components is not None
-
-    def from_bank(self) -> bool:
-        return not self.stem and self.grid is None
-
-    def accepts(self, components: int | None) -> bool:
-        return self.grid is None and self.components == components
-
-    def with_components(self, count: int) -> "BypassQuery":
-        return replace(self, components=count) if self.components is None else self
-
-    def resized(self, size: int) -> "BypassQuery":
-        return replace(self, width=size)
+        super().__post_init__()
 
     def build(self, info: FeatureInfo) -> "QueryNet":
         return QueryNet(PathInfo.of(self, info), queries=self.queries, fixed=self.fixed)

@@ -1,15 +1,15 @@
 """What side networks that mix tokens by attention share: their inputs, stage by stage, and the attention."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.errors import MethodError
-from restuning.side.base import FeatureInfo, SideNetwork, check_grid
+from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid
 from restuning.side.features import ALL, Features, TokenSelection, normalised, summary
 from restuning.side.readout import Readout, every_layer, readout_of
 from restuning.tuners.scale import check_size
@@ -179,10 +179,75 @@ STAGE_GRID = 7
 """Cells a side to which maps are averaged for a path over stages, whatever their own sizes."""
 
 
-def path_tokens(info: FeatureInfo, grid: int | None) -> TokenSelection:
-    """Every token, or pooled patches where that is asked for, or where stages have grids of their own."""
-    grid = grid or (None if info.uniform else STAGE_GRID)
-    return ALL if grid is None else info.grid(grid)
+@dataclass(frozen=True)
+class PathConfig(SideConfig):
+    """Settings of a path through all layers, `BypassQuery` or `BypassAttention`.
+
+    Args:
+        width: of the path, a multiple of the `heads`.
+        stages: runs of layers.
+        heads: of the attention.
+        readout: what the head reads besides, `full` or `gated` as in `LinearAll`, or `none`.
+        components: how many of each layer's fixed components are read, not its whole width; they are fitted to the
+            training data, or come with a bank; None: what a bank holds, or all.
+        grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of
+            maps on 7 × 7.
+        stem: a convolutional stem reads the pixels too.
+
+    Raises:
+        MethodError: a size below 1, a width that the heads do not divide, an unknown read-out.
+    """
+
+    width: int = 64
+    stages: int = 4
+    heads: int = 4
+    readout: Literal["full", "gated", "none"] = "full"
+    components: int | None = None
+    grid: int | None = None
+    stem: bool = False
+
+    own_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        for name in ("width", "stages", "heads"):
+            check_size(kind, name, getattr(self, name))
+        if self.width % self.heads:
+            raise MethodError(f"{kind}(width={self.width}): expected a multiple of its {self.heads} heads")
+        if self.readout not in ("full", "gated", "none"):
+            raise MethodError(f"{kind}(readout={self.readout!r}): expected full, gated or none")
+        if self.components is not None:
+            check_size(kind, "components", self.components)
+        if not isinstance(self.stem, bool):
+            raise MethodError(f"{kind}(stem={self.stem!r}): expected true or false")
+        check_grid(kind, self.grid)
+
+    def layers(self, info: FeatureInfo) -> Sequence[int]:
+        return every_layer(info)
+
+    def tokens(self, info: FeatureInfo) -> TokenSelection:
+        """Every token, or pooled patches where that is asked for, or where stages have grids of their own."""
+        grid = self.grid or (None if info.uniform else STAGE_GRID)
+        return ALL if grid is None else info.grid(grid)
+
+    def reads_pixels(self) -> bool:
+        return self.stem
+
+    @property
+    def needs_data(self) -> bool:  # type: ignore[override]
+        return self.components is not None
+
+    def from_bank(self) -> bool:
+        return not self.stem and self.grid is None
+
+    def accepts(self, components: int | None) -> bool:
+        return self.grid is None and self.components == components
+
+    def with_components(self, count: int) -> Self:
+        return replace(self, components=count) if self.components is None else self
+
+    def resized(self, size: int) -> Self:
+        return replace(self, width=size)
 
 
 @dataclass(frozen=True)
@@ -212,8 +277,7 @@ class PathInfo:
     stem: bool
 
     @classmethod
-    def of(cls, part: Any, info: FeatureInfo) -> "PathInfo":
-        """By the settings of `BypassQuery` or `BypassAttention`."""
+    def of(cls, part: PathConfig, info: FeatureInfo) -> "PathInfo":
         path = tuple(every_layer(info))
         if part.stem and info.prefix is None:
             raise MethodError("a stem reads images, and this backbone does not")
@@ -266,18 +330,3 @@ class PathNetwork(SideNetwork):
         if self.stages.components is not None:
             for i, layer in enumerate(self.path):
                 self.stages.basis(i).copy_(bases[layer])
-
-
-def check_path(part: Any) -> None:
-    kind = type(part).__name__
-    for name in ("width", "stages", "heads"):
-        check_size(kind, name, getattr(part, name))
-    if part.width % part.heads:
-        raise MethodError(f"{kind}(width={part.width}): expected a multiple of its {part.heads} heads")
-    if part.readout not in ("full", "gated", "none"):
-        raise MethodError(f"{kind}(readout={part.readout!r}): expected full, gated or none")
-    if part.components is not None:
-        check_size(kind, "components", part.components)
-    if not isinstance(part.stem, bool):
-        raise MethodError(f"{kind}(stem={part.stem!r}): expected true or false")
-    check_grid(kind, part.grid)

@@ -106,9 +106,9 @@ class Text:
 
 {MINILM} (6 blocks, width 384). Texts cut to {MAX_LENGTH} tokens, batch {BATCH}, weight decay 0.05, the last epoch.
 Every head reads the mean of a text's tokens (`bypass-mean` runs on that mean alone), but for the rows named CLS. Banks
-hold float16; `{COMPONENTS}` are 64 components of every token of every layer, and the means in full. Where a method has several rates ({", ".join(map(str, HEADS))}), validation chose: SST-2's own dev
-sentences, elsewhere a fifth of the training pairs. Bytes kept for backward: of one batch, the first {BATCH} training
-texts."""
+hold float16; `{COMPONENTS}` are 64 components of every token of every layer, and the means in full. Where a method has
+several rates ({", ".join(map(str, HEADS))}), validation chose: SST-2's own dev sentences, elsewhere a fifth of the
+training pairs. Bytes kept for backward: of one batch, the first {BATCH} training texts."""
         ]
         for task in EPOCHS:
             mine = {r.get("row"): r for r in records if r["task"] == task}
