@@ -12,7 +12,7 @@ SOURCE = Path(restuning.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 TOP = {"__init__.py", "_types.py", "_version.py", "errors.py", "py.typed"}
 FOLDERS = {
-    "backbones", "bench", "cli", "data", "diffusion", "features", "hooks", "methods", "model", "paper", "runs",
+    "app", "backbones", "bench", "cli", "data", "diffusion", "features", "hooks", "methods", "model", "paper", "runs",
     "serving", "side", "training", "tuners", "utils",
 }  # fmt: skip
 

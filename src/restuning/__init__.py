@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from restuning.backbones.sites import find_sites as find_sites
     from restuning.data import load_task as load_task
     from restuning.errors import RestuningError as RestuningError
+    from restuning.features.novelty import Novelty as Novelty
+    from restuning.features.novelty import novelty as novelty
     from restuning.methods import METHODS as METHODS
     from restuning.methods import Bypass as Bypass
     from restuning.methods import BypassAttention as BypassAttention
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from restuning.side.features import FeatureRequest as FeatureRequest
     from restuning.side.features import Features as Features
     from restuning.side.features import TokenSelection as TokenSelection
+    from restuning.training.calibrate import Calibration as Calibration
+    from restuning.training.calibrate import calibrate as calibrate
     from restuning.tuners import Adapter as Adapter
     from restuning.tuners import Bias as Bias
     from restuning.tuners import Convpass as Convpass
@@ -70,6 +74,7 @@ _PUBLIC = {
     "backbones.sites": ("find_sites",),
     "data": ("load_task",),
     "errors": ("RestuningError",),
+    "features.novelty": ("Novelty", "novelty"),
     "methods": (
         "METHODS",
         "Bypass",
@@ -92,6 +97,7 @@ _PUBLIC = {
     "side": ("AlexNet", "SmallCnn"),
     "side.base": ("SideConfig", "SideNetwork"),
     "side.features": ("FeatureRequest", "Features", "TokenSelection"),
+    "training.calibrate": ("Calibration", "calibrate"),
     "tuners.base": ("AttentionTuner", "Mergeable", "PromptTuner", "StatefulTuner", "Tuner"),
     "tuners": ("Adapter", "Bias", "Convpass", "Dtl", "Lora", "Prefix", "PrefixTuning", "Prompt", "PromptTuning", "Ssf"),
 }

@@ -1,6 +1,6 @@
 """Training a stack from features: grid points or tasks, side by side."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +35,13 @@ def train(
     labels: Tensor,
     points: Sequence[Point],
     task_objective: Objective | None = None,
+    seen: Callable[[int, int, float], None] | None = None,
 ) -> list[bool]:
     """Train all modules at once, each exactly as `restuning.training.loop.fit` would train it alone.
 
     features: of all rows, shared by all points, or a window on a bank that is read as it goes; labels: (rows, …), or
     (N, rows, …) for other tasks on them. task_objective: the tasks'; None: of single labels.
+    seen: told the step, of how many, and the mean loss, after every step.
     Points must have as many examples as one another, and one batch size. Returns which of them ended in finite values.
     """
     counts = {(len(p.rows), p.config.batch_size) for p in points}
@@ -70,6 +72,8 @@ def train(
             loss = loss_of(logits, labels[everyone, at]).sum()
             grads = torch.autograd.grad(loss, list(trained.values()))
         optimizer.step(grads, [_rate(p.config, step, steps) for p in points])
+        if seen is not None:
+            seen(step + 1, steps * max(p.config.epochs for p in points), float(loss.detach()) / len(points))
     for t in trained.values():
         t.requires_grad_(False)
     finite = torch.ones(len(points), dtype=torch.bool, device=labels.device)

@@ -1,0 +1,256 @@
+"""Features of pictures by their content, computed once and kept on disk: what was computed is never computed again."""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from restuning.app.project import Picture, quick_write
+from restuning.app.recipes import RECIPES, Recipe
+from restuning.backbones.load import reading_of
+from restuning.data import Preprocess
+from restuning.data.decode import decode
+from restuning.errors import CheckpointError, DataError, MethodError, RestuningError, line
+from restuning.model.tuned import Tuned
+from restuning.runs.estimator import shared_backbone
+from restuning.side.features import FeatureRequest, Features
+from restuning.training.evaluate import padded
+from restuning.utils.files import atomic_write
+from restuning.utils.reading import open_regular
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SHARD = 32
+"""Pictures of one pass, and of one file: what a killed process loses at most."""
+MOST_KEPT = 2 * 2**20
+"""Bytes that the features of a picture may take for a method."""
+THUMBNAIL = 160
+FROZEN = "frozen"
+"""The adapter without a head: the backbone's own pooled features."""
+
+
+class Engine:
+    """A frozen backbone and the recipes that train on it. Threads take `lock` for what changes its adapters.
+
+    Args:
+        backbone: a name that `restuning.load_backbone` knows, of one that reads images.
+        weights: a file of them; None: its own.
+    """
+
+    def __init__(self, backbone: str, weights: str | None = None) -> None:
+        self.backbone, self.weights, self.lock = backbone, weights, threading.RLock()
+        module = shared_backbone(backbone, weights, None)
+        how = reading_of(module)
+        if not isinstance(how, Preprocess):
+            raise RestuningError(f"{backbone} reads texts: expected a backbone of images")
+        self.how = how
+        self.tuned = Tuned(module, backbone_name=backbone)
+        if torch.cuda.is_available():
+            self.tuned.cuda()
+        self.recipes: dict[str, Recipe] = {}
+        self.refused: dict[str, str] = {}
+        self.views: list[FeatureRequest] = []
+        self._view_of: dict[str, int] = {}
+        self._names = iter(range(10**9))
+        self.tuned.add_adapter(FROZEN, "linear", preprocessing=how.to_dict())
+        for name, recipe in reversed(RECIPES.items()):  # those that read most come first
+            self._accept(name, recipe)
+        self.tuned.set_adapter(FROZEN)
+        self.key = hashlib.sha256(
+            repr((backbone, self.tuned.fingerprint, how.to_dict(), self.views)).encode()
+        ).hexdigest()[:12]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.tuned.parameters()).device
+
+    def _accept(self, name: str, recipe: Recipe) -> None:
+        """Keep a recipe whose method fits, and what has to be kept of a picture for it."""
+        try:
+            self.tuned.add_adapter(name, recipe.method, 2)
+        except RestuningError as error:
+            self.refused[name] = line(error)
+            return
+        request = self.tuned.adapter(name).request
+        self.tuned.delete_adapter(name)
+        if request.pixels or request.mask:
+            self.refused[name] = "it reads more than features"
+            return
+        for i, view in enumerate(self.views):
+            if request.tokens.of(view.tokens) is not None and set(request.layers) <= set(view.layers):
+                self._view_of[name] = i
+                break
+        else:
+            side = 3 * self.how.size[0] * self.how.size[1]
+            if request.tokens.tokens == "all" and 4 * side * len(request.layers) > MOST_KEPT:
+                self.refused[name] = "its features of a picture are too large to keep"
+                return
+            self.views.append(request)
+            self._view_of[name] = len(self.views) - 1
+        self.recipes[name] = recipe
+
+    def name(self, of: str) -> str:
+        """One for an adapter that nobody else has."""
+        return f"{of}-{next(self._names)}"
+
+    @torch.no_grad()
+    def live(self, pixels: Tensor) -> list[Features]:
+        """One pass of the backbone, (b, 3, h, w): what every view holds, on the CPU."""
+        from restuning.model.passes import features_of
+
+        request = FeatureRequest.of_all(self.views)
+        with self.lock:
+            features = features_of(self.tuned, {}, request, True, (pixels.to(self.device),), {})
+        return [features.select(v.tokens, v.layers).map(lambda x: x.to("cpu", copy=True)) for v in self.views]
+
+    def view(self, recipe: str) -> int:
+        """Which of the views a recipe reads."""
+        if recipe not in self._view_of:
+            raise MethodError(f"{recipe} does not run on {self.backbone}: {self.refused.get(recipe, 'unknown')}")
+        return self._view_of[recipe]
+
+
+@lru_cache(4)
+def engine(backbone: str, weights: str | None) -> Engine:
+    """One for all projects on this backbone."""
+    return Engine(backbone, weights)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of a pass over pictures: how many are done, of how many, and the seconds that are left."""
+
+    done: int
+    total: int
+    left: float
+
+
+class FeatureStore:
+    """Features of pictures in a folder, files of `SHARD` pictures each, by backbone.
+
+    Args:
+        own: the folder that a project keeps what it computes in.
+        engine: the backbone.
+
+    Raises:
+        CheckpointError: a file in it is damaged.
+    """
+
+    def __init__(self, own: Path, engine: Engine) -> None:
+        self.engine, self.thumbnails = engine, own / "thumbnails"
+        self.folder = own / "features" / engine.key
+        self.rows: dict[str, int] = {}
+        self.bad: dict[str, str] = {}
+        self._parts: list[list[Features]] = []
+        self._views: list[Features] | None = None
+        self._files: set[str] = set()
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what others wrote since."""
+        from safetensors import safe_open
+
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name in self._files:
+                continue
+            try:
+                with safe_open(path, "pt") as file:
+                    keys = [str(key) for key in json.loads(file.metadata()["keys"])]
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self._take(path.name, keys, self._unnamed(tensors, len(keys)))
+            except Exception as error:  # safetensors has errors of its own
+                raise CheckpointError(f"{path} is damaged: {line(error)}; remove it to compute it again") from error
+
+    def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """Those whose features are not there and that were not found to be unreadable."""
+        return [p for p in pictures if p.key not in self.rows and p.key not in self.bad]
+
+    def compute(self, pictures: Sequence[Picture]) -> Iterator[Progress]:
+        """One pass over those that are missing; leaving the loop early loses nothing of what was computed."""
+        missing, start = self.missing(pictures), time.perf_counter()
+        for at in range(0, len(missing), SHARD):
+            keys, pixels = [], []
+            for picture in missing[at : at + SHARD]:
+                try:
+                    image = self._read(picture)
+                    pixels.append(self.engine.how(image))
+                    self._thumbnail(picture.key, image)
+                    keys.append(picture.key)
+                except DataError as error:
+                    self.bad[picture.key] = line(error)
+            if keys:
+                self._write(keys, self.engine.live(torch.stack(pixels)))
+            done = min(at + SHARD, len(missing))
+            yield Progress(done, len(missing), (time.perf_counter() - start) / done * (len(missing) - done))
+
+    def features(self, recipe: str, keys: Sequence[str]) -> Features:
+        """What a recipe's method reads, of these pictures."""
+        if self._views is None:
+            joined = [Features.joined([p[i] for p in self._parts], padded) for i in range(len(self.engine.views))]
+            self._views, self._parts = joined, [joined]
+        rows = torch.tensor([self.rows[key] for key in keys])
+        return self._views[self.engine.view(recipe)].rows(rows)
+
+    def thumbnail(self, picture: Picture) -> bytes:
+        """A small JPEG of it, made anew by the decoder: no byte of the file itself. Raises DataError."""
+        path = self.thumbnails / f"{picture.key}.jpg"
+        if not path.exists():
+            self._thumbnail(picture.key, self._read(picture))
+        return path.read_bytes()
+
+    # ---- inside
+
+    def _read(self, picture: Picture) -> "Image":
+        try:
+            with open_regular(str(picture.path)) as file:
+                return decode(file, picture.path.name)
+        except OSError as error:
+            raise DataError(f"{picture.path.name} cannot be read: {error.strerror}") from error
+
+    def _thumbnail(self, key: str, image: "Image") -> None:
+        path = self.thumbnails / f"{key}.jpg"
+        if not path.exists():
+            quick_write(path, small_jpeg(image))
+
+    def _write(self, keys: list[str], views: list[Features]) -> None:
+        from safetensors.torch import save
+
+        tensors = {f"{i}.{layer}": x for i, view in enumerate(views) for layer, x in view.layers.items()}
+        name = hashlib.sha256("".join(keys).encode()).hexdigest()[:20] + ".safetensors"
+        data = save({k: x.contiguous() for k, x in tensors.items()}, {"keys": json.dumps(keys)})
+        atomic_write(self.folder / name, data)
+        self._take(name, keys, views)
+
+    def _take(self, name: str, keys: list[str], views: list[Features]) -> None:
+        start = sum(len(part[0]) for part in self._parts)
+        self.rows |= {key: start + i for i, key in enumerate(keys)}
+        self._files.add(name)
+        self._parts.append(views)
+        self._views = None
+
+    def _unnamed(self, tensors: Mapping[str, Tensor], count: int) -> list[Features]:
+        views = []
+        for i, view in enumerate(self.engine.views):
+            layers = {layer: tensors[f"{i}.{layer}"] for layer in view.layers}
+            if any(len(x) != count or not bool(x.isfinite().all()) for x in layers.values()):
+                raise CheckpointError("rows are missing, or are no numbers")
+            views.append(Features(layers, view.tokens))
+        return views
+
+
+def small_jpeg(image: "Image") -> bytes:
+    """At most THUMBNAIL pixels a side."""
+    small, buffer = image.copy(), BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.convert("RGB").save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()

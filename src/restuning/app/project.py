@@ -1,0 +1,331 @@
+"""A project: a folder class/file that `folder:` reads, and beside the classes, hidden from it, what the page keeps."""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from restuning.backbones.load import MICRO
+from restuning.data.decode import SUFFIXES, decode
+from restuning.data.folder import JUNK, NAMED
+from restuning.errors import CheckpointError, DataError, RestuningError
+from restuning.utils.files import PARTIAL, as_json, atomic_write
+from restuning.utils.reading import open_regular, read_json
+
+OWN, UNLABELLED, REMOVED = ".restuning", ".unlabelled", ".removed"
+STATE, FORMAT = "project.json", "restuning-project/1"
+FEW = 5
+"""Pictures of a class below which it is said to have too few."""
+MOST_BYTES, MOST_PICTURES = 64 * 2**20, 20_000
+"""Of one picture that is added, and of pictures that are added at once."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a project. key: tells it by its content; label: its class; None: it has none yet."""
+
+    path: Path
+    key: str
+    label: str | None
+
+
+@dataclass
+class Added:
+    """What became of pictures that were given: how many are in, which were there, and why others were refused."""
+
+    count: int = 0
+    there: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+
+class Project:
+    """Pictures by class in a folder. A label is the folder that a picture is in, so that nothing else has to agree.
+
+    Args:
+        path: the folder; it is made if it is not there.
+
+    Raises:
+        RestuningError: it is no folder, or is split into train and test already.
+        CheckpointError: what the page kept in it is damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        if path.exists() and not path.is_dir():
+            raise RestuningError(f"{path} is no folder: expected one, or a name that is free")
+        self.path.mkdir(parents=True, exist_ok=True)
+        split = [name for name in self.classes() if name.lower() in NAMED]
+        if split:
+            raise RestuningError(f"{path} is split already ({', '.join(split)}): expected class/file, as a copy has it")
+        self._keys: dict[Path, tuple[tuple[int, int], str]] = {}
+        self.own.mkdir(exist_ok=True)
+        self.state = self._read()
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def own(self) -> Path:
+        """What the page keeps: settings, features, the trained adapter."""
+        return self.path / OWN
+
+    @property
+    def backbone(self) -> str:
+        return str(self.state["backbone"])
+
+    # ---- what it holds
+
+    def classes(self) -> tuple[str, ...]:
+        """The class folders, sorted as `folder:` sorts them."""
+        return tuple(sorted(p.name for p in self.path.iterdir() if p.is_dir() and _kept(p.name)))
+
+    def pictures(self, labelled: bool = False) -> list[Picture]:
+        """Those of all classes, and (unless `labelled`) those without; one of the same content is one, the first."""
+        found: dict[str, Picture] = {}
+        for picture in self._all(labelled):
+            found.setdefault(picture.key, picture)
+        return list(found.values())
+
+    def counts(self) -> dict[str, int]:
+        """Pictures of every class."""
+        have = Counter(p.label for p in self.pictures(labelled=True))
+        return {name: have[name] for name in self.classes()}
+
+    def problems(self, bad: Mapping[str, str] = {}) -> list[tuple[str, list[Picture]]]:
+        """What is wrong with the data, a line and the pictures that it is about.
+
+        Args:
+            bad: pictures that cannot be read, by key, and why.
+        """
+        by_key: dict[str, list[Picture]] = {}
+        for picture in self._all(False):
+            by_key.setdefault(picture.key, []).append(picture)
+        found: list[tuple[str, list[Picture]]] = []
+        for reason, ps in [(bad[key], ps) for key, ps in by_key.items() if key in bad]:
+            found.append((f"cannot be read: {ps[0].path.name}: {reason}", []))
+        for ps in by_key.values():
+            labels = sorted({p.label for p in ps if p.label is not None})
+            if len(labels) > 1:
+                found.append((f"in {len(labels)} classes ({', '.join(labels)}): {ps[0].path.name}", ps[:1]))
+            elif len(ps) > 1:
+                found.append((f"there {len(ps)} times: {', '.join(p.path.name for p in ps[:3])}", ps[:1]))
+        counts = self.counts()
+        found += [
+            (f"too few: class {name} has {count}, {FEW} or more are better", [])
+            for name, count in counts.items()
+            if count < FEW
+        ]
+        if len(counts) < 2:
+            found.append((f"{len(counts) or 'no'} class{'es' * (len(counts) != 1)}: two or more are needed", []))
+        return found
+
+    # ---- changes
+
+    def add_class(self, name: str) -> None:
+        """Raises DataError for a name that no folder can have, or that `folder:` would read as something else."""
+        name = name.strip()
+        strange = not name or len(name.encode()) > 100 or any(c in name for c in "/\\\0") or not name.isprintable()
+        if strange or not _kept(name) or name.lower() in NAMED:
+            raise DataError(f"no class can be called {name[:40]!r}: expected a short name without / that is no split's")
+        (self.path / name).mkdir(exist_ok=True)
+
+    def add(self, files: Iterable[tuple[str, bytes, str | None]]) -> Added:
+        """Add pictures, (name, bytes, class) each; what cannot be decoded, and what is there already, stays out."""
+        added, there = Added(), {p.key: p for p in self._all(False)}
+        for i, (name, data, label) in enumerate(files):
+            shown = PurePosixPath(name.replace("\\", "/")).name
+            if i >= MOST_PICTURES:
+                added.refused.append(f"{shown} and what follows: {MOST_PICTURES} at a time are read")
+                break
+            try:
+                decode(BytesIO(data), shown)
+                if label is not None:
+                    self.add_class(label)
+            except DataError as error:
+                added.refused.append(str(error))
+                continue
+            key = _digest(data)
+            if key in there:
+                added.there.append(shown)
+                continue
+            folder = self.path / (UNLABELLED if label is None else label.strip())
+            folder.mkdir(exist_ok=True)
+            path = _free(folder, shown)
+            quick_write(path, data)
+            there[key] = Picture(path, key, label)
+            added.count += 1
+        return added
+
+    def label(self, keys: Sequence[str], label: str | None) -> int:
+        """Move pictures to a class, or to those without one; returns how many were moved."""
+        if label is not None:
+            self.add_class(label)
+        return self._move(keys, UNLABELLED if label is None else label.strip())
+
+    def remove(self, keys: Sequence[str]) -> int:
+        """Move pictures out of the project, to a hidden folder in it, from where they can be had again."""
+        return self._move(keys, REMOVED)
+
+    def mark_right(self, keys: Sequence[str]) -> None:
+        """Labels that a person has looked at: they are no mistakes any more."""
+        self.update(right=sorted({*self.state["right"], *keys}))
+
+    def update(self, **changes: Any) -> None:
+        """Change what project.json holds."""
+        self.state = {**self.state, **changes}
+        atomic_write(self.own / STATE, as_json(self.state))
+
+    def copy_to(self, other: "Project") -> int:
+        """Give another project all pictures, unlabelled, and the features that are there: it needs no pass of the
+        backbone."""
+        folder = other.path / UNLABELLED
+        folder.mkdir(exist_ok=True)
+        pictures = self.pictures()
+        for picture in pictures:
+            _link(picture.path, _free(folder, picture.path.name))
+        for part in ("features", "thumbnails"):
+            for file in (self.own / part).rglob("*"):
+                if file.is_file() and not file.name.endswith((".tmp", ".lock")):
+                    target = other.own / file.relative_to(self.own)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if not target.exists():
+                        _link(file, target)
+        other.update(backbone=self.state["backbone"], weights=self.state["weights"])
+        return len(pictures)
+
+    # ---- inside
+
+    def _move(self, keys: Sequence[str], folder: str) -> int:
+        wanted, target, moved = set(keys), self.path / folder, 0
+        target.mkdir(exist_ok=True)
+        for picture in [p for p in self._all(False) if p.key in wanted and p.path.parent != target]:
+            picture.path.rename(_free(target, picture.path.name))
+            moved += 1
+        if set(self.state["right"]) & wanted:
+            self.update(right=[key for key in self.state["right"] if key not in wanted])
+        return moved
+
+    def _all(self, labelled: bool) -> Iterator[Picture]:
+        folders: list[tuple[Path, str | None]] = [(self.path / name, name) for name in self.classes()]
+        for folder, label in folders + ([] if labelled else [(self.path / UNLABELLED, None)]):
+            for at, inside, names in os.walk(folder):
+                inside[:] = sorted(filter(_kept, inside))
+                for name in sorted(filter(_kept, names)):
+                    path = Path(at) / name
+                    if path.suffix.lower() in SUFFIXES and (key := self._key(path)):
+                        yield Picture(path, key, label)
+
+    def _key(self, path: Path) -> str:
+        """Of the file's content; read again where its size or time is another."""
+        try:
+            stat = path.stat()
+            seen, key = self._keys.get(path, ((0, 0), ""))
+            if seen != (now := (stat.st_size, stat.st_mtime_ns)):
+                with open_regular(str(path)) as file:
+                    key = _digest(file.read())
+                self._keys[path] = (now, key)
+            return key
+        except (OSError, RestuningError):  # it went, or is none
+            return ""
+
+    def _read(self) -> dict[str, Any]:
+        start = {"format": FORMAT, "backbone": MICRO, "weights": None, "right": [], "method": None}
+        path = self.own / STATE
+        if not path.exists():
+            return start
+        try:
+            state = read_json(path)
+            good = isinstance(state, dict) and state.get("format") == FORMAT and isinstance(state.get("right"), list)
+        except (OSError, ValueError, json.JSONDecodeError):
+            good = False
+        if not good:
+            raise CheckpointError(f"{path} is damaged: expected {FORMAT}; remove it to begin anew")
+        return {**start, **state}
+
+
+def from_folder(path: Path) -> Iterator[tuple[str, bytes, str | None]]:
+    """The pictures of a folder of this machine: the folder that one is in is its class; those on top have none."""
+    if not path.is_dir():
+        raise DataError(f"no such folder: {path}")
+    for at, inside, names in os.walk(path):
+        inside[:] = sorted(filter(_kept, inside))
+        label = None if Path(at) == path or Path(at).name.lower() in NAMED else Path(at).name
+        for name in sorted(filter(_kept, names)):
+            file = Path(at) / name
+            if file.suffix.lower() in SUFFIXES and file.stat().st_size <= MOST_BYTES:
+                with suppress(RestuningError, OSError), open_regular(str(file)) as opened:
+                    yield name, opened.read(), label
+
+
+def from_files(paths: Sequence[Path], label: str | None = None) -> Iterator[tuple[str, bytes, str | None]]:
+    """Pictures, and zips of them, whose folders are classes. Nothing of a zip is written but what is decoded."""
+    for path in paths:
+        if path.suffix.lower() == ".zip":
+            yield from _from_zip(path, label)
+        elif path.stat().st_size > MOST_BYTES:
+            yield path.name, b"", label
+        else:
+            yield path.name, path.read_bytes(), label
+
+
+def _from_zip(path: Path, label: str | None) -> Iterator[tuple[str, bytes, str | None]]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
+                if entry.is_dir() or not parts or not all(map(_kept, parts)) or ".." in parts:
+                    continue
+                if Path(parts[-1]).suffix.lower() not in SUFFIXES or entry.file_size > MOST_BYTES:
+                    continue
+                with archive.open(entry) as file:
+                    data = file.read(MOST_BYTES + 1)
+                folder = parts[-2] if len(parts) > 1 and parts[-2].lower() not in NAMED else None
+                yield parts[-1], data[: MOST_BYTES + 1], label or folder
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path.name} cannot be read as a zip: {error}") from error
+
+
+def _kept(name: str) -> bool:
+    return not name.startswith(".") and name.lower() not in JUNK
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def _free(folder: Path, name: str) -> Path:
+    """A path of this name in the folder, or of one like it, that is not taken."""
+    name = "".join(c if c.isprintable() and c not in "/\\" else "_" for c in name).lstrip(".") or "picture"
+    stem, suffix = Path(name).stem.encode()[:150].decode(errors="ignore"), Path(name).suffix[:20]
+    path, i = folder / f"{stem}{suffix}", 2
+    while path.exists():
+        path, i = folder / f"{stem}-{i}{suffix}", i + 1
+    return path
+
+
+def quick_write(path: Path, data: bytes) -> None:
+    """Whole or not at all, but for a power cut: what is written can be given, or made, again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}{PARTIAL}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk
+        shutil.copyfile(source, target)
