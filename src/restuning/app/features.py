@@ -154,6 +154,7 @@ class FeatureStore:
         self._parts: list[list[Features]] = []
         self._views: list[Features] | None = None
         self._files: set[str] = set()
+        self._lock = threading.Lock()
         self.reload()
 
     def reload(self) -> None:
@@ -180,7 +181,7 @@ class FeatureStore:
         missing, start = self.missing(pictures), time.perf_counter()
         for at in range(0, len(missing), SHARD):
             keys, pixels = [], []
-            for picture in missing[at : at + SHARD]:
+            for picture in self.missing(missing[at : at + SHARD]):  # another thread may have been here
                 try:
                     image = self._read(picture)
                     pixels.append(self.engine.how(image))
@@ -195,11 +196,12 @@ class FeatureStore:
 
     def features(self, recipe: str, keys: Sequence[str]) -> Features:
         """What a recipe's method reads, of these pictures."""
-        if self._views is None:
-            joined = [Features.joined([p[i] for p in self._parts], padded) for i in range(len(self.engine.views))]
-            self._views, self._parts = joined, [joined]
-        rows = torch.tensor([self.rows[key] for key in keys])
-        return self._views[self.engine.view(recipe)].rows(rows)
+        with self._lock:
+            if self._views is None:
+                joined = [Features.joined([p[i] for p in self._parts], padded) for i in range(len(self.engine.views))]
+                self._views, self._parts = joined, [joined]
+            rows = torch.tensor([self.rows[key] for key in keys])
+            return self._views[self.engine.view(recipe)].rows(rows)
 
     def thumbnail(self, picture: Picture) -> bytes:
         """A small JPEG of it, made anew by the decoder: no byte of the file itself. Raises DataError."""
@@ -232,11 +234,12 @@ class FeatureStore:
         self._take(name, keys, views)
 
     def _take(self, name: str, keys: list[str], views: list[Features]) -> None:
-        start = sum(len(part[0]) for part in self._parts)
-        self.rows |= {key: start + i for i, key in enumerate(keys)}
-        self._files.add(name)
-        self._parts.append(views)
-        self._views = None
+        with self._lock:
+            start = sum(len(part[0]) for part in self._parts)
+            self.rows |= {key: start + i for i, key in enumerate(keys)}
+            self._files.add(name)
+            self._parts.append(views)
+            self._views = None
 
     def _unnamed(self, tensors: Mapping[str, Tensor], count: int) -> list[Features]:
         views = []

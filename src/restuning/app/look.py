@@ -104,7 +104,8 @@ def places(features: Tensor, how: str = "pca") -> Tensor:
         made = TSNE(2, perplexity=min(30.0, len(at) / 4), init=start, random_state=0).fit_transform(rows.numpy())
         at = torch.from_numpy(made)
     low, high = at.amin(0), at.amax(0)
-    return (at - low) / (high - low).clamp(min=1e-9)
+    found: Tensor = (at - low) / (high - low).clamp(min=1e-9)
+    return found
 
 
 def alike(features: Tensor, to: Tensor, most: int = 24) -> list[int]:

@@ -133,10 +133,7 @@ class Project:
 
     def add_class(self, name: str) -> None:
         """Raises DataError for a name that no folder can have, or that `folder:` would read as something else."""
-        name = name.strip()
-        strange = not name or len(name.encode()) > 100 or any(c in name for c in "/\\\0") or not name.isprintable()
-        if strange or not _kept(name) or name.lower() in NAMED:
-            raise DataError(f"no class can be called {name[:40]!r}: expected a short name without / that is no split's")
+        name = checked(name, "class")
         (self.path / name).mkdir(exist_ok=True)
 
     def add(self, files: Iterable[tuple[str, bytes, str | None]]) -> Added:
@@ -239,7 +236,7 @@ class Project:
             return ""
 
     def _read(self) -> dict[str, Any]:
-        start = {"format": FORMAT, "backbone": MICRO, "weights": None, "right": [], "method": None}
+        start: dict[str, Any] = {"format": FORMAT, "backbone": MICRO, "weights": None, "right": [], "method": None}
         path = self.own / STATE
         if not path.exists():
             return start
@@ -251,6 +248,20 @@ class Project:
         if not good:
             raise CheckpointError(f"{path} is damaged: expected {FORMAT}; remove it to begin anew")
         return {**start, **state}
+
+
+def checked(name: str, what: str) -> str:
+    """A name that a folder can have and that `folder:` reads as a class, without blanks around it. Raises DataError.
+
+    Args:
+        name: as a person has it.
+        what: a class or a project, for the error.
+    """
+    name = name.strip()
+    strange = not name or len(name.encode()) > 100 or any(c in name for c in "/\\\0") or not name.isprintable()
+    if strange or not _kept(name) or name.lower() in NAMED:
+        raise DataError(f"no {what} can be called {name[:40]!r}: expected a short name without / that is no split's")
+    return name
 
 
 def from_folder(path: Path) -> Iterator[tuple[str, bytes, str | None]]:

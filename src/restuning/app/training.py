@@ -93,7 +93,7 @@ def cross_validate(
         _train(stack, engine, recipe, features, labels, rows, seen)
         logits = torch.zeros(len(labels), classes)
         with torch.no_grad():
-            for part in torch.arange(len(labels)).split(512):
+            for part in torch.split(torch.arange(len(labels)), 512):
                 out = stack(features.rows(part).map(lambda x: x.to(engine.device))).cpu()
                 logits[part] = out[folds[part], torch.arange(len(part))]
     finally:

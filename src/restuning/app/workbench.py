@@ -1,5 +1,6 @@
 """A project at work: features, training, what is looked at, changes that train again, answers. No page is needed."""
 
+import hashlib
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -65,6 +66,7 @@ class Workbench:
         self._result: Result | None = None
         self._calibration: dict[str, Calibration] = {}
         self._maps: dict[tuple[str, tuple[str, ...]], Tensor] = {}
+        self._novelty: tuple[tuple[str, ...], Novelty] | None = None
         self._result = self._read_result()
 
     # ---- data and features
@@ -86,12 +88,11 @@ class Workbench:
         with self.lock:
             if (backbone, weights) != (self.project.backbone, self.project.state["weights"]):
                 self.project.update(backbone=backbone, weights=weights)
-                self._store = self._result = None
+                self._store = self._result = self._novelty = None
 
     def compute(self) -> Iterator[Progress]:
         """The features that are missing; see `FeatureStore.compute`."""
-        with self.lock:
-            yield from self.store.compute(self.project.pictures())
+        yield from self.store.compute(self.project.pictures())
 
     def labelled(self) -> list[Picture]:
         """The pictures that can be trained on."""
@@ -222,7 +223,11 @@ class Workbench:
         return [keys[i] for i in look.alike(rows, rows[keys.index(key)], most)]
 
     def novelty(self) -> Novelty:
-        return novelty(self.embeddings(self._need().keys))
+        """Of the pictures that were trained on; computed once for the same pictures."""
+        keys = self._need().keys
+        if self._novelty is None or self._novelty[0] != keys:
+            self._novelty = keys, novelty(self.embeddings(keys))
+        return self._novelty[1]
 
     # ---- what is taken away
 
@@ -255,6 +260,7 @@ class Workbench:
             about = {
                 "method": method,
                 "pictures": len(result.keys),
+                "trained_on": self.signature(),
                 "held_out": {m: [h.mean, h.spread, len(h.scores)] for m, h in result.held.items()},
                 "temperature": calibration.temperature,
                 "calibration_error": [calibration.before, calibration.after],
@@ -262,6 +268,12 @@ class Workbench:
             }
             atomic_write(self.adapter / ABOUT, as_json(about))
             return self.adapter
+
+    def signature(self) -> str:
+        """What tells the latest result, and the method in use, from others."""
+        result = self._need()
+        told = (self.method, result.classes, result.keys, result.labels.tolist(), self.engine.key)
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def about(self) -> dict[str, Any] | None:
         """What the latest adapter was trained on; None: there is none."""

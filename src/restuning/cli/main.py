@@ -47,6 +47,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Classify an image, a folder of images, a text or a file of texts with saved adapters of one backbone.",
     ),
     "serve": ("serve", "Serve saved adapters of one backbone over HTTP: every task of a request from one forward."),
+    "app": ("app", "Open the page: from a folder of pictures to a task, in a browser on this machine."),
     "export": (
         "export",
         "Write a saved adapter with its backbone as one graph, which onnxruntime or torch runs without this library.",

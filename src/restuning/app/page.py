@@ -1,0 +1,243 @@
+"""The page: Gradio's components, and what happens when they are used. What that does is in `handlers`, what is shown in
+`views`."""
+
+from typing import Any
+
+from restuning.app import views
+from restuning.app.handlers import Handlers
+from restuning.app.home import Home
+from restuning.app.take import take, write_card
+from restuning.app.views import View
+from restuning.errors import MissingExtra, RestuningError
+
+try:
+    import gradio as gr
+except ImportError as error:
+    raise MissingExtra("gradio", "app") from error
+
+BACKBONES = ("restuning-micro", "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
+"""What the list offers; any other name that `restuning.load_backbone` knows can be typed."""
+FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
+HEAD = (
+    '<header class="rt-head"><h1>restuning</h1>'
+    "<p>From a folder of pictures to a task. Nothing leaves this machine.</p></header>"
+)
+INSIDE = (
+    "Every step takes a forward and a backward pass of the backbone: about three passes over the pictures an epoch, "
+    "in a process of its own."
+)
+KINDS = [
+    ("Mistakes", "mistakes"),
+    ("Labels that may be wrong", "wrong"),
+    ("Confusion", "confusion"),
+    ("Map", "map"),
+]
+ADDRESS = (
+    "(name) => { const at = new URL(location); at.searchParams.set('project', name || ''); "
+    "history.replaceState(null, '', at); return name }"
+)
+"""The project is in the page's address, so that a reload, or another tab, has it."""
+
+
+def theme() -> Any:
+    """Without fonts of other hosts."""
+    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["monospace"])
+
+
+def build(home: Home, local: bool = True) -> Any:
+    """The page as `gradio.Blocks`: `launch()` it, or mount it on a server.
+
+    Args:
+        home: the projects.
+        local: as `Handlers` has it.
+    """
+    on = Handlers(home, local)
+    events, the_map = ((views.ASSETS / name).read_text(encoding="utf-8") for name in ("events.js", "map.js"))
+
+    def html(js: str | None = events, **more: Any) -> Any:
+        return gr.HTML(js_on_load=js, **more)
+
+    with gr.Blocks(title="restuning", analytics_enabled=False) as blocks:
+        pictures_view, look_view = gr.State(View()), gr.State(View("mistakes"))
+        html(
+            None,
+            value=HEAD,
+        )
+        with gr.Row(elem_id="head"):
+            project = gr.Dropdown(label="Project", choices=home.names(), scale=3, elem_id="project")
+            new_name = gr.Textbox(label="New project", placeholder="a name", scale=2, elem_id="new-name")
+            make = gr.Button("Make it", scale=1, elem_id="make")
+            second = gr.Button("Second task on these pictures", scale=1, elem_id="second")
+        summary = html(None, elem_id="summary")
+        with gr.Tabs():
+            with gr.Tab("Pictures", id="pictures"):
+                with gr.Row(elem_id="given"):
+                    label = gr.Textbox(
+                        label="Class of what is added", placeholder="empty: folders of a zip, or none", elem_id="label"
+                    )
+                    folder = gr.Textbox(
+                        label="A folder of this machine",
+                        placeholder="/path/to/pictures",
+                        visible=local,
+                        elem_id="folder",
+                    )
+                    read = gr.Button("Copy its pictures", visible=local, elem_id="read")
+                files = gr.File(
+                    label="Pictures, or a zip of folders",
+                    file_count="multiple",
+                    type="filepath",
+                    height=120,
+                    elem_id="files",
+                )
+                told = html(None, elem_id="told")
+                checks = html(elem_id="checks")
+                pictures = html(elem_id="pictures-gallery")
+            with gr.Tab("Train", id="train"):
+                with gr.Row():
+                    backbone = gr.Dropdown(
+                        label="Backbone",
+                        choices=list(BACKBONES),
+                        value=BACKBONES[0],
+                        allow_custom_value=True,
+                        elem_id="backbone",
+                    )
+                    weights = gr.Textbox(label="Its weights", placeholder="a file; empty: its own", elem_id="weights")
+                with gr.Accordion("Settings", open=False):
+                    epochs = gr.Slider(0, 100, 0, step=1, label="Epochs (0: each method's own)")
+                    lr = gr.Slider(0, 0.1, 0, step=0.001, label="Learning rate (0: each method's own)")
+                with gr.Row():
+                    go = gr.Button("Compute features and train", variant="primary", elem_id="go")
+                    stop = gr.Button("Cancel", elem_id="stop")
+                progress = html(None, elem_id="progress")
+                scores = html(elem_id="scores")
+                with gr.Accordion("Tune inside the backbone", open=False):
+                    gr.Markdown(INSIDE)
+                    inside = gr.Button("Start, or see how far it is")
+                    inside_told = html(None)
+            with gr.Tab("Look", id="look"):
+                what = gr.Radio(
+                    KINDS,
+                    value="mistakes", label="What to look at", elem_id="what",
+                )  # fmt: skip
+                changed = html(None, elem_id="changed")
+                matrix = html(elem_id="matrix")
+                drawn = html(the_map, elem_id="map")
+                looked = html(elem_id="look-gallery")
+            with gr.Tab("Try", id="try"), gr.Row():
+                image = gr.Image(
+                    label="A picture: a file, the clipboard or the camera",
+                    type="filepath",
+                    sources=["upload", "clipboard", "webcam"],
+                    height=320,
+                    elem_id="image",
+                )
+                answered = html(None, value=views.answers([]), elem_id="answers")
+            with gr.Tab("Take away", id="take"):
+                taken = html(None, elem_id="taken")
+
+        everything = [summary, checks, pictures, scores, looked, taken]
+
+        def load(request: gr.Request) -> tuple[Any, ...]:
+            names = home.names()
+            asked = request.query_params.get("project", "")
+            name = asked if asked in names else (names[0] if names and not asked else "")
+            used = home.bench(name).project.backbone if name else BACKBONES[0]
+            return gr.Dropdown(choices=names, value=name or None), used, *on.opened(name)
+
+        def opened(name: str) -> tuple[Any, ...]:
+            used = home.bench(name).project.backbone if name else BACKBONES[0]
+            return (*on.opened(name), used, "", "", views.answers([]), View(), View("mistakes"), "mistakes")
+
+        def make_project(name: str) -> tuple[Any, str, str]:
+            try:
+                made = home.new(name)
+                return gr.Dropdown(choices=home.names(), value=made), "", ""
+            except RestuningError as error:
+                return gr.Dropdown(), name, views.refusal(error)
+
+        def second_task(name: str, new: str) -> tuple[Any, str, str]:
+            made, line = on.second(name, new)
+            return gr.Dropdown(choices=home.names(), value=made or None), "", line
+
+        def add(name: str, paths: list[str] | None, own: str, path: str = "") -> tuple[Any, ...]:
+            line = on.add(name, paths, own, path)
+            return (None, line, *on.opened(name)[:3])
+
+        def in_pictures(name: str, view: View, event: gr.EventData) -> tuple[Any, ...]:
+            line, view = on.act(name, view, event._data)
+            return (view, line, *_shown(on, name, view), *on.opened(name)[:2])
+
+        def in_look(name: str, view: View, mode: str, event: gr.EventData) -> tuple[Any, ...]:
+            data = event._data
+            if data["act"] == "map":
+                return view, "", gr.skip(), on.look(name, "map", str(data["what"]))[0], "", gr.skip(), gr.skip()
+            line, view = on.act(name, view, data)
+            above = on.look(name, mode)[0] if line else None
+            confusion = gr.skip() if above is None or mode != "confusion" else above
+            shown_map = gr.skip() if above is None or mode != "map" else above
+            return view, line, confusion, shown_map, *_shown(on, name, view), on.opened(name)[0], on.opened(name)[3]
+
+        def look(name: str, mode: str) -> tuple[Any, ...]:
+            above, below = on.look(name, mode) if name else ("", "")
+            view = View(mode if mode in ("mistakes", "wrong") else "mistakes")
+            return (above if mode == "confusion" else "", above if mode == "map" else "", below, view, "")
+
+        def use(name: str, event: gr.EventData) -> tuple[Any, ...]:
+            line, _ = on.act(name, View(), event._data)
+            try:
+                bench = home.bench(name)
+                bench.finish()
+                write_card(bench)
+            except RestuningError as error:
+                line = views.refusal(error)
+            return (line, *_of(on.opened(name), 0, 3, 4, 5))
+
+        def finish(name: str) -> str:
+            """The adapter anew, where labels have changed since it was written."""
+            try:
+                bench = home.bench(name)
+                about = bench.about()
+                if bench.result is not None and (about is None or about["trained_on"] != bench.signature()):
+                    bench.finish()
+                    write_card(bench)
+                return take(bench)
+            except RestuningError as error:
+                return views.refusal(error)
+
+        blocks.load(load, None, [project, backbone, *everything])
+        project.change(
+            opened, project, [*everything, backbone, told, progress, answered, pictures_view, look_view, what]
+        )
+        project.change(None, project, None, js=ADDRESS)
+        gr.on([make.click, new_name.submit], make_project, new_name, [project, new_name, told])
+        second.click(second_task, [project, new_name], [project, new_name, told])
+        files.upload(add, [project, files, label], [files, told, summary, checks, pictures])
+        read.click(add, [project, files, label, folder], [files, told, summary, checks, pictures])
+        for part in (pictures, checks):
+            part.click(in_pictures, [project, pictures_view], [pictures_view, told, pictures, summary, checks])
+        running = go.click(on.train, [project, backbone, weights, epochs, lr], [progress, scores])
+        running.then(lambda name: _of(on.opened(name), 0, 3, 5), project, [summary, scores, taken])
+        running.then(look, [project, what], [matrix, drawn, looked, look_view, changed])
+        stop.click(lambda: views.progress("Cancelled; what was computed is kept."), None, progress, cancels=[running])
+        scores.click(use, project, [progress, summary, scores, looked, taken])
+        inside.click(on.inside, project, inside_told)
+        what.change(look, [project, what], [matrix, drawn, looked, look_view, changed])
+        for part in (looked, matrix, drawn):
+            part.click(
+                in_look, [project, look_view, what],
+                [look_view, changed, matrix, drawn, looked, summary, scores],
+            ).then(finish, project, taken)  # fmt: skip
+        image.change(on.ask, [project, image], answered)
+    return blocks
+
+
+def _shown(on: Handlers, name: str, view: View) -> tuple[str]:
+    """A gallery, or why there is none."""
+    try:
+        return (views.gallery(on.home.bench(name), view),)
+    except RestuningError as error:
+        return (views.refusal(error),)
+
+
+def _of(parts: tuple[str, ...], *which: int) -> tuple[str, ...]:
+    return tuple(parts[i] for i in which)

@@ -1,0 +1,320 @@
+"""The page in a real Chromium: what a stranger does, and what the page shows after every step."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import urllib.request
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+import restuning as rt
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+SLOW = 180_000
+"""Milliseconds that a step may take on a busy machine; nothing waits longer than it must."""
+MARKUP = "<img src=x onerror=window.hacked=1> ${window.hacked=2} {{this}}"
+
+
+def chromium() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), None)
+    if found is None:  # one of playwright's own, if it is there
+        with sync_playwright() as p:
+            found = p.chromium.executable_path
+    assert Path(found).exists(), "no Chromium for the page's tests: apt-get install chromium, or set CHROMIUM"
+    return found
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    path = chromium()
+    with sync_playwright() as p:
+        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-ui-for-media-stream"]
+        made = p.chromium.launch(executable_path=path, args=flags)
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """A page that fails its test where a script fails, or where anything is asked of another host."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context.set_default_timeout(SLOW)
+    expect.set_options(timeout=SLOW)
+    made, wrong = context.new_page(), list[str]()
+    made.on("pageerror", lambda error: wrong.append(str(error)))
+    hosts = re.compile(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:|about:")
+    made.on("request", lambda request: None if hosts.match(request.url) else wrong.append(request.url))
+    yield made
+    context.close()
+    assert not wrong, wrong
+
+
+class Served:
+    """`restuning app`, or `restuning serve`, in a process of its own."""
+
+    def __init__(self, *words: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "restuning.cli", *words, "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        self.url = json.loads(self.process.stdout.readline())["url"]
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait(30)
+
+
+@contextmanager
+def served(*words: str) -> Iterator[Served]:
+    made = Served(*words)
+    try:
+        yield made
+    finally:
+        with suppress(ProcessLookupError):
+            made.kill()
+
+
+def photos(file: Path) -> tuple[bytes, str]:
+    """A zip of 150 pictures of ten classes, EuroSAT's where they are, else sprites; and a picture that is not in it."""
+    found: dict[str, list[bytes]] = {}
+    tar = DATA / "eurosat" / "eurosat_rgb64_every6th.tar"
+    if tar.exists():
+        with tarfile.open(tar) as archive:
+            for member in archive:
+                name = member.name.split("/")[-2] if member.isfile() else ""
+                if name and len(found.setdefault(name, [])) < 16:
+                    found[name].append(archive.extractfile(member).read())  # type: ignore[union-attr]
+    else:
+        task = rt.load_task("sprites:orientation", train_size=2000, test_size=10)
+        for i, label in enumerate(task.train.labels):
+            if label < 10 and len(found.setdefault(task.classes[label], [])) < 16:
+                buffer = BytesIO()
+                task.train.item(i).save(buffer, "PNG")
+                found[task.classes[label]].append(buffer.getvalue())
+    suffix = "jpg" if tar.exists() else "png"
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, pictures in found.items():
+            for i, data in enumerate(pictures[:15]):
+                archive.writestr(f"photos/{name}/{i}.{suffix}", data)
+    return found["SeaLake" if tar.exists() else sorted(found)[0]][15], suffix
+
+
+def colours(folder: Path, names: tuple[str, ...] = ("amber", "blue")) -> Path:
+    """A folder of two classes that anything can tell apart."""
+    generator = np.random.default_rng(0)
+    for k, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(8):
+            pixels = np.array([(230, 150, 30), (40, 60, 210)][k]) + generator.integers(-30, 30, (32, 32, 3))
+            Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / name / f"{i}.png")
+    return folder
+
+
+def tab(page: Page, name: str) -> None:
+    page.get_by_role("tab", name=name).click()
+
+
+def count(page: Page, gallery: str = "#look-gallery") -> int:
+    return int(page.locator(f"{gallery} .rt-count").inner_text())
+
+
+def train(page: Page) -> None:
+    tab(page, "Train")
+    page.locator("#go").click()
+    expect(page.locator("#progress")).to_contain_text("Trained")
+    expect(page.locator("#summary")).to_contain_text("held out")
+
+
+def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, tmp_path: Path) -> None:
+    unseen, suffix = photos(tmp_path / "photos.zip")
+    (tmp_path / f"unseen.{suffix}").write_bytes(unseen)
+    with served("app", str(tmp_path / "home"), "--port", "0") as app:
+        page.goto(app.url)
+        expect(page.locator("#summary")).to_contain_text("Make a project")
+        page.locator("#new-name input, #new-name textarea").fill("land")
+        page.locator("#make").click()
+        expect(page.locator("#summary")).to_contain_text("0 pictures in 0 classes")
+        assert "project=land" in page.url
+        page.locator("#files input[type=file]").set_input_files(tmp_path / "photos.zip")
+        expect(page.locator("#summary")).to_contain_text("150 pictures in 10 classes")
+        expect(page.locator("#told")).to_contain_text("150 added")
+        expect(page.locator("#checks .rt-chips li")).to_have_count(11)
+        expect(page.locator("#pictures-gallery .rt-card")).to_have_count(24)
+        assert rt.load_task(f"folder:{tmp_path / 'home' / 'land'}").test.labels, "the command line reads the project"
+
+        train(page)
+        expect(page.locator("#scores tbody tr")).to_have_count(3)
+        expect(page.locator("#scores")).to_contain_text("temperature")
+
+        tab(page, "Look")
+        expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+        before, first = count(page), page.locator("#look-gallery .rt-card").first
+        key = first.locator("input.pick").get_attribute("value")
+        first.locator("button[data-act=right]").click()
+        expect(page.locator("#changed")).to_contain_text("1 marked as right")
+        expect(page.locator(f"#look-gallery input[value='{key}']")).to_have_count(0)
+        assert count(page) == before - 1
+        first = page.locator("#look-gallery .rt-card").first
+        key, to = first.locator("input.pick").get_attribute("value"), first.locator("button[data-act=label]").first
+        name = to.get_attribute("data-label")
+        to.click()
+        expect(page.locator("#changed")).to_contain_text(f"1 labelled {name}; ")
+        expect(page.locator("#changed")).to_contain_text("trained again")
+        expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+        assert len(list((tmp_path / "home" / "land" / str(name)).iterdir())) == 16
+
+        page.get_by_label("Labels that may be wrong").check()
+        expect(page.locator("#look-gallery h3")).to_contain_text("Labels that may be wrong")
+        page.get_by_label("Confusion").check()
+        cell = page.locator("#matrix .rt-matrix button").first
+        said = int(cell.inner_text())
+        cell.click()
+        expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
+        assert count(page) == said, "a cell opens its pictures"
+        page.get_by_label("Map").check()
+        expect(page.locator("#map circle")).to_have_count(150)
+        box = page.locator("#map svg.map").bounding_box()
+        assert box is not None
+        x, y, side = box["x"], box["y"], box["width"]
+        page.mouse.move(x + 2, y + 2)
+        page.mouse.down()
+        for to_x, to_y in ((side - 2, 2), (side - 2, side / 2), (2, side / 2), (2, 2)):
+            page.mouse.move(x + to_x, y + to_y, steps=3)
+        page.mouse.up()
+        expect(page.locator("#look-gallery h3")).to_contain_text("What was drawn around")
+        assert 0 < count(page) < 150
+
+        tab(page, "Try")
+        page.locator("#image input[type=file]").first.set_input_files(tmp_path / f"unseen.{suffix}")
+        expect(page.locator("#answers h3")).to_have_text("land")
+        best = page.locator("#answers .rt-best b").inner_text()
+        share = float(page.locator("#answers .rt-best").inner_text().removeprefix(best).strip(" %"))
+        expect(page.locator("#answers")).to_contain_text("false alarms")
+
+        tab(page, "Take away")
+        line = page.locator("#taken pre").first.inner_text()
+        assert line.startswith("restuning serve ")
+        card = (tmp_path / "home" / "land" / ".restuning" / "adapter" / "README.md").read_text()
+        assert "150 pictures in 10 classes" in card and card.startswith("---\n")
+        words = shlex.split(line)[1:]
+        words[words.index("--port") + 1] = "0"
+        with served(*words) as server:
+            request = urllib.request.Request(f"{server.url}/v1/predict?tasks=land&top=1", unseen)
+            request.add_header("Content-Type", f"image/{suffix.replace('jpg', 'jpeg')}")
+            answer = urllib.request.urlopen(request, timeout=60).read().decode()
+        assert best in answer, "the served prediction is the page's"
+        assert float(re.findall(r'"probability": ?([\d.]+)', answer)[0]) == pytest.approx(share / 100, abs=6e-4)
+
+
+def test_two_projects_in_two_tabs_outlive_a_reload_and_a_killed_server(page: Page, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    with served("app", str(home), "--port", "0") as app:
+        for i, name in enumerate(("one", "two")):
+            own = page if i == 0 else page.context.new_page()
+            own.goto(f"{app.url}/?project=")
+            own.locator("#new-name input, #new-name textarea").fill(name)
+            own.locator("#make").click()
+            expect(own.locator("#summary")).to_contain_text("0 pictures")
+            own.locator("#folder input, #folder textarea").fill(str(colours(tmp_path / name, (f"a{i}", f"b{i}"))))
+            own.locator("#read").click()
+            expect(own.locator("#summary")).to_contain_text("16 pictures in 2 classes")
+        train(page)
+        second = page.context.pages[1]
+        expect(second.locator("#checks")).to_contain_text("a1")
+        expect(second.locator("#summary")).not_to_contain_text("held out")
+        text = page.locator("#summary").inner_text()
+        page.reload()
+        expect(page.locator("#summary")).to_have_text(text)
+        app.kill()
+        port = app.url.rsplit(":", 1)[1]
+        with served("app", str(home), "--port", port):
+            page.reload()
+            expect(page.locator("#summary")).to_have_text(text)
+            second.reload()
+            expect(second.locator("#checks")).to_contain_text("a1")
+            tab(page, "Try")
+            page.locator("#image input[type=file]").first.set_input_files(tmp_path / "one" / "b0" / "3.png")
+            expect(page.locator("#answers .rt-best b")).to_have_text("b0")
+
+
+def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, tmp_path: Path) -> None:
+    folder = colours(tmp_path / "given", (MARKUP, "b"))
+    (folder / "b" / f"{MARKUP}.png").write_bytes((folder / "b" / "0.png").read_bytes() + b"\0")
+    (folder / "b" / "not.png").write_bytes(b"<svg onload=window.hacked=3>")
+    Image.new("1", (20_000, 20_000)).save(folder / "b" / "large.png")
+    with served("app", str(tmp_path / "home"), "--port", "0") as app:
+        page.goto(app.url)
+        page.locator("#new-name input, #new-name textarea").fill(MARKUP)
+        page.locator("#make").click()
+        expect(page.locator("#summary")).to_contain_text("0 pictures")
+        page.locator("#folder input, #folder textarea").fill(str(folder))
+        page.locator("#read").click()
+        expect(page.locator("#told")).to_contain_text("17 added, 2 refused")
+        expect(page.locator("#told")).to_contain_text("megapixels")
+        expect(page.locator("#checks")).to_contain_text(MARKUP)
+        train(page)
+        tab(page, "Look")
+        for what in ("Confusion", "Map", "Labels that may be wrong"):
+            page.get_by_label(what).check()
+            expect(page.locator("#map svg.map" if what == "Map" else "#look-gallery h3").first).to_be_visible()
+        tab(page, "Try")
+        page.locator("#image input[type=file]").first.set_input_files(folder / MARKUP / "1.png")
+        expect(page.locator("#answers .rt-best b")).to_have_text(MARKUP)
+        tab(page, "Take away")
+        expect(page.locator("#taken pre").first).to_contain_text("restuning serve")
+        assert page.evaluate("window.hacked") is None
+
+
+def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, tmp_path: Path) -> None:
+    colours(tmp_path / "home" / "land")
+    with served("app", str(tmp_path / "home"), "--port", "0") as app:
+        page.goto(app.url)
+        expect(page.locator("#summary")).to_contain_text("16 pictures in 2 classes")
+        train(page)
+        for width in (1400, 400):
+            page.set_viewport_size({"width": width, "height": 900})
+            for name in ("Pictures", "Train", "Look", "Try", "Take away"):
+                _reach(page, name)
+                page.wait_for_timeout(500)  # animations end
+                found = Axe().run(page).response["violations"]
+                serious = {
+                    v["id"]: [n["html"][:160] for n in v["nodes"][:4]]
+                    for v in found
+                    if v["impact"] in ("serious", "critical")
+                }
+                assert not serious, (width, name, serious)
+                assert page.evaluate("document.scrollingElement.scrollWidth") <= width, (width, name)
+
+
+def _reach(page: Page, name: str) -> None:
+    """A tab; on a narrow screen it may be behind the button for more."""
+    found = page.get_by_role("tab", name=name)
+    if not found.first.is_visible():
+        page.locator(".overflow-menu > button").click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
+        return
+    found.first.click()
+
+
+def test_photos_are_a_hundred_and_fifty(tmp_path: Path) -> None:
+    photos(tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        counts = Counter(name.split("/")[1] for name in archive.namelist())
+    assert sorted(counts.values()) == [15] * 10
