@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-.PHONY: setup demo test fuzz kill check bench backbones docs clean
+.PHONY: setup demo test browser fuzz kill check bench backbones docs clean
 
 setup: .venv/demo  ## what the demo needs
 
@@ -19,8 +19,13 @@ setup: .venv/demo  ## what the demo needs
 demo: setup  ## linear probing, bypass and res-tuning on small tasks: a table, a picture and the next command
 	$(PY) scripts/demo.py
 
-test: .venv/ready  ## a process for each core
+test: .venv/ready browser  ## a process for each core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
+
+browser: .venv/ready  ## a Chromium for the page's tests, where there is none: Debian's, or Playwright's
+	@which chromium chromium-browser google-chrome google-chrome-stable | grep -q . \
+	|| { [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; } \
+	|| $(PY) -m playwright install chromium || echo "no Chromium: tests/test_page.py will say so"
 
 fuzz: .venv/ready  ## 1,600 bad inputs over every command, flag and file format: totals by exit code, violations
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(PY) tests/fuzzing.py --count 1600
