@@ -30,7 +30,7 @@ class FoundTail:
 def tail_of_blocks(
     backbone: nn.Module, seen: Trace, blocks: Sequence[Ran], inputs: Mapping[str, Any], prefix: int
 ) -> FoundTail:
-    """Norm, pooling and what follows, tried out on what the backbone says. Raises SiteError if nothing gives that."""
+    """Norm, pooling and what follows, tried out on the backbone's output. Raises SiteError if nothing gives that."""
     after = [c for c in seen.root.within() if c.start > blocks[-1].end]
     if any(p.is_meta for p in backbone.parameters()):
         return _of_shapes(backbone, after, prefix, blocks[-1])

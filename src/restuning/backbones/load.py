@@ -278,7 +278,7 @@ def _transformers(path: str, weights: str | Path | None) -> nn.Module:
     except Exception as error:  # of a damaged folder it can be anything
         raise CheckpointError(f"transformers cannot load {path!r}: {_why(error)}") from error
     if not getattr(model, "is_quantized", False):
-        model.float()  # a tuner born at one cannot move in bfloat16: half precision is for autocast
+        model.float()  # a scale that is one at initialisation cannot move in bfloat16: half precision is for autocast
     backbone: nn.Module = tower_of(model, tower) if tower else _one_tower(model)
     config: Any = getattr(backbone, "config", model.config)
     config._name_or_path = whole  # a packaged model is known by its name, wherever it is installed

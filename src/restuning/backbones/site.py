@@ -59,7 +59,7 @@ class Sites(Sequence[Site]):
     """All sites of a backbone, block by block, and what its tail needs to know.
 
     stages: the layers at which stages end. stems: the modules that say the layers x_1 … x_L, the blocks as a rule, of
-    which the first reads x_0. features: the port of every layer x_0 … x_L, as something that reads it and says as much.
+    which the first reads x_0. features: the port of every layer x_0 … x_L, as something whose input and output it is.
     port: that of what the head reads. norm, post and pooler: the
     modules before and after pooling, and in its place. points: where the layers x_0 … x_L are seen, if not at the
     stems' ends. found: of sites that no row of the table has, what a trace says of them.
@@ -91,7 +91,7 @@ class Sites(Sequence[Site]):
         return len(self.stages) == 1
 
     def layer(self, layer: int) -> Point:
-        """Where a layer can be seen: 0 is what the first stem reads, l what stem l says."""
+        """Where a layer can be seen: 0 is what the first stem reads, l the output of stem l."""
         if self.points:
             return self.points[layer]
         return Point(self.stems[max(layer - 1, 0)], "out" if layer else "in", self.anatomy.last)

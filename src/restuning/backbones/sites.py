@@ -256,10 +256,10 @@ def _sites(
             read = Point(path, "in", side)
         # a norm that holds its activation is affine up to where its dropout begins
         fused = weight is None and {"drop", "act"} <= {name for name, _ in affine.named_children()}
-        said = Point(_join(path, "drop"), "in", side) if fused else Point(path, "out", side)
+        written = Point(_join(path, "drop"), "in", side) if fused else Point(path, "out", side)
         kernel = kernel_of(affine) if block is not None and isinstance(affine, nn.Conv2d) else None
         here = replace(info, in_features=reads, out_features=writes, kernel=kernel)
-        return Site(op, block, name, read, said, read, here, weight)
+        return Site(op, block, name, read, written, read, here, weight)
 
     def parts(role: str, candidates: Sequence[str | Weight], block: str) -> Iterator[tuple[str, str, Weight | None]]:
         """What tells them apart, their paths, and their weights where no module is called."""

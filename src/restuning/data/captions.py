@@ -136,14 +136,14 @@ def load_captioned_tar(path: str) -> Captioned:
     if not pictures:
         raise DataError(f"{Path(path).absolute()} holds no picture (expected {', '.join(sorted(SUFFIXES))})")
     _once([name.with_suffix("") for name, _ in pictures], path)
-    said = {PurePosixPath(name).with_suffix(""): data for name, data in contents(path, ".txt").items()}
+    files = {PurePosixPath(name).with_suffix(""): data for name, data in contents(path, ".txt").items()}
     captions = []
     for name, _ in pictures:
         where = f"{path}:{name}"
-        if name.with_suffix("") not in said:
+        if name.with_suffix("") not in files:
             raise DataError(f"{where} has no caption: expected {name.with_suffix('.txt')} beside it")
         try:
-            text = said[name.with_suffix("")].decode("utf-8-sig")
+            text = files[name.with_suffix("")].decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{name.with_suffix('.txt')} is not UTF-8") from error
         captions.append(texts([one for one in text.splitlines() if one.strip()] or "", where))

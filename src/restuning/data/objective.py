@@ -184,7 +184,7 @@ def _each(kind: str, scores: Tensor, labels: Tensor, classes: int) -> dict[str, 
 
 
 def _like(labels: Tensor, logits: Tensor) -> Tensor:
-    """Targets in the shape and the dtype of what is said of them: collators give (b,) for (b, 1). Raises RestuningError
+    """Targets in the shape and the dtype of the predictions: collators give (b,) for (b, 1). Raises RestuningError
     where there are not as many."""
     if labels.numel() != logits.numel():
         raise RestuningError(f"labels {tuple(labels.shape)} for outputs {tuple(logits.shape)}: expected as many")

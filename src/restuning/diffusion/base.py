@@ -122,14 +122,14 @@ def texts_of(pipe: Any, prompts: Sequence[str]) -> dict[str, Tensor]:
     nothing, where the pipeline says so (SDXL's)."""
     given = {"device": pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
     with _quiet():  # of what it truncates
-        said = pipe.encode_prompt(list(prompts), **given)
+        encoded = pipe.encode_prompt(list(prompts), **given)
     if _kind(pipe) == "xl":
-        found = {"encoder_hidden_states": said[0], "text_embeds": said[2]}
+        found = {"encoder_hidden_states": encoded[0], "text_embeds": encoded[2]}
         empty = [i for i, prompt in enumerate(prompts) if not prompt and pipe.config.force_zeros_for_empty_prompt]
         return {name: x.index_fill(0, torch.tensor(empty, device=x.device).long(), 0) for name, x in found.items()}
     if _kind(pipe) == "pixart":
-        return {"encoder_hidden_states": said[0], "encoder_attention_mask": said[1]}
-    return {"encoder_hidden_states": said[0]}
+        return {"encoder_hidden_states": encoded[0], "encoder_attention_mask": encoded[1]}
+    return {"encoder_hidden_states": encoded[0]}
 
 
 @contextlib.contextmanager
@@ -164,9 +164,9 @@ def denoiser_kwargs(pipe: Any, texts: Mapping[str, Tensor], size: int) -> dict[s
     return given
 
 
-def noise_of(said: Tensor, sample: Tensor) -> Tensor:
+def noise_of(output: Tensor, sample: Tensor) -> Tensor:
     """The prediction, without the variance that some denoisers say beside it."""
-    return said[:, : sample.shape[1]]
+    return output[:, : sample.shape[1]]
 
 
 def check_size(pipe: Any, size: int) -> int:
@@ -184,16 +184,16 @@ def check_size(pipe: Any, size: int) -> int:
 def latents_of(pipe: Any, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     """Pictures (b, 3, s, s) in [−1, 1] → mean and deviation of their latents (b, c, h, w), scaled as the denoiser reads
     them; a VAE without a distribution has no deviation."""
-    said = pipe.vae.encode(pixels.to(pipe._execution_device))
+    encoded = pipe.vae.encode(pixels.to(pipe._execution_device))
     scale, shift = pipe.vae.config.scaling_factor, getattr(pipe.vae.config, "shift_factor", None) or 0
-    if hasattr(said, "latent_dist"):
-        return (said.latent_dist.mean - shift) * scale, said.latent_dist.std * scale
-    return (said.latents - shift) * scale, None
+    if hasattr(encoded, "latent_dist"):
+        return (encoded.latent_dist.mean - shift) * scale, encoded.latent_dist.std * scale
+    return (encoded.latents - shift) * scale, None
 
 
 @torch.no_grad()
 def pictures_of(pipe: Any, latents: Tensor) -> list[Any]:
     """Latents as the denoiser has them → PIL pictures."""
     scale, shift = pipe.vae.config.scaling_factor, getattr(pipe.vae.config, "shift_factor", None) or 0
-    said = pipe.vae.decode(latents / scale + shift).sample
-    return list(pipe.image_processor.postprocess(said, output_type="pil"))
+    decoded = pipe.vae.decode(latents / scale + shift).sample
+    return list(pipe.image_processor.postprocess(decoded, output_type="pil"))

@@ -178,7 +178,7 @@ def _together(tuned: Tuned | None, names: Sequence[str]) -> list[str]:
 
 
 def _alone(pipe: Any, tuned: Tuned | None, name: str, asked: Asked, noise: Tensor, given: Mapping[str, Any]) -> Tensor:
-    def says(sample: Tensor, t: Tensor) -> Tensor:
+    def predict(sample: Tensor, t: Tensor) -> Tensor:
         if name and tuned is not None:
             tuned.set_adapter(name)
             return noise_of(tuned(sample, timestep=t.expand(len(sample)), **given, return_dict=False)[0], sample)
@@ -186,7 +186,7 @@ def _alone(pipe: Any, tuned: Tuned | None, name: str, asked: Asked, noise: Tenso
             denoiser_of(pipe)(sample, timestep=t.expand(len(sample)), **given, return_dict=False)[0], sample
         )
 
-    return _loop(pipe, asked, noise, lambda z, t, scheduler: _guided(asked, z, t, scheduler, says))
+    return _loop(pipe, asked, noise, lambda z, t, scheduler: _guided(asked, z, t, scheduler, predict))
 
 
 def _side_by_side(
@@ -200,8 +200,8 @@ def _side_by_side(
 
     def each(sample: Tensor, t: Tensor, rows: bool = False) -> Tensor:
         more = _repeated(given, n) if rows else given
-        said = tuned.each(sample, timestep=t.expand(len(sample)), **more, rows=rows, plain=plain)
-        return torch.stack([noise_of(one, sample) for one in said.values()])
+        predicted = tuned.each(sample, timestep=t.expand(len(sample)), **more, rows=rows, plain=plain)
+        return torch.stack([noise_of(one, sample) for one in predicted.values()])
 
     def step(z: Tensor, t: Tensor, scheduler: Any) -> Tensor:
         own = z.view(count, -1, *z.shape[1:])
@@ -211,8 +211,8 @@ def _side_by_side(
             return _guided(asked, at, t, scheduler, each).flatten(0, 1)
         halves = 2 if asked.guidance > 1 else 1
         sample = scheduler.scale_model_input(own, t).repeat(1, halves, 1, 1, 1).flatten(0, 1)
-        said = each(sample, t, rows=True)  # (n, halves · b, c, h, w)
-        return _towards(asked, said).flatten(0, 1)
+        predicted = each(sample, t, rows=True)  # (n, halves · b, c, h, w)
+        return _towards(asked, predicted).flatten(0, 1)
 
     try:
         z = _loop(pipe, asked, noise.repeat(count, 1, 1, 1), step)
@@ -233,18 +233,18 @@ def _loop(pipe: Any, asked: Asked, noise: Tensor, step: Callable[[Tensor, Tensor
     return z
 
 
-def _guided(asked: Asked, z: Tensor, t: Tensor, scheduler: Any, says: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def _guided(asked: Asked, z: Tensor, t: Tensor, scheduler: Any, predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     sample = scheduler.scale_model_input(torch.cat([z, z]) if asked.guidance > 1 else z, t)
-    said = says(sample, t)
-    return _towards(asked, said)
+    predicted = predict(sample, t)
+    return _towards(asked, predicted)
 
 
-def _towards(asked: Asked, said: Tensor) -> Tensor:
+def _towards(asked: Asked, predicted: Tensor) -> Tensor:
     """Classifier-free guidance (Ho and Salimans 2022) over (…, 2 b, c, h, w), the rows without a prompt first."""
     if asked.guidance <= 1:
-        return said
-    half = said.shape[-4] // 2
-    away, to = said.narrow(-4, 0, half), said.narrow(-4, half, half)
+        return predicted
+    half = predicted.shape[-4] // 2
+    away, to = predicted.narrow(-4, 0, half), predicted.narrow(-4, half, half)
     guided: Tensor = away + asked.guidance * (to - away)
     return guided
 

@@ -39,15 +39,15 @@ def score(
     if min(len(painted), len(data)) < 2:
         raise DataError(f"{len(painted)} pictures and {len(data)} real ones: expected 2 of each at least")
     images = [painted.item(i) for i in range(len(painted))]
-    said = [_said(name) for name in painted.names]
-    by = sorted({_adapter(text, name) for text, name in zip(said, painted.names, strict=True)})
+    texts = [_texts_of(name) for name in painted.names]
+    by = sorted({_adapter(text, name) for text, name in zip(texts, painted.names, strict=True)})
     if len(by) > 1:
         raise DataError(f"{generated} holds pictures of several adapters ({', '.join(by)}): expected those of one")
     square = Square(images[0].width)
     found = distances(seen(net, images), seen(net, (_image(square(data.image(i))) for i in range(len(data)))))
     result: dict[str, Any] = {"pictures": len(painted), "real": len(data), "features": features, **found}
     if clip is not None:
-        prompts = [_prompt(text, name) for text, name in zip(said, painted.names, strict=True)]
+        prompts = [_prompt(text, name) for text, name in zip(texts, painted.names, strict=True)]
         result["clip_score"] = clip_score(clip, images, prompts)
     return result
 
@@ -98,8 +98,8 @@ def clip_score(path: str, images: Sequence[Any], prompts: Sequence[str], batch_s
     found = []
     for i in range(0, len(images), batch_size):
         texts, some = list(prompts[i : i + batch_size]), list(images[i : i + batch_size])
-        said = model(**processor(text=texts, images=some, return_tensors="pt", padding=True, truncation=True))
-        found.append((said.image_embeds * said.text_embeds).sum(-1).clamp(min=0))
+        output = model(**processor(text=texts, images=some, return_tensors="pt", padding=True, truncation=True))
+        found.append((output.image_embeds * output.text_embeds).sum(-1).clamp(min=0))
     return float(100 * torch.cat(found).mean())
 
 
@@ -151,7 +151,7 @@ def _image(pixels: Tensor) -> Any:
     return Image.fromarray(((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
 
 
-def _said(path: str) -> dict[str, str]:
+def _texts_of(path: str) -> dict[str, str]:
     """A PNG's own words."""
     from PIL import Image
 
@@ -162,12 +162,12 @@ def _said(path: str) -> dict[str, str]:
         raise DataError(f"{path} cannot be read as an image: {line(error)}") from error
 
 
-def _adapter(said: Mapping[str, str], path: str) -> str:
+def _adapter(texts: Mapping[str, str], path: str) -> str:
     """Which adapter generated it: `base` for none, `none` where the picture says nothing of it."""
-    if "restuning" not in said:
+    if "restuning" not in texts:
         return "none"
     try:
-        found = parse_json(said["restuning"])["adapter"]
+        found = parse_json(texts["restuning"])["adapter"]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: its text 'restuning' is not what `restuning generate` writes") from error
     if not isinstance(found, str):
@@ -175,7 +175,7 @@ def _adapter(said: Mapping[str, str], path: str) -> str:
     return found or "base"
 
 
-def _prompt(said: Mapping[str, str], path: str) -> str:
-    if "prompt" not in said:
+def _prompt(texts: Mapping[str, str], path: str) -> str:
+    if "prompt" not in texts:
         raise DataError(f"{path} says nothing of its prompt: CLIP scores are for pictures of `restuning generate`")
-    return said["prompt"]
+    return texts["prompt"]

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -193,20 +193,23 @@ class Denoiser(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         texts = {name: x for name, x in batch.items() if name not in ("sample", "timestep", "weight")}
         given = denoiser_kwargs(self._pipe[0], texts, self.size)
-        said = self.tuned(batch["sample"], timestep=batch["timestep"], **given, return_dict=False)[0]
-        return noise_of(said, batch["sample"]) * batch["weight"].view(-1, 1, 1, 1)
+        predicted = self.tuned(batch["sample"], timestep=batch["timestep"], **given, return_dict=False)[0]
+        return noise_of(predicted, batch["sample"]) * batch["weight"].view(-1, 1, 1, 1)
 
 
 def denoising() -> Objective:
     """The squared error of the noise, or of the velocity (Ho et al. 2020; Salimans and Ho 2022)."""
 
-    def loss(said: Tensor, target: Tensor) -> Tensor:
-        return F.mse_loss(said.float(), target.float())
+    def loss(predicted: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(predicted.float(), target.float())
 
-    return Objective("denoising", loss, None, lambda said, target: iter([("score", -float(loss(said, target)))]), _none)
+    def metrics(predicted: Tensor, target: Tensor) -> Iterator[tuple[str, float]]:
+        yield "score", -float(loss(predicted, target))
+
+    return Objective("denoising", loss, None, metrics, _none)
 
 
-def _none(said: Tensor, target: Tensor) -> Mapping[str, Tensor]:
+def _none(predicted: Tensor, target: Tensor) -> Mapping[str, Tensor]:
     return {}
 
 
@@ -221,8 +224,8 @@ def held_out_loss(model: Denoiser, latents: Latents, scheduler: Any, *, draws: i
     for epoch in range(draws):
         examples.set_epoch(epoch)
         for inputs, target in loader(examples, batch_size):
-            said = model(to_device(inputs, device)).cpu()
-            total += float(F.mse_loss(said.float(), target)) * len(target)
+            predicted = model(to_device(inputs, device)).cpu()
+            total += float(F.mse_loss(predicted.float(), target)) * len(target)
             seen += len(target)
     model.train(training)
     return total / seen

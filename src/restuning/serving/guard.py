@@ -60,11 +60,11 @@ class Guard:
         took = time.perf_counter() - start
         route = getattr(scope.get("route"), "path", "other")
         self.server.metrics.requests.labels(route, str(status)).inc()
-        said = {"time": now_text(), "level": "error" if failure else "info", "id": name, "method": scope["method"]}
-        said |= {"path": scope["path"][:200], "status": status, "seconds": round(took, 6)}
+        entry = {"time": now_text(), "level": "error" if failure else "info", "id": name, "method": scope["method"]}
+        entry |= {"path": scope["path"][:200], "status": status, "seconds": round(took, 6)}
         if failure is not None:
-            said["error"] = f"{type(failure).__name__}: {failure}"[:500]
-        LOG.log(logging.ERROR if failure else logging.INFO, json.dumps(said))
+            entry["error"] = f"{type(failure).__name__}: {failure}"[:500]
+        LOG.log(logging.ERROR if failure else logging.INFO, json.dumps(entry))
 
     def _may(self, path: str, headers: dict[bytes, str]) -> bool:
         if self.key is None or path in OPEN:

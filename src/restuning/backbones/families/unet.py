@@ -34,7 +34,7 @@ def _unet_loose(unet: Any) -> dict[str, list[GlobalOp]]:
 
 
 def _ends(block: Any) -> tuple[int, int]:
-    """The channels that a block of a U-Net reads, its skip connection's among them, and says."""
+    """The channels that a block of a U-Net reads, its skip connection's among them, and those of its output."""
     return block.resnets[0].in_channels, block.resnets[-1].out_channels
 
 

@@ -119,10 +119,10 @@ def _difference(cell: Cell) -> str:
 
 
 def _notes(table: Table) -> list[str]:
-    """What must be said with the numbers: how, on what, what is missing."""
+    """What belongs with the numbers: how, on what, what is missing."""
     e, records = table.experiment, table.records
 
-    def said(key: str) -> str:
+    def of_all(key: str) -> str:
         values = dict.fromkeys(str(r[key]) for r in records if r.get(key) is not None)
         return ", ".join(values) or "unknown"
 
@@ -133,10 +133,10 @@ def _notes(table: Table) -> list[str]:
     there = {(r["row"], r["column"]) for r in records}
     hours = sum(r.get("seconds") or 0 for r in records) / 3600
     notes = [
-        f"Backbone {said('backbone')}, {said('image_size').replace('unknown', 'its own')} pixels a side; rates "
+        f"Backbone {of_all('backbone')}, {of_all('image_size').replace('unknown', 'its own')} pixels a side; rates "
         f"{all_of('lrs')}; epochs {all_of('epochs')}; seeds {', '.join(sorted({str(r['seed']) for r in records}))}; "
-        f"pixels {said('pixels')}.",
-        f"Commit {said('commit')}; {said('device')} ({said('machine')}); {hours:.1f} hours in all; "
+        f"pixels {of_all('pixels')}.",
+        f"Commit {of_all('commit')}; {of_all('device')} ({of_all('machine')}); {hours:.1f} hours in all; "
         f"{len(there & wanted)} of {len(wanted)} cells are there.",
     ]
     diverged = sorted({f"{r['row']} on {r['column']}" for r in records if r["score"] is None})
