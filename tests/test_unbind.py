@@ -263,7 +263,7 @@ def test_fifty_steps_of_training_agree() -> None:
         torch.testing.assert_close(ends[2], ends[3], rtol=1e-8, atol=1e-8)
 
 
-CASES = ["plain", "boolean mask", "additive mask", "causal"]
+CASES = ["plain", "boolean mask", "additive mask", "causal", "turned"]
 
 
 def call_and_pieces(case: str, dtype: torch.dtype) -> tuple[unbind.Call, list[tuple[Tensor, Tensor]], list[Tensor]]:
@@ -276,6 +276,8 @@ def call_and_pieces(case: str, dtype: torch.dtype) -> tuple[unbind.Call, list[tu
         mask = mask.expand(2, 1, 9, 9)
         if case == "additive mask":
             mask = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, -1e4)
+    if case == "turned":  # maps as heads, as LowFormer has them: the width is not the innermost dimension
+        q, k, v = (torch.randn(2, 3, 8, 9, dtype=dtype).transpose(2, 3).requires_grad_() for _ in range(3))
     call = unbind.Call(q, k, v, mask, case == "causal", 0.4)
     return call, [(more[0], more[1]), (more[2], more[3])], [q, k, v, *more]
 

@@ -21,6 +21,7 @@ from restuning.backbones.modules import count_of, kind_of, weights_in
 from restuning.backbones.sites import CLASSIFIERS, Sites
 from restuning.backbones.trace import Ran, Trace, trace
 from restuning.errors import SiteError, TowersError
+from restuning.utils.notes import note
 
 LEAST = 0.6
 """The share of the parameters that the blocks must hold."""
@@ -54,6 +55,8 @@ def find(backbone: nn.Module, inputs: Mapping[str, Any] | None = None) -> Sites:
                 raise
     if inputs is None:
         _KNOWN[backbone] = found
+    if found.found is not None and found.found.instead:
+        note(f"{type(backbone).__name__}: {found.found.instead} (pool= names another)")
     return found
 
 

@@ -118,7 +118,8 @@ class _Described:
             pool=tail.pool,
             prefix=tail.prefix,
             points=(start, *outs),
-            found=Found(self.share(self.blocks, after), sure, tuple(self.notes)),
+            rewritten=tail.rewritten,
+            found=Found(self.share(self.blocks, after), sure, tuple(self.notes), tail.instead),
         )
 
     def _family(self, every: Sequence[Site]) -> str:

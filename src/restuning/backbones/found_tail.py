@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from restuning.backbones.modules import is_norm, last_of_map, passes, width_of
 from restuning.backbones.sites import CLASSIFIERS, layout_of
@@ -15,7 +16,9 @@ from restuning.errors import SiteError
 
 @dataclass(frozen=True)
 class FoundTail:
-    """What follows the blocks; more: a call that has to count as the last block. checked: against the output."""
+    """What follows the blocks; more: a call that has to count as the last block. checked: against the output. instead:
+    which pooling stands in for the backbone's own, and why; empty: it is the backbone's own. rewritten: whether what
+    follows writes to the last block's output, as nn.ReLU(inplace=True) does."""
 
     norm: tuple[str, ...]
     post: tuple[str, ...]
@@ -25,6 +28,8 @@ class FoundTail:
     width: int
     checked: bool
     more: Ran | None = None
+    instead: str = ""
+    rewritten: bool = False
 
 
 def tail_of_blocks(
@@ -37,8 +42,15 @@ def tail_of_blocks(
     kept: dict[str, list[Any]] = {}
     watched = {blocks[-1].path: blocks[-1].module, **{c.path: c.module for c in after}}
 
+    versions: dict[str, tuple[Tensor, int]] = {}
+
     def keep(path: str) -> Any:
-        return lambda m, args, out: kept.setdefault(path, []).append((args, out))
+        def see(m: nn.Module, args: Any, out: Any) -> None:
+            kept.setdefault(path, []).append((args, copied(out)))
+            if (given := next(tensors(out), None)) is not None:
+                versions[path] = given, given._version
+
+        return see
 
     handles = [module.register_forward_hook(keep(path)) for path, module in watched.items()]
     try:
@@ -62,7 +74,8 @@ def tail_of_blocks(
             rest = [c for c in after if c.start > source.end] if more is not seen.root else []
             found = _fitting(h.permute(0, 3, 1, 2) if last else h, rest, targets, prefix, words)
             if found is not None:
-                return replace(found, more=more)
+                last_out, version = versions.get(source.path, (h, h._version))
+                return replace(found, more=more, rewritten=last_out._version != version)
     raise SiteError(
         f"the pooling of {type(backbone).__name__} is not known: its blocks are found, its output is not made of them"
     )
@@ -121,7 +134,8 @@ def _fitting(
                 continue
             if kind == "tokens":
                 if k == end and _same(y, as_tokens(target)):
-                    return _pooled_anyhow(norm, y, prefix, words, target)
+                    own = any(kind == "pooled" for kind, _ in targets)
+                    return _pooled_anyhow(norm, y, prefix, words, target, own)
                 continue
             for pool, skip in _pools(y, prefix, image):
                 try:
@@ -159,10 +173,18 @@ def _words(backbone: nn.Module, inputs: Mapping[str, Any], out: Any) -> str:
     return "mean" if getattr(config, "is_encoder_decoder", False) or hasattr(config, "d_kv") else "cls"
 
 
-def _pooled_anyhow(norm: Sequence[Ran], y: Tensor, prefix: int, words: str | None, target: Tensor) -> FoundTail:
-    """Of a backbone that gives its last tokens: the first where there is one before the patches, else their mean."""
+def _pooled_anyhow(
+    norm: Sequence[Ran], y: Tensor, prefix: int, words: str | None, target: Tensor, own: bool
+) -> FoundTail:
+    """Of a backbone that gives its last tokens: the first where there is one before the patches, else their mean. own:
+    whether it gives a pooled feature too."""
     pool = words or ("mean" if target.ndim == 4 or prefix == 0 else "cls")
-    return FoundTail(tuple(m.path for m in norm), (), None, pool, 0 if words else prefix, y.shape[-1], True)
+    why = "the backbone's own pooler is left out" if own else "the backbone gives tokens and no pooled feature"
+    ahead = tuple(m.path for m in norm)
+    return FoundTail(ahead, (), None, pool, 0 if words else prefix, y.shape[-1], True, instead=f"{why}: {NAMED[pool]}")
+
+
+NAMED = {"cls": "its first token is used", "mean": "the mean of its tokens is used", "last": "its last token is used"}
 
 
 def _pools(y: Tensor, prefix: int, image: bool) -> Iterator[tuple[str, int]]:
@@ -195,6 +217,11 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.allclose(
         a.float(), b.float(), rtol=1e-4, atol=1e-5 * float(b.abs().max() + 1e-6)
     )
+
+
+def copied(out: Any) -> Any:
+    """The same output with tensors of its own."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, out)
 
 
 def as_tokens(x: Tensor) -> Tensor:

@@ -40,6 +40,8 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
             yield from pixels(int(channels), some, main)
             return
         words = getattr(config, "vocab_size", None) or getattr(getattr(config, "text_config", None), "vocab_size", None)
+        if main == "input_ids" and "vocab_size" not in dir(config) and "input_ids" in _names(backbone):
+            words = words or WITHOUT_TABLE
         if main == "input_ids" and words:
             draw = torch.Generator().manual_seed(0)
             ids = torch.randint(min(3, int(words) - 1), int(words), (BATCH, WORDS), generator=draw).to(like.device)
@@ -62,8 +64,16 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
     )
 
 
+WITHOUT_TABLE = 99
+"""Words that a text model is given that names no vocabulary, such as CANINE, which hashes characters."""
+
+
 def _first_name(backbone: nn.Module) -> str:
-    return next(iter(inspect.signature(backbone.forward).parameters))
+    return _names(backbone)[0]
+
+
+def _names(backbone: nn.Module) -> list[str]:
+    return list(inspect.signature(backbone.forward).parameters)
 
 
 def _size(size: Any) -> tuple[int, int] | None:

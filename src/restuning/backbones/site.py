@@ -31,14 +31,19 @@ class Site:
 
     def affine(self, backbone: nn.Module) -> Affine:
         """The affine map at a part, at `embed` or at `norm`, of a module or of none."""
-        path = self.reads.path
-        at = self.weight or Weight("", f"{path}.weight", f"{path}.bias")
+        at = self.parameters
         weight = attrgetter(at.weight)(backbone)
-        turned = (
-            self.weight is None and type(backbone.get_submodule(path)).__name__ == "Conv1D"
-        )  # (in, out), as GPT-2's
         bias = None if at.bias is None else _reached(backbone, at.bias)
-        return Affine(weight.T if turned else weight, bias)
+        return Affine(weight.T if self.turned(backbone) else weight, bias)
+
+    @property
+    def parameters(self) -> Weight:
+        """The paths of the affine map's parameters."""
+        return self.weight or Weight("", f"{self.reads.path}.weight", f"{self.reads.path}.bias")
+
+    def turned(self, backbone: nn.Module) -> bool:
+        """Whether the map's weight is (in, out), as GPT-2's."""
+        return self.weight is None and type(backbone.get_submodule(self.reads.path)).__name__ == "Conv1D"
 
 
 @dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Found:
     """What a trace found of a backbone that no row of the table fits.
 
     share: of the parameters, those inside the blocks (words are not counted, which are looked up). sure: `high`,
-    `medium` or `low`. notes: what could not be found, a line each.
+    `medium` or `low`. notes: what could not be found, a line each. instead: which pooling stands in for the backbone's
+    own, and why; empty: it is the backbone's own.
     """
 
     share: float
     sure: str
     notes: tuple[str, ...] = ()
+    instead: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class Sites(Sequence[Site]):
     which the first reads x_0. features: the port of every layer x_0 … x_L, as something whose input and output it is.
     port: that of what the head reads. norm, post and pooler: the
     modules before and after pooling, and in its place. points: where the layers x_0 … x_L are seen, if not at the
-    stems' ends. found: of sites that no row of the table has, what a trace says of them.
+    stems' ends. found: of sites that no row of the table has, what a trace says of them. rewritten: whether the
+    backbone writes to the last layer once more, in place.
     """
 
     anatomy: Anatomy
@@ -80,6 +88,7 @@ class Sites(Sequence[Site]):
     prefix: int
     points: tuple[Point, ...] = ()
     found: Found | None = None
+    rewritten: bool = False
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -122,6 +131,21 @@ class Sites(Sequence[Site]):
         if not kept:
             raise SiteError(f"everything of {op!r} is excluded by {', '.join(exclude)}")
         return tuple(s for s in kept if blocks is None or s.block is None or s.block in blocks)
+
+    def modules(self, backbone: nn.Module, name: str) -> tuple[Site, ...]:
+        """The modules of any kind that a name or the end of a path means, the outermost of them, each as a site: of the
+        operation `tail` where the tail runs it, else `module`. Raises SiteError where there is none."""
+        found: list[Site] = []
+        for path, _ in backbone.named_modules():
+            if path and is_named(path, name) and not any(path.startswith(f"{s.reads.path}.") for s in found):
+                tail = (*self.norm, *self.post, *filter(None, (self.pooler,)))
+                ours = any(f"{path}.".startswith(f"{t}.") or f"{t}.".startswith(f"{path}.") for t in tail)
+                into, out = Point(path, "in"), Point(path, "out")
+                key = f"module_{path.replace('.', '_')}"
+                found.append(Site("tail" if ours else "module", None, key, into, out, into, self.info))
+        if not found:
+            raise SiteError(f"modules_to_save: no module {name!r} in {self.anatomy.name}")
+        return tuple(found)
 
     def __len__(self) -> int:
         return len(self.all)

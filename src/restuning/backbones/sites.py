@@ -220,7 +220,7 @@ def _widened(backbone: nn.Module, tail: Sequence[str], width: int) -> int:
     """The width after the tail's modules."""
     for module in (m for path in tail for m in backbone.get_submodule(path).modules()):
         if isinstance(module, nn.Linear | nn.Conv2d):
-            width = len(module.weight)
+            width = sides(module)[1]
     return width
 
 
@@ -330,6 +330,8 @@ def sides(module: Any) -> tuple[int, int]:
     weight = module.weight
     if isinstance(module, nn.Conv2d):
         return module.in_channels, module.out_channels
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features  # a quantised weight may have another shape
     if weight.ndim == 1:
         return len(weight), len(weight)
     wide = weight.shape if type(module).__name__ == "Conv1D" else weight.shape[::-1]

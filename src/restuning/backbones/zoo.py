@@ -203,6 +203,30 @@ WORD_SIZES: dict[str, Any] = {
 }
 """Sizes that make a configuration small, by the names that configurations give them."""
 
+_MIXED = ["linear_attention", "full_attention", "linear_attention"]
+OWN: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "blt": {"encoder_hash_byte_group_vocab": 99},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "esm": {"vocab_size": 99, "mask_token_id": 4, "pad_token_id": 1},
+    "esmc": {"num_key_value_heads": 4},
+    "funnel": {"block_sizes": [1, 1, 1]},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 128},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
+    "granitemoehybrid": {"layer_types": _MIXED},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "luke": {"entity_vocab_size": 99},
+    "mamba2": {"num_heads": 8},
+    "minicpm3": {"num_key_value_heads": 4},
+    "prophetnet": {"num_encoder_layers": 3},
+    "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "layers_block_type": None},
+}
+"""What the small configurations of some families must say besides, by `model_type`."""
+
 _LAYERS = ("vocab_size", "num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 FEWER = {key: WORD_SIZES[key] for key in (*_LAYERS, "num_decoder_layers", "vocab_size_per_layer_input")}
 NARROW = {
@@ -302,12 +326,21 @@ def _smaller(plain: Any, sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict
                 known[key] = i
             elif isinstance(there, list) and there and max(there) >= known["vocab_size"]:
                 known[key] = [i]
-    layers = next((known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known), None)
+    layers = next((known[k] for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if k in known), 0)
     for key in ("layer_types", "layers_block_type", "mlp_layer_types"):
         typed = has(key)
         if isinstance(typed, list) and layers:
             kinds = list(dict.fromkeys(typed))
             known[key] = (kinds * layers)[:layers]
+    before = next(
+        (has(k) for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if type(has(k)) is int), 0
+    )
+    for key, value in plain.to_dict().items() if layers else ():
+        if key not in known and isinstance(value, list) and len(value) == before:
+            known[key] = value[:layers]  # one for each layer
+        elif key == "per_layer_config" and isinstance(value, Mapping):
+            known[key] = {i: one for i, one in value.items() if int(i) < layers}
+    known |= OWN.get(getattr(type(plain), "model_type", ""), {}) if sizes else {}
     nested: dict[str, Any] = {}
     for key in getattr(type(plain), "sub_configs", {}) or {}:
         inner = has(key)

@@ -86,7 +86,7 @@ def records_of(
 
 
 BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, Any]]] = {
-    "memory": (memory, ["methods", "memory"], {}),
+    "memory": (memory, ["methods", "memory", "quantise"], {}),
     "step": (steps, ["methods"], {}),
     "multitask": (multitask, ["tasks"], {"classes": 10, "tasks": 1000}),
     "mixed": (mixed, ["tasks"], {"batch": 64}),

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from restuning.backbones.found_tail import copied
 from restuning.backbones.inputs import inputs_of
 from restuning.backbones.sites import Sites, find_sites, tower_of
 from restuning.backbones.trace import quiet, tensors
@@ -176,12 +177,14 @@ def _check(
         _require(
             any(learns[:-2]) if name != "linear" else all(learns), "nothing is learnt: the tuners have no gradient"
         )
+        steady = torch.equal(tuned(**inputs), out)  # some kernels round otherwise from call to call
         with tempfile.TemporaryDirectory() as folder:
             tuned.save_pretrained(folder)
             tuned.unload()
             again = Tuned.from_pretrained(backbone, folder, anatomy=sites)
-            with torch.no_grad():
-                _require(torch.equal(again(**inputs), out), "a saved and loaded adapter gives another output")
+            new = again(**inputs)  # with autograd too: some models compute otherwise without
+            same = torch.equal(new, out) or (not steady and _equal(new, out))
+            _require(same, "a saved and loaded adapter gives another output")
             again.unload()
     finally:
         tuned.unload()
@@ -231,15 +234,15 @@ def _hooked(backbone: nn.Module, sites: Sites, inputs: Mapping[str, Tensor]) -> 
         for path in {*sites.blocks}:
 
             def after(m: nn.Module, args: Any, out: Any, path: str = path) -> None:
-                outs.setdefault(path, []).append(out)
+                outs.setdefault(path, []).append(copied(out))
 
             stack.callback(backbone.get_submodule(path).register_forward_hook(after).remove)
 
         def first_in(m: nn.Module, args: Any, kwargs: Any) -> None:
-            ins.append(next(tensors((args, kwargs))))
+            ins.append(next(tensors((args, kwargs))).clone())
 
         def first_out(m: nn.Module, args: Any, out: Any) -> None:
-            ins.append(next(tensors(out)))
+            ins.append(next(tensors(out)).clone())
 
         module = backbone.get_submodule(start.path)
         handle = (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning.backbones.load import describe_backbone, load_backbone, reading_of
+from restuning.backbones.quantised import KINDS, quantise
 from restuning.bench.peers import PEERS, missing, subject
 from restuning.data import Preprocess
 from restuning.errors import RestuningError
@@ -33,6 +34,9 @@ METHODS = (
     *("res-tuning", "res-tuning:plain", "res-tuning:compact", "res-tuning:recompute"),
     *("lora", "prefix", "adapter", "lst", "dtl"),
 )
+
+_OWN = ("methods", "tasks", "points", "memory", "quantise")
+"""Settings that only some benchmarks have."""
 
 Call = Callable[[], object]
 
@@ -58,6 +62,9 @@ class Bench:
         tuple[str, ...],
         Option("memory and step: methods, res-tuning:compact for a mode, and peers (default: all)", flag="method"),
     ] = (*METHODS, *PEERS)
+    quantise: Annotated[
+        str | None, Option(f"memory: weights of linear maps, none or one of {', '.join(KINDS)}", metavar="KIND")
+    ] = None
     memory: Annotated[float | None, Option("memory: print the largest batch that fits in so much", metavar="GIB")] = (
         None
     )
@@ -75,6 +82,8 @@ class Bench:
             name, _, mode = method.partition(":")
             find_method(name)
             check_memory(mode or "shared")
+        if self.quantise not in (None, "none", *KINDS):
+            raise RestuningError(f"quantise {self.quantise!r}: expected none or one of {', '.join(KINDS)}")
         if self.device not in ("cpu", "cuda"):
             raise RestuningError(f"device {self.device!r}: expected cpu or cuda")
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -82,7 +91,8 @@ class Bench:
 
     def load(self) -> nn.Module:
         torch.manual_seed(0)
-        return load_backbone(self.backbone, self.weights, self.image_size).to(self.device)
+        backbone = load_backbone(self.backbone, self.weights, self.image_size).to(self.device)
+        return backbone if self.quantise in (None, "none") else quantise(backbone, self.quantise)
 
     def subject(self, name: str, backbone: nn.Module | None = None) -> Any:
         """What is trained, in training mode, on this backbone or on its own."""
@@ -102,7 +112,7 @@ class Bench:
     def facts(self, own: Sequence[str]) -> dict[str, Any]:
         """What a figure depends on; own: which of methods, tasks and points do."""
         return {
-            **{k: v for k, v in asdict(self).items() if k in own or k not in ("methods", "tasks", "points", "memory")},
+            **{k: v for k, v in asdict(self).items() if k in own or k not in _OWN},
             "image_size": self.side(),
             "dtype": "float32",
             "threads": torch.get_num_threads(),

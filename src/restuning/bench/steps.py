@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from restuning.backbones.quantised import bytes_of
 from restuning.bench.peers import PEERS, bound_loss
 from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.utils.profiling import in_turn, peak_bytes, saved_by_module
@@ -60,6 +61,8 @@ def cost(settings: Bench, name: str, threads: int) -> tuple[dict[str, float], di
         "peak_bytes": above,
         "loaded_bytes": loaded,
     }
+    if settings.quantise is not None:
+        costs["weight_bytes"] = bytes_of(model)
     if settings.memory is not None:
         weights = sum(p.nbytes for p in model.parameters())
         fixed = weights + 3 * 4 * trained  # a gradient and AdamW's two means

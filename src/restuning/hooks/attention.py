@@ -101,6 +101,8 @@ class _Merge(torch.autograd.Function):
         more_k: Tensor,
         more_v: Tensor,
     ) -> Tensor:
+        # of tensors whose last dimension is not the innermost the kernels give wrong values, without a word
+        q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
         y, lse = _forward_kernel(q, k, v, mask, causal, scale)
         h, lse_more = plain(q, more_k, more_v, None, scale)
         y = y.lerp_(h, torch.sigmoid(lse_more - lse).unsqueeze(-1).to(y.dtype))

@@ -23,6 +23,7 @@ from restuning.hooks.points import (
     NamedTuners,
     as_tokens,
     in_layout_of,
+    in_place_of,
     on_input,
     on_output,
     pooled_to_grid_of,
@@ -112,6 +113,9 @@ class Attachment:
             return state[0]
 
         for site, at_site in tuners.items():
+            if any(tuner.form == "copy" for _, tuner in at_site):
+                self._hooks.append(in_place_of(backbone.get_submodule(site.reads.path), at_site))
+                continue
             added = [(name, tuner) for name, tuner in at_site if not is_prompt(tuner)]
             if added and site.op == "attention":
                 module = backbone.get_submodule(site.reads.path)

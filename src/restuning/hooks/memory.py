@@ -206,7 +206,7 @@ class FrozenOpMemory(TorchFunctionMode):
         what, *rest = self.note.get(first) or (None,)
         if first in self.kept and out.untyped_storage().data_ptr() == first.untyped_storage().data_ptr():
             self.kept[out] = True
-        elif (name == "pow" and second == 2) or name == "square":
+        elif (name == "pow" and not isinstance(second, Tensor) and second == 2) or name == "square":
             self.note[out] = "square", first
         elif name == "mean" and what == "square" and out.shape[-1] == 1 and out.ndim == first.ndim:
             self.note[out] = "mean square", *rest

@@ -210,7 +210,7 @@ def _attention(
 
 
 def _pow(mode: "FrozenOpMemory", input: Tensor, exponent: Any) -> Any:
-    if not mode.again or exponent != 2 or input.ndim != 4:
+    if not mode.again or isinstance(exponent, Tensor) or exponent != 2 or input.ndim != 4:
         return NotImplemented
     return mode.recomputed(Operation(torch.square), [input])
 

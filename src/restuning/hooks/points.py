@@ -85,6 +85,26 @@ def on_output(backbone: nn.Module, point: Point, change: Callable[[Tensor], Tens
     return partial(_at_call, point.call, partial(after, module), replace_output)
 
 
+def in_place_of(module: nn.Module, copies: NamedTuners) -> Hook:
+    """A hook that puts a copy's output in the place of a module's. Raises SiteError for several copies of one."""
+    if len(copies) > 1:
+        names = " and ".join(name for name, _ in copies)
+        raise SiteError(f"adapters {names} both train a copy of one {type(module).__name__}: make one of them active")
+    replacement = copies[0][1]
+
+    @contextmanager
+    def on() -> Iterator[None]:
+        handle = module.register_forward_hook(
+            lambda m, args, kwargs, out: replacement(*args, **kwargs), with_kwargs=True, prepend=True
+        )
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    return on
+
+
 def _at_call(
     call: int | None, on: Callable[[Callable[..., Any]], AbstractContextManager[None]], hook: Callable[..., Any]
 ) -> AbstractContextManager[None]:

@@ -24,14 +24,15 @@ class Taps:
     between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, request: FeatureRequest, one_shape: bool, maps: bool = False) -> None:
+    def __init__(self, request: FeatureRequest, one_shape: bool, maps: bool = False, copied: int | None = None) -> None:
         """
         Args:
             request: layers, tokens, mask, pixels.
             one_shape: whether all layers have one shape.
             maps: whether layers are kept whole, as they come.
+            copied: a layer to which the backbone writes once more.
         """
-        self.request, self.one_shape, self.maps = request, one_shape, maps
+        self.request, self.one_shape, self.maps, self.copied = request, one_shape, maps, copied
         self.layers: dict[int, Tensor] = {}
         self.mask: Tensor | None = None
         self.pixels: Tensor | None = None
@@ -40,6 +41,7 @@ class Taps:
 
     def take(self, layer: int, x: Tensor) -> None:
         """Keep the wanted tokens of one layer."""
+        x = x.clone() if layer == self.copied else x
         tokens = self.request.tokens
         if self.maps:
             self.layers[layer] = x
@@ -93,7 +95,8 @@ def tap(backbone: nn.Module, sites: Sites, request: FeatureRequest) -> Iterator[
                 "the backbone is called while another thread has hooks on it: call a restuning.Predictor from threads"
             )
 
-    taps = Taps(request, sites.uniform, maps=sites.join is not None)
+    copied = len(sites.blocks) if sites.rewritten else None
+    taps = Taps(request, sites.uniform, sites.join is not None, copied)
     with ExitStack() as stack:
         stack.enter_context(before(backbone, same_thread, first=True))
         if request.tokens.by_mask or request.mask:

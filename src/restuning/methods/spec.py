@@ -32,6 +32,8 @@ class Residual:
             regular expression that its whole path matches.
         blocks: the blocks that carry tuners, counted from 0; None: all.
         exclude: modules that are left out, named in the same ways.
+        modules_to_save: modules of any kind, named in the same ways, of which a copy is trained in their place, as
+            PEFT does under that name.
 
     Raises:
         MethodError: settings that make no module.
@@ -40,6 +42,7 @@ class Residual:
     tuners: Mapping[str, TunerConfig] = field(default_factory=dict)
     blocks: Sequence[int] | None = None
     exclude: Sequence[str] = ()
+    modules_to_save: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         for op, config in self.tuners.items():

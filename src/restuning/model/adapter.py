@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from restuning.backbones.anatomy import PARTS, Affine, as_tuple
+from restuning.backbones.quantised import require_plain
 from restuning.backbones.sites import Site, Sites
 from restuning.errors import MethodError
 from restuning.hooks.law import attach, group_by_site
@@ -19,6 +20,7 @@ from restuning.side.features import ALL, FIRST, LAST, MEAN, FeatureRequest, Feat
 from restuning.side.ladder import LadderNet, prune
 from restuning.side.stages import PathNetwork
 from restuning.tuners.base import NeedsWeight, TunerConfig, as_tuner, is_prompt, make
+from restuning.tuners.copied import CopiedModule
 
 
 class AdapterModule(nn.Module):
@@ -48,7 +50,8 @@ class AdapterModule(nn.Module):
             SiteError: an operation or a block that is not there.
         """
         super().__init__()
-        self.config, self.method = config, method
+        self.config, self.method, self.merged = config, method, False
+        self.unscaled: tuple[Method, dict[str, float]] | None = None
         self.depth, self.full = len(sites.blocks), isinstance(method, Full)
         if sites.join is not None and (num_classes is not None or grid_of(method) is not None):
             raise MethodError(f"{sites.anatomy.name} denoises: no classes, and no grid for a side path")
@@ -57,8 +60,10 @@ class AdapterModule(nn.Module):
         for part in residuals_of(method):
             for op, tuner_config in part.tuners.items():
                 for site in sites.at(op, part.blocks, part.exclude):
-                    if op != "all-linear" or not _narrow(site, tuner_config):
+                    if op != "all-linear" or not _left_out(site, tuner_config):
                         self._add(backbone, sites, site, tuner_config)
+        for name in dict.fromkeys(name for part in residuals_of(method) for name in part.modules_to_save):
+            self._copy(backbone, sites, name)
         side, tokens = side_of(method), live(sites, pool)
         info = feature_info(backbone, sites, pool, side)
         if side is not None:
@@ -104,28 +109,50 @@ class AdapterModule(nn.Module):
             raise MethodError(f"unbound prompts need one attention a block, which {sites.anatomy.name} does not name")
         if isinstance(tuner, NeedsWeight):
             affine = site.affine(backbone)
+            require_plain(affine.weight, type(config).__name__ + " with dora or pissa")
             tuner.bind(affine.weight, affine.bias)
         self.sites[name], self.tuners[name] = site, tuner
 
+    def _copy(self, backbone: nn.Module, sites: Sites, name: str) -> None:
+        """Have copies of the modules of a name trained in their place."""
+        for site in sites.modules(backbone, name):
+            path = site.reads.path
+            for p in backbone.get_submodule(path).parameters():
+                require_plain(p, f"a trained copy of {path}")
+            tuner = CopiedModule(backbone.get_submodule(path))
+            for other in self.sites.values():
+                within = any(point.path.startswith(f"{path}.") for point in (other.reads, other.writes))
+                if within or (other.reads.path == path and other.op in (*PARTS, "words", "embed", "norm")):
+                    raise MethodError(f"modules_to_save: {path} is copied, and {other.reads.path} in it has a tuner")
+            self.sites[site.name], self.tuners[site.name] = site, tuner
+
     @property
     def inside(self) -> list[tuple[Site, nn.Module]]:
-        """What is added inside the backbone, before its tail."""
-        return [(site, self.tuners[name]) for name, site in self.sites.items() if site.op != "norm"]
+        """What is added inside the backbone, before its tail: nothing while it is in the backbone's own weights."""
+        return [] if self.merged else self._placed("norm", "tail", outside=True)
 
     @property
     def in_tail(self) -> list[tuple[Site, nn.Module]]:
         """What is added to the final norm, which the tail runs."""
-        return [(site, self.tuners[name]) for name, site in self.sites.items() if site.op == "norm"]
+        return [] if self.merged else self._placed("norm", "tail")
+
+    def _placed(self, *ops: str, outside: bool = False) -> list[tuple[Site, nn.Module]]:
+        return [(site, self.tuners[name]) for name, site in self.sites.items() if (site.op in ops) is not outside]
+
+    @property
+    def copies(self) -> bool:
+        """Whether it trains copies of modules: one pass then serves one adapter."""
+        return any(isinstance(tuner, CopiedModule) for tuner in self.tuners.values())
 
     @property
     def reads_features(self) -> bool:
         """Whether the backbone's own features are all that it needs: nothing is tuned inside the backbone."""
-        return not self.full and not self.inside
+        return not self.full and not self._placed("norm", "tail", outside=True)
 
     @property
     def stackable(self) -> bool:
         """Whether adapters of its kind can run as one: a network on the pixels cannot."""
-        return self.side is None or self.side.output != "beside"
+        return not self.copies and (self.side is None or self.side.output != "beside")
 
     def accepts(self, kept: TokenSelection) -> bool:
         """Whether its output can be had from features of which the tokens `kept` are there."""
@@ -203,9 +230,13 @@ class Reader(nn.Module):
         return self.adapter.head(pooled) if head else pooled
 
 
-def _narrow(site: Site, config: TunerConfig) -> bool:
-    """Whether a map is narrower than the rank: among all linear maps there may be a few that LoRA has no use for."""
-    return site.info.kernel is None and getattr(config, "rank", 0) > min(site.info.in_features, site.info.out_features)
+def _left_out(site: Site, config: TunerConfig) -> bool:
+    """Among all linear maps there may be a few that LoRA has no use for: those narrower than the rank, and convolutions
+    whose padding depends on the map."""
+    rank, kernel = getattr(config, "rank", 0), site.info.kernel
+    if kernel is not None:
+        return bool(rank) and kernel.padding is None
+    return bool(rank > min(site.info.in_features, site.info.out_features))
 
 
 def feature_info(backbone: nn.Module, sites: Sites, pool: str, side: SideConfig | None) -> FeatureInfo:
@@ -240,7 +271,9 @@ def affine_maps(backbone: nn.Module, sites: Sites) -> Sequence[Mapping[str, Sequ
     roles: list[dict[str, list[Affine]]] = [{} for _ in sites.blocks]
     for site in sites.all:
         if site.op in PARTS and site.block is not None:
-            roles[site.block].setdefault(site.op, []).append(site.affine(backbone))
+            affine = site.affine(backbone)
+            require_plain(affine.weight, "a side network that begins from them")
+            roles[site.block].setdefault(site.op, []).append(affine)
     return roles
 
 

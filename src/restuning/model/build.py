@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from restuning.backbones.quantised import dtype_of, require_gradient, require_plain
 from restuning.data.objective import objective
 from restuning.errors import MethodError
 from restuning.hooks.fsdp import require_unsharded
 from restuning.hooks.tail import tail_of
 from restuning.methods.files import to_dict
 from restuning.methods.named import find_method
-from restuning.methods.spec import Full, Method, grid_of, reads_all_tokens, side_of
+from restuning.methods.spec import Full, Method, grid_of, reads_all_tokens, residuals_of, side_of
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.files import AdapterConfig, check_config
+from restuning.model.merge import require_unmerged
 
 if TYPE_CHECKING:
     from restuning.model.collection import AdapterCollection
@@ -82,8 +84,13 @@ def build_adapter(
     side = side_of(spec)
     if isinstance(spec, Full):
         require_unsharded(tuned.shards, "full fine-tuning")
+        for p in tuned.backbone.parameters():
+            require_plain(p, "full fine-tuning")
     if side is not None and side.needs_weights:
         require_unsharded(tuned.shards, "a side network that begins from them")
+    if any(part.modules_to_save for part in residuals_of(spec)):
+        require_unsharded(tuned.shards, "a trained copy of a module")
+    require_unmerged(tuned.backbone, "another adapter")
     if (isinstance(spec, Full) and len(tuned.adapters)) or any(tuned.adapter(n).full for n in tuned.adapters):
         raise MethodError("full fine-tuning changes the backbone itself, so it cannot share it with other adapters")
     tail = tail_of(tuned.backbone, sites, pool if grid_of(spec) is None else "flat")
@@ -101,7 +108,9 @@ def build_adapter(
     like = next(tuned.backbone.parameters(), torch.empty(0))
     with torch.device(tuned.made_on or like.device):
         adapter = AdapterModule(tuned.backbone, sites, spec, tail.pool, head.num_classes, config)
-    adapter.to(like.dtype)
+    if adapter.inside:
+        require_gradient(tuned.backbone, "a tuner inside the backbone")
+    adapter.to(dtype_of(tuned.backbone))
     return adapter, Reader(adapter, tuned.backbone, sites, tail)
 
 

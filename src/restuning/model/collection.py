@@ -14,7 +14,7 @@ from restuning.hooks.fsdp import Shards
 from restuning.hooks.memory import check_memory
 from restuning.hooks.recompute import Replay, checkpoints, switch_checkpoints
 from restuning.methods.spec import Method
-from restuning.model import files, mixed
+from restuning.model import files, merge, mixed
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.build import Head, build_adapter
 from restuning.model.compiled import CompiledPass
@@ -32,7 +32,7 @@ class AdapterCollection(nn.Module):
         train_mode: bool = False,
         backbone_name: str | None = None,
         device: torch.device | str | None = None,
-        fingerprint: list[float] | None = None,
+        fingerprint: list[float | None] | None = None,
         memory: str = "shared",
     ) -> None:
         """
@@ -52,6 +52,7 @@ class AdapterCollection(nn.Module):
         """
         super().__init__()
         check_memory(memory)
+        merge.require_unmerged(backbone, "another Tuned")
         self.memory = memory
         self.made_on = device
         self.sites: Sites = find_sites(backbone, anatomy)
@@ -69,10 +70,13 @@ class AdapterCollection(nn.Module):
         self.adapters = nn.ModuleDict()
         self._readers: dict[str, Reader] = {}
         self.stacks: list[mixed.AdapterStack] = []
+        self.merged: merge.Merged | None = None
         self.replay, self._checkpointed = Replay(), bool(checkpoints(backbone))
         self._compiled: CompiledPass | None = None
         self.shards: Shards | None = None
         self.train(False)
+
+    unmerge_adapter = merge.unmerge_adapter
 
     # ---- adapters: add, choose, disable, delete
 
@@ -121,12 +125,15 @@ class AdapterCollection(nn.Module):
             self.adapter(name)
         if not names:
             raise MethodError("set_adapter needs a name at least; use disable_adapter() for the bare backbone")
+        if self.merged is not None and {*names} != {*self.merged.names}:
+            merge.require_unmerged(self.backbone, "another choice of adapters")
         self._choice.changed()
         self.active_adapters = names
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, `tuned(x)` is the bare backbone; the active adapters stay those they were."""
+        merge.require_unmerged(self.backbone, "disable_adapter")
         self._choice.changed()
         before, self._disabled = self._disabled, True
         try:
@@ -137,18 +144,20 @@ class AdapterCollection(nn.Module):
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; the others stay as they are."""
+        merge.require_unmerged(self.backbone, "delete_adapter")
         full = self.adapter(name).full
         del self.adapters[name], self._readers[name]
         if full:
             self.backbone.requires_grad_(False)
             self.train(self.training)
             self.fingerprint = files.fingerprint_of_blocks(self.backbone, self.sites)  # its weights are others now
-        self.stacks = [stack for stack in self.stacks if name not in stack.readers]
+        self.forget_stacks(name)
         self.active_adapters = tuple(n for n in self.active_adapters if n != name)
 
     def unload(self) -> nn.Module:
         """The backbone as it came: same code, flags, modes and (unless fully tuned) weights. The adapters are gone; so
         is the frozen state that another `Tuned` on the same backbone counts on."""
+        self.unmerge_adapter()
         self.replay.leave()
         self.unshard()
         for name in list(self.adapters):
@@ -166,6 +175,8 @@ class AdapterCollection(nn.Module):
 
     def train(self, mode: bool = True) -> Self:
         """Train or evaluate the adapters; a frozen backbone stays in eval mode."""
+        if mode:
+            merge.require_unmerged(self.backbone, "training")
         super().train(mode)
         full = any(self.adapter(name).full for name in self.adapters)
         self.backbone.train(mode and (self._train_mode or full))
@@ -233,7 +244,12 @@ class AdapterCollection(nn.Module):
         adapters act together."""
         return self.sites.join is not None
 
+    def forget_stacks(self, name: str) -> None:
+        """Have the named adapter's stacks made anew, when they are needed."""
+        self.stacks = [stack for stack in self.stacks if name not in stack.readers]
+
     def __getstate__(self) -> dict[str, Any]:
+        merge.require_unmerged(self.backbone, "a copy")
         return {**self.__dict__, "stacks": [], "replay": Replay(), "_compiled": None}  # these are of this copy alone
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

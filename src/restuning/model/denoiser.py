@@ -16,6 +16,7 @@ from restuning.hooks.points import argument, backbone_lock, before, replace_argu
 from restuning.hooks.recompute import checkpoints
 from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule
+from restuning.model.merge import require_unmerged
 from restuning.model.passes import frozen_op_memory
 from restuning.side.features import FeatureRequest
 
@@ -111,6 +112,7 @@ def each_of(tuned: "Tuned", apart: PerAdapter, args: Any, kwargs: Any) -> dict[s
     """{name: output} of each active adapter alone, from one call of the backbone; under "" the untuned backbone's."""
     backbone, sites = tuned.backbone, tuned.sites
     adapters = {name: tuned.adapter(name) for name in tuned.active()}
+    require_unmerged(backbone, "each adapter alone")
     wrong = [name for name, adapter in adapters.items() if not serves(sites, adapter)]
     if wrong:
         inside = not adapters[wrong[0]].reads_features

@@ -7,43 +7,46 @@ from typing import Any
 from torch import Tensor
 
 from restuning.backbones.anatomy import PARTS
+from restuning.backbones.site import is_named
 from restuning.backbones.sites import Sites
 from restuning.errors import CheckpointError, MethodError, MissingExtra, RestuningError, line
-from restuning.methods.spec import Method, Mix, Residual
+from restuning.methods.spec import Method, Mix, Residual, residuals_of
 from restuning.model.files import CONFIG, CONFIG_BYTES, MODEL, MOST_SIZE, check_finite, fetch, write_pair
+from restuning.model.lora import lora_method
 from restuning.model.tuned import Tuned
 from restuning.tuners import Lora
+from restuning.tuners.copied import CopiedModule
 from restuning.tuners.lora import ConvLoraTuner, LoraTuner
 from restuning.utils.files import as_json
 from restuning.utils.reading import number, read_bytes, read_json
 
-_PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False, "modules_to_save": None}
+_PLAIN = {"use_dora": False, "fan_in_fan_out": False, "bias": "none", "lora_bias": False}
 """Settings of PEFT's that change what is computed, and the values at which they do not."""
 
 
 def load_peft(
     tuned: Tuned, path: str | Path, name: str = "default", num_classes: int | None = None, *, pool: str | None = None
 ) -> None:
-    """Add a LoRA adapter that PEFT saved, from a folder or a hub id, with a fresh head, and make it active.
+    """Add a LoRA adapter that PEFT saved, from a folder or a hub id, with a fresh head, and make it active. Of its
+    `modules_to_save` those that the backbone has are trained copies here.
 
     Raises CheckpointError for files that are damaged, of another method or variant, or of another backbone.
     """
     folder = fetch(path)
     config, state = _read(folder)
-    found, places = _found(folder, tuned.sites, state)
-    ranks: dict[tuple[str, int, float], list[int]] = {}
+    saved = _saved_modules(folder, tuned, config, state)
+    found, places = _found(folder, tuned.sites, {k: v for k, v in state.items() if ".lora_" in k})
+    dropout, settings = float(config.get("lora_dropout") or 0.0), {}
     for site_path, (a, _) in found.items():
         rank = len(a)
         alpha = float(_pattern(config.get("alpha_pattern"), places[site_path]) or config["lora_alpha"])
         alpha = alpha * rank**0.5 if config.get("use_rslora") else alpha
         site = next(s for s in tuned.sites.all if s.writes.path == site_path and s.op in PARTS)
-        ranks.setdefault((site_path.split(".")[-1], rank, alpha), []).append(site.block or 0)
-    dropout = float(config.get("lora_dropout") or 0.0)
-    parts = tuple(
-        Residual({tail: Lora(rank, alpha, dropout)}, blocks=tuple(blocks))
-        for (tail, rank, alpha), blocks in ranks.items()
-    )
-    method: Method = parts[0] if len(parts) == 1 else Mix(parts)
+        settings[site] = Lora(rank, alpha, dropout)
+    method: Method = lora_method(tuned.sites, settings)
+    if saved:
+        whole = tuple(f"re:{path.replace('.', '[.]')}" for path in saved)
+        method = Mix((*residuals_of(method), Residual(modules_to_save=whole)))
     active = tuned.active_adapters
     try:
         tuned.add_adapter(name, method, num_classes, pool=pool)
@@ -51,6 +54,9 @@ def load_peft(
         raise CheckpointError(f"{folder}: {line(error)}") from error
     for place, site in tuned.adapter(name).sites.items():
         tuner: Any = tuned.adapter(name).tuners[place]
+        if site.reads.path in saved:
+            tuner.module.load_state_dict(saved[site.reads.path])
+            continue
         a, b = found[site.writes.path]
         if (tuner.a.shape, tuner.b.shape) != (a.shape, b.shape):
             tuned.delete_adapter(name)
@@ -62,7 +68,8 @@ def load_peft(
 
 
 def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
-    """Write the active (or the named) adapter as PEFT writes LoRA; the head is not part of it.
+    """Write the active (or the named) adapter as PEFT writes LoRA, trained copies of modules as its `modules_to_save`;
+    the head is not part of it.
 
     Raises MethodError if any of its tuners is not LoRA, CheckpointError if the folder cannot be written.
     """
@@ -72,10 +79,13 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         raise MissingExtra("safetensors", "cli") from error
     adapter = tuned.adapter(tuned.one(name))
     state: dict[str, Tensor] = {}
-    ranks, alphas = {}, {}
-    dropout = 0.0
+    ranks, alphas, dropout = {}, {}, 0.0
+    saved: dict[str, dict[str, Tensor]] = {}
     for place, site in adapter.sites.items():
         tuner = adapter.tuners[place]
+        if isinstance(tuner, CopiedModule):
+            saved[site.reads.path] = tuner.module.state_dict()
+            continue
         if not isinstance(tuner, LoraTuner | ConvLoraTuner) or adapter.side is not None:
             raise MethodError(f"PEFT's LoRA files hold LoRA alone; {place} is a {type(tuner).__name__}")
         if site.weight is not None:
@@ -92,6 +102,8 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         dropout = tuner.dropout
     if not state:
         raise MethodError("PEFT's LoRA files hold LoRA alone; this adapter has none")
+    for module, own in saved.items():
+        state |= {f"base_model.model.{module}.{key}": t.detach().cpu().contiguous() for key, t in own.items()}
     first = next(iter(ranks))
     config = {
         "peft_type": "LORA",
@@ -103,6 +115,7 @@ def save_peft(tuned: Tuned, path: str | Path, name: str | None = None) -> None:
         "lora_dropout": dropout,
         "bias": "none",
         "target_modules": sorted(ranks),
+        "modules_to_save": sorted(saved) or None,
         "rank_pattern": {path: rank for path, rank in ranks.items() if rank != ranks[first]},
         "alpha_pattern": {path: alpha for path, alpha in alphas.items() if alpha != alphas[first]},
     }
@@ -130,6 +143,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(f"{folder}: {CONFIG}: {line(error)}") from error
     check_finite(state, str(folder / MODEL))
     for key, value in state.items():
+        if ".lora_" not in key and config.get("modules_to_save"):
+            continue
         if value.ndim not in (2, 4) or not value.is_floating_point() or not value.numel():
             raise CheckpointError(f"{folder}: {key} is {tuple(value.shape)} of {value.dtype}: no half of a LoRA")
     for key, value in _PLAIN.items():
@@ -141,6 +156,30 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "expected a file that PEFT converted to plain LoRA"
         )
     return config, state
+
+
+def _saved_modules(
+    folder: Path, tuned: Tuned, config: dict[str, Any], state: dict[str, Tensor]
+) -> dict[str, dict[str, Tensor]]:
+    """Path of a module of the backbone → what PEFT trained of it whole, its `modules_to_save`."""
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise CheckpointError(f"{folder}: modules_to_save is {names!r}: expected a list of names")
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, value in sorted(state.items()):
+        if ".lora_" in key:
+            continue
+        place = key.removeprefix("base_model.model.")
+        within = [i for i in range(len(place)) if place[i] == "." and any(is_named(place[:i], name) for name in names)]
+        path = next((p for p, _ in tuned.backbone.named_modules() if within and place[: within[0]] == p), None)
+        if path is None:
+            raise CheckpointError(f"{folder}: {key} is neither LoRA nor of a module of this backbone")
+        saved.setdefault(path, {})[place[within[0] + 1 :]] = value
+    for path, own in saved.items():
+        there = tuned.backbone.get_submodule(path).state_dict()
+        if {k: v.shape for k, v in there.items()} != {k: v.shape for k, v in own.items()}:
+            raise CheckpointError(f"{folder}: {path} has other tensors than this backbone's")
+    return saved
 
 
 def _check_values(config: dict[str, Any]) -> None:
@@ -172,7 +211,7 @@ def _found(
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, str]]:
     """Site's path → (A, B), and → PEFT's own path: the model that it wrapped may have been inside a larger one, or ours
     may be."""
-    paths = {site.writes.path for site in sites.all if site.op in PARTS}
+    paths = list(dict.fromkeys(site.writes.path for site in sites.all if site.op in PARTS))
     halves: dict[str, dict[str, Tensor]] = {}
     places: dict[str, str] = {}
     around: set[str] = set()
@@ -205,7 +244,8 @@ def _found(
                 f"{folder}: LoRA of {path} is for widths {both['A'].shape[1]} and {len(both['B'])}; "
                 f"this backbone has {info.in_features} and {info.out_features}"
             )
-    return {path: (both["A"], both["B"]) for path, both in halves.items()}, places
+    ordered = {path: halves[path] for path in paths if path in halves}  # files have no order
+    return {path: (both["A"], both["B"]) for path, both in ordered.items()}, places
 
 
 def _pattern(patterns: dict[str, Any] | None, place: str) -> Any:

@@ -21,6 +21,7 @@ from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
 from restuning.model.groups import Group, padded_width
+from restuning.model.merge import require_unmerged
 from restuning.model.mixed import CHUNK, kind_of
 from restuning.model.stack import PerRow, Stack
 from restuning.model.tuned import Tuned
@@ -89,6 +90,7 @@ class Predictor:
         """
         if tuned.denoises:
             raise MethodError(f"{tuned.sites.anatomy.name} denoises: a predictor is of backbones with heads")
+        require_unmerged(tuned.backbone, "a predictor")
         names = list(tuned.adapters) if names is None else names
         backbone = tuned.backbone
         held = (*backbone.modules(), *backbone.parameters(), *backbone.buffers(), tuned.sites)
@@ -263,6 +265,7 @@ class Predictor:
         outputs: list[Outputs] = []
         sizes: list[int] = []
         with torch.inference_mode(), backbone_lock(self.backbone):
+            require_unmerged(self.backbone, "a predictor")
             if reading:
                 rows = sorted({row for rows in reading.values() for row in rows})
                 outputs += self._on_features(_rows(inputs, rows), rows, reading, head)

@@ -15,7 +15,7 @@ from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import group_by_site
 from restuning.hooks.recompute import switch_checkpoints
 from restuning.methods.spec import Method
-from restuning.model import denoiser, files, merge, mixed
+from restuning.model import denoiser, files, lora, merge, mixed
 from restuning.model.build import loss_and_logits
 from restuning.model.collection import AdapterCollection
 from restuning.model.compiled import CompiledPass
@@ -35,15 +35,10 @@ class Tuned(AdapterCollection):
     only. It stays in eval mode (dropout and batch statistics frozen) unless `train_mode=True` or the method is `full`.
     """
 
-    def merge_and_unload(self, name: str | None = None) -> nn.Module:
-        """The backbone with the active (or the named) adapter in its own weights: no tuner is left, its features are
-        the tuned ones. All adapters are gone, their heads too.
-
-        Raises:
-            MethodError: a tuner that no weight can hold (all but LoRA, SSF and BitFit), or a convolution that
-                standardises its weight; nothing is changed then.
-        """
-        return merge.merge_and_unload(self, self.one(name))
+    merge_adapter = merge.merge_adapter
+    merge_and_unload = merge.merge_and_unload
+    set_scale = lora.set_scale
+    add_weighted_adapter = lora.add_weighted_adapter
 
     # ---- what it computes
 
@@ -82,8 +77,9 @@ class Tuned(AdapterCollection):
                 raise MethodError(f"{self.sites.anatomy.name} denoises: neither labels= nor adapter_names=")
             return denoiser.call(self, args, kwargs)
         if adapter_names is not None:
+            merge.require_unmerged(self.backbone, "a mixed batch")
             logits = mixed.mixed_batch(self, adapter_names, args, kwargs)
-        elif self._compiled is not None and len(self.active()) == 1:
+        elif self._compiled is not None and len(self.active()) == 1 and self.merged is None:
             logits = self._compiled(self, self.active()[0], args, kwargs)
         else:
             logits = self.from_features(self.features(*args, **kwargs))
@@ -217,6 +213,7 @@ class Tuned(AdapterCollection):
         """
         if self.shards is not None:
             raise MethodError("the backbone's blocks are sharded already")
+        merge.require_unmerged(self.backbone, "a share of it")
         if self.denoises:
             raise MethodError(f"{self.sites.anatomy.name} denoises: its blocks cannot be sharded")
         if self._compiled is not None:

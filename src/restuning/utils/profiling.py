@@ -4,7 +4,7 @@ import itertools
 import re
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def void(_: object) -> None:
 
 
 def _saved(run: Callable[[], Any], leave_out: Iterable[Tensor], name: Callable[[], str]) -> dict[str, int]:
-    known = {t.untyped_storage().data_ptr() for t in leave_out}
+    known = {part.untyped_storage().data_ptr() for t in leave_out for part in parts(t)}
     held: WeakSet[_Held] = WeakSet()  # of nodes that are still there at the end
 
     def pack(t: Tensor) -> "_Held":
@@ -54,12 +54,21 @@ def _saved(run: Callable[[], Any], leave_out: Iterable[Tensor], name: Callable[[
         result = run()
     found: dict[str, int] = {}
     for one in sorted(held, key=lambda one: one.number):
-        storage = one.tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            known.add(storage.data_ptr())
-            found[one.name] = found.get(one.name, 0) + storage.nbytes()
+        for storage in (part.untyped_storage() for part in parts(one.tensor)):
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                found[one.name] = found.get(one.name, 0) + storage.nbytes()
     del result
     return found
+
+
+def parts(t: Any) -> Iterator[Tensor]:
+    """The plain tensors that a tensor is made of: itself, or those of a subclass that is quantised."""
+    if hasattr(t, "__tensor_flatten__"):
+        for name in t.__tensor_flatten__()[0]:
+            yield from parts(getattr(t, name))
+    elif isinstance(t, Tensor):
+        yield t
 
 
 class _Held:
