@@ -1,9 +1,10 @@
 PY := .venv/bin/python
-.PHONY: setup demo test browser fuzz kill check bench backbones docs clean
+.PHONY: setup demo test browser fuzz kill check bench backbones docs extras clean
 
 setup: .venv/demo  ## what the demo needs
 
 .venv/demo: pyproject.toml constraints.txt
+	@echo "installing torch and what the demo needs into .venv: some minutes, and gigabytes unless torch's CPU build is there"
 	python3 -m venv .venv
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[images]'
 	touch $@
@@ -56,7 +57,11 @@ backbones: .venv/ready  ## every family of timm, transformers and torchvision tr
 	.venv/bin/restuning backbones page runs/backbones.json --out docs/backbones.md
 
 docs: .venv/docs  ## the pages as a site in runs/site
+	$(PY) scripts/make_pages.py
 	$(PY) -m mkdocs build --strict --site-dir runs/site
+
+extras: setup  ## the wheel alone, and with each extra, in environments of their own: does each do what it is for
+	$(PY) scripts/check_extras.py
 
 clean:
 	rm -rf .venv runs

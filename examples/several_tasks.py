@@ -6,8 +6,6 @@ python examples/several_tasks.py --out runs/several
 import argparse
 from pathlib import Path
 
-import torch
-
 import restuning as rt
 from restuning.backbones.load import preprocessing_of
 
@@ -31,17 +29,15 @@ def main() -> None:
         print(f"{name}: trained on {len(X)} pictures, {len(task.classes)} classes")
 
     backbone = rt.load_backbone("restuning-micro")
-    tuned = rt.Tuned(backbone, backbone_name="restuning-micro")
+    predictor = rt.Predictor.of(rt.Tuned(backbone, backbone_name="restuning-micro"))
     for name, folder in folders.items():
-        tuned.load_adapter(folder, name)
-    tuned.set_adapter(list(folders))
+        predictor = predictor.with_adapter(name, folder)  # the next snapshot; any number of threads may call either
     picture = preprocessing_of(backbone)(task.test.item(0))[None]
     passes: list[int] = []
     backbone.register_forward_hook(lambda *_: passes.append(1))
-    with torch.inference_mode():
-        for name, logits in tuned(picture).items():
-            best = int(logits.argmax())
-            print(f"{name}: {tuned.adapter_config(name).classes[best]}")
+    for name, logits in predictor.predict(picture).items():
+        classes = predictor.adapter_config(name).classes
+        print(f"{name}: {classes[int(logits.argmax())]}")
     print(f"{len(folders)} tasks, {len(passes)} pass of the backbone")
 
 

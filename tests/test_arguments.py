@@ -127,7 +127,7 @@ def test_errors_are_one_line_and_code_2(capsys: pytest.CaptureFixture[str]) -> N
         (["train", "--out", "o", "--blocks", "x"], "expected blocks such as 0-5"),
         (["train", "--out", "o", "--what"], "--what"),
         (["bench", "speed"], "invalid choice: 'speed'"),
-        (["predict", "adapter"], "expected folders of saved adapters, then an input"),
+        (["predict", "adapter"], "expected folders of saved adapters, then images, folders or texts"),
     ):
         assert main(argv) == 2
         said = capsys.readouterr().err.strip()

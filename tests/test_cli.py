@@ -1,5 +1,7 @@
 """The command line as its user meets it: whole runs on a folder of pictures; bad input as one line and code 2."""
 
+import csv
+import io
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from safetensors.torch import load_file
 
 import restuning as rt
 from restuning.cli.main import main
+from restuning.runs.predict import predict_rows
 
 FAST = ["--epochs", "2", "--batch-size", "8", "--quiet"]
 
@@ -66,6 +69,74 @@ def test_train_evaluate_predict(photos: Path, tmp_path: Path, capsys: pytest.Cap
     assert all(len(row["top"]) == 2 for row in rows)
     assert call("predict", tmp_path / "linear", photos / "green", "--json") == 0
     assert [r["top"][0]["class"] for r in json.loads(capsys.readouterr().out)] == ["green"] * 8
+
+
+@pytest.mark.parametrize("method, rate", [("linear", 0.005), ("full", 0.0001)])
+def test_the_rate_where_none_is_asked_for_is_the_methods(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, rate: float
+) -> None:
+    argv = ["train", "--data", f"folder:{photos}", "--method", method, "--epochs", "1", "--out", tmp_path / "out"]
+    assert call(*argv, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["lrs"] == [rate]
+    table = (Path(__file__).parent.parent / "docs/results/methods.md").read_text(encoding="utf-8")
+    (row,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
+    assert f"(lr {rate})" in row, "one that validation chose"
+
+
+def test_inputs_are_several_and_deep_and_rows_are_streamed(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = [tmp_path / "linear", tmp_path / "bypass"]
+    for out in adapters:
+        assert call("train", "--data", f"folder:{photos}", "--method", out.name, "--out", out, *FAST) == 0
+    capsys.readouterr()
+    ask = ["predict", *adapters, photos, photos / "red" / "0.png", "--top", "2", "--batch-size", "5", "--device", "cpu"]
+    assert call(*ask, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    files = [*(str(path) for path in sorted(photos.rglob("*.png"))), str(photos / "red" / "0.png")]
+    assert [row["input"] for row in rows] == [file for file in files for _ in adapters]
+    assert [row["adapter"] for row in rows] == [*map(str, adapters)] * len(files)
+    assert call(*ask, "--format", "jsonl") == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    assert call(*ask, "--format", "csv") == 0
+    table = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [(r["input"], r["adapter"], r["class"], float(r["probability"])) for r in table] == [
+        (row["input"], row["adapter"], one["class"], one["probability"]) for row in rows for one in row["top"]
+    ]
+    first = next(predict_rows(adapters, [str(photos)], batch_size=1))
+    assert first["input"] == files[0], "a row is there before the last item was read"
+    assert call("evaluate", *adapters, "--device", "cpu", "--batch-size", "3", "--format", "jsonl") == 0
+    measured = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["adapter"] for row in measured] == [*map(str, adapters)]
+    recorded = [json.loads((out / "result.json").read_text())["test_accuracy"] for out in adapters]
+    assert [row["accuracy"] for row in measured] == recorded
+    assert call("evaluate", *adapters, "--per-class", "--format", "csv") == 0
+    each = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert [row["class"] for row in each] == ["blue", "green", "red"] * 2
+    assert "one image is of one adapter" in refused(capsys, "evaluate", *adapters, "--confusion", tmp_path / "c.png")
+    assert "no input" in refused(capsys, "predict", *adapters)
+    assert "no adapter" in refused(capsys, "predict", photos)
+
+
+def test_a_run_says_what_it_does_and_goes_on_after_its_end(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    argv = ["train", "--data", f"folder:{photos}", "--method", "linear", "--epochs", "3", "--lr", "0.1", "0.01"]
+    assert call(*argv, "--out", out) == 0
+    said, err = capsys.readouterr()
+    first, *lines = err.splitlines()
+    assert "backbone restuning-micro, 1.6M parameters (bundled and small" in first and "--backbone" in first
+    assert "linear; 20 items of folder:" in first and "saved in" in said
+    assert sum(line.startswith("epoch ") for line in lines) == 3 * 3, "two rates are compared, then one is trained"
+    assert sum(line.startswith("lr ") for line in lines) == 3
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert call(*argv, "--out", out, "--resume") == 0
+    again, err = capsys.readouterr()
+    assert again == said and "finished: nothing was left to do" in err
+    assert call("train", "--out", out, "--resume", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((out / "result.json").read_text())
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
 def test_many_adapters_and_their_embeddings(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -114,6 +114,19 @@ def test_modes(tmp_path: Path, mode: str) -> None:
     assert image.mode == "RGB" and image.size == (20, 12)
 
 
+def test_heic(tmp_path: Path) -> None:
+    """Pictures of iPhones, written by pillow-heif itself."""
+    import pillow_heif
+
+    image = Image.new("RGB", (64, 48), (200, 40, 60))
+    image.paste((30, 90, 220), (0, 0, 32, 48))
+    pillow_heif.from_pillow(image).save(tmp_path / "a.heic", quality=-1)
+    read = load_images(tmp_path).item(0)
+    assert read.size == (64, 48) and read.mode == "RGB"
+    for at in ((8, 24), (56, 24)):
+        assert max(abs(a - b) for a, b in zip(read.getpixel(at), image.getpixel(at), strict=True)) <= 3
+
+
 def test_transparency_is_white_sixteen_bits_scale_and_exif_turns(tmp_path: Path) -> None:
     Image.new("RGBA", (4, 4), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert load_images(tmp_path / "clear.png").item(0).getpixel((0, 0)) == (255, 255, 255)

@@ -1,5 +1,6 @@
 """Every example runs, on little data, and is short."""
 
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -16,13 +17,20 @@ SMALL = {
     "loop": (["--items", "24", "--epochs", "1"], "next: restuning predict"),
     "grid_search": (["--items", "60", "--epochs", "2"], "60 pictures, 13 trainings, 60 pictures through the backbone"),
     "texts": (["--epochs", "4"], "next: restuning predict"),
+    "lightning_loop": (["--items", "24", "--epochs", "1"], "next: restuning predict"),
+    "trackers": (["--items", "24", "--epochs", "2", "--with", "tensorboard", "mlflow"], "tensorboard, mlflow"),
+    "from_datasets": (["--items", "24", "--epochs", "1"], "24 rows of 10 classes"),
     "several_tasks": (["--items", "30", "--epochs", "2"], "3 tasks, 1 pass of the backbone"),
 }
 
 
+ASKS = {"text_to_image"}
+"""What cannot run without data of its own, and has a test of its own."""
+
+
 def test_all_are_tried() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL)
-    for name in SMALL:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL) | ASKS
+    for name in (*SMALL, *ASKS):
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60, name
         assert f"examples/{name}.py" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
@@ -52,3 +60,71 @@ def test_the_trainer_goes_on_from_a_checkpoint_of_the_adapter_alone(
     trainer._load_from_checkpoint(str(checkpoint))
     expected = saved.adapters.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in new.adapters.state_dict().items())
+
+
+def test_lightning_goes_on_from_a_checkpoint_of_the_adapter_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import lightning
+
+    example = runpy.run_path(str(EXAMPLES / "lightning_loop.py"))
+    monkeypatch.setattr(sys, "argv", ["lightning_loop", "--items", "24", "--epochs", "1", "--out", str(tmp_path)])
+    example["main"]()
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    backbone = rt.load_backbone("restuning-micro")
+    expected = rt.Tuned.from_pretrained(backbone, tmp_path / "adapter").adapters.state_dict()
+    assert saved.keys() == expected.keys() and all(torch.equal(value, expected[name]) for name, value in saved.items())
+    new = example["Tuning"](rt.adapt(rt.load_backbone("restuning-micro"), "res-tuning", 10))
+    none = torch.utils.data.DataLoader([(torch.zeros(3, 64, 64), 0)])
+    trainer = lightning.Trainer(max_epochs=1, logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    trainer.fit(new, none, ckpt_path=checkpoint)  # its one epoch is done already
+    assert all(torch.equal(value, expected[name]) for name, value in new.tuned.adapters.state_dict().items())
+
+
+def test_what_trackers_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read by the trackers' own readers."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    argv = ["trackers", "--items", "24", "--epochs", "2", "--with", "tensorboard", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    runpy.run_path(str(EXAMPLES / "trackers.py"), run_name="__main__")
+    events = EventAccumulator(str(tmp_path / "digits"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("loss")] == [0, 1]
+
+
+def test_a_pipeline_is_tuned_and_is_what_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+    from test_diffusion import pipeline
+
+    pipe, photos = pipeline(), tmp_path / "photos"
+    pipe.save_pretrained(tmp_path / "base")
+    photos.mkdir()
+    for i, colour in enumerate(("red", "green")):
+        Image.new("RGB", (20, 18), colour).save(photos / f"{i}.png")
+    rows = (json.dumps({"file_name": f"{i}.png", "text": f"a {c} square"}) for i, c in enumerate(("red", "green")))
+    (photos / "metadata.jsonl").write_text("\n".join(rows))
+    ask = ["--base", str(tmp_path / "base"), "--data", f"captions:{photos}", "--prompt", "a red square"]
+    small = ["--epochs", "2", "--size", "16", "--steps", "2", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["text_to_image", *ask, *small])
+    runpy.run_path(str(EXAMPLES / "text_to_image.py"), run_name="__main__")
+    assert "parameters trained" in capsys.readouterr().out
+    generator = torch.Generator().manual_seed(0)
+    plain = pipe("a red square", num_inference_steps=2, height=16, width=16, generator=generator).images[0]
+    assert Image.open(tmp_path / "out/plain.png").tobytes() == plain.tobytes()
+
+
+def test_the_notebook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its cells of code, in order, as a kernel would run them."""
+    monkeypatch.chdir(tmp_path)
+    notebook = json.loads((EXAMPLES / "first_steps.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names: dict[str, object] = {}
+    for cell in cells:
+        exec(cell, names)
+    said = capsys.readouterr().out
+    assert len(cells) == 6 and "% of 100 test pictures" in said and "torch.Size([2, 10])" in said
+    assert "examples/first_steps.ipynb" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

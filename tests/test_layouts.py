@@ -109,19 +109,20 @@ def test_check_says_what_is_wrong(vtab: Path) -> None:
 def test_check_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "oxford pets" / "oxford-pets"
     few(root, "images")
-    assert main(["data", "check", "fewshot/oxford-pets", str(root)]) == 2
+    assert main(["data", "fewshot/oxford-pets", str(root), "--check"]) == 2
     out, err = capsys.readouterr()
     assert "2 classes, expected 37" in out and err.count("\n") == 1 and "(and 1 more)" in err
     monkeypatch.setitem(KNOWN, "fewshot/oxford-pets", Known("fewshot/oxford-pets", "", "fewshot", 2, 0, 2))
-    assert main(["data", "check", "fewshot/oxford-pets", str(root), "--json"]) == 0
+    assert main(["data", "fewshot/oxford-pets", str(root), "--check", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pixels"] == "original"
-    assert main(["data", "check", "-", f"fewshot:{root}"]) == 0
+    assert main(["data", "-", f"fewshot:{root}", "--check"]) == 0
+    assert main(["data", "check", "-", f"fewshot:{root}"]) == 0, "the older spelling"
     capsys.readouterr()
     for argv, words in {
-        ("check", "vtab/dtdd", "x"): "did you mean 'vtab/dtd'?",
-        ("check", "vtab/dtd"): "expected a NAME",
+        ("vtab/dtdd", "x", "--check"): "did you mean 'vtab/dtd'?",
+        ("vtab/dtd", "x", "y", "--check"): "expected a NAME",
         ("digits", "digits"): "expected one SPEC",
-        ("check", "sst2", "x"): "glue:sst2 --check",
+        ("sst2", "x", "--check"): "glue:sst2 --check",
     }.items():
         assert main(["data", *argv]) == 2
         assert words in capsys.readouterr().err

@@ -114,9 +114,19 @@ def test_hub(folder, monkeypatch) -> None:
     tuned = rt.Tuned.from_pretrained(VIT.backbone(), folder)
     assert tuned.push_to_hub("me/task", private=True) == "commit"
     assert uploads.pop("made") == ("me/task", True)
+    card = uploads.pop("README.md").decode()
     assert uploads == {p.name: p.read_bytes() for p in folder.iterdir()}
+    described = huggingface_hub.ModelCard(card).data  # the hub's own reader
+    assert described.library_name == "restuning" and described.pipeline_tag == "image-classification"
+    assert tuned.adapter_config().method in card and f"{rt.count(tuned)['trainable']:,}" in card
+    assert 'from_pretrained(backbone, "hub:me/task")' in card
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, file, revision: str(folder / file))
+    below, x = rt.Tuned.from_pretrained(VIT.backbone(), folder.parent, subfolder=folder.name), VIT.inputs(1)
+    assert torch.equal(below(**x), tuned(**x))
+    for bad in ("../elsewhere", "/", "nothing"):
+        with pytest.raises(CheckpointError, match=r"subfolder|no saved adapter"):
+            rt.Tuned.from_pretrained(VIT.backbone(), folder.parent, subfolder=bad)
     assert torch.equal(rt.Tuned.from_pretrained(VIT.backbone(), "hub:me/task")(**VIT.inputs(1)) * 0, torch.zeros(1, 3))
 
     def offline(*_, **__):

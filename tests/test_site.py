@@ -1,6 +1,7 @@
 """The pages of the site, the extras and the workflows name what is there."""
 
 import re
+import runpy
 import tomllib
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def test_the_api_page_has_every_public_name() -> None:
 def test_what_language_models_read_links_to_what_is_there() -> None:
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / "llms.txt").read_text(encoding="utf-8"))
     assert len(links) > 5 and all((ROOT / link).exists() for link in links)
+
+
+def test_the_generated_pages_are_as_the_code_has_them() -> None:
+    pages = runpy.run_path(str(ROOT / "scripts/make_pages.py"))["PAGES"]
+    for name, make in pages.items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == make(), f"python scripts/make_pages.py: {name}"
+
+
+def test_every_extra_has_a_check_of_what_it_is_for() -> None:
+    checks = runpy.run_path(str(ROOT / "scripts/check_extras.py"))["CHECKS"]
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    assert {"images", "text", "diffusion", "serve", "ray", "export", "heic", "all", ""} == set(checks)
+    assert set(checks) - {""} <= set(extras)
+    for text in checks.values():
+        compile(text, "check", "exec")
 
 
 def test_every_extra_that_an_error_names_exists() -> None:
@@ -55,8 +71,9 @@ def test_workflows_try_every_python_that_is_promised() -> None:
     assert "lowest-direct" in text and "id-token: write" in (ROOT / ".github/workflows/release.yml").read_text()
 
 
-def test_the_figures_of_which_method_stand_in_the_tables_that_it_names() -> None:
-    text = (ROOT / "docs/which.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["which.md", "memory.md"])
+def test_the_figures_of_a_page_stand_in_the_tables_that_it_names(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
     tables = "".join(
         (ROOT / "docs" / page).read_text(encoding="utf-8") for page in re.findall(r"\]\((results/[^)]+)\)", text)
     )

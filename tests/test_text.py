@@ -335,7 +335,7 @@ def test_a_task_of_one_label(model: Path, tmp_path: Path, capsys: pytest.Capture
     assert call("predict", tmp_path / "a", "word1 " * 30, "--json") == 0, "longer than the name of a file can be"
     assert "--batch-size 0" in refused(capsys, "evaluate", tmp_path / "a", "--batch-size", "0")
     assert "shots are so many of each class" in refused(capsys, "data", f"text:{file}", "--shots", "2")
-    assert "only images with one class each" in refused(capsys, "data", "check", "-", f"text:{file}")
+    assert "only images with one class each" in refused(capsys, "data", "-", f"text:{file}", "--check")
 
 
 def test_what_a_tokenizer_says_no_to(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

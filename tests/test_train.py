@@ -635,8 +635,15 @@ def test_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert quiet.getvalue() == "" and capsys.readouterr().out == ""
 
 
-def test_silent_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
-    fit(net(), Points(), None, CONFIG)
+def test_a_line_an_epoch_where_there_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    history = fit(net(), Points(), Points(), CONFIG)
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert out == "" and len(lines) == CONFIG.epochs
+    for number, (line, epoch) in enumerate(zip(lines, history.epochs, strict=True), 1):
+        assert line.startswith(f"epoch {number}/{CONFIG.epochs}  loss {epoch.loss:.4f}  accuracy")
+        assert f"val {epoch.val_score:.2f}" in line
+    fit(net(), Points(), None, CONFIG, progress=False)
     assert capfd.readouterr() == ("", "")
 
 

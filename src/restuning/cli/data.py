@@ -4,7 +4,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 from restuning.cli.arguments import Parser, filled
@@ -15,15 +15,19 @@ from restuning.errors import RestuningError
 from restuning.utils.known import KNOWN, find
 from restuning.utils.options import DATA, Json, Option, Shots, TestSize, TrainSize, ValSize
 
-EXAMPLE = "restuning data tar:photos.tar; restuning data list; restuning data check vtab/dtd ~/vtab-1k/dtd"
+EXAMPLE = "restuning data tar:photos.tar; restuning data list; restuning data vtab/dtd ~/vtab-1k/dtd --check"
 
 
 @dataclass(frozen=True)
 class Data:
     """Which data, and what of them."""
 
-    data: Annotated[tuple[str, ...], Option(f"{DATA}; or list; or check NAME PATH", metavar="SPEC", positional=True)]
-    check: Annotated[bool, Option("decode every image of it")] = False
+    data: Annotated[
+        tuple[str, ...], Option(f"{DATA}; or list; or NAME PATH, with --check", metavar="SPEC", positional=True)
+    ]
+    check: Annotated[
+        bool, Option("decode every image of it; with a NAME of the list, compare with what is known of that")
+    ] = False
     train_size: TrainSize = None
     val_size: ValSize = 0
     test_size: TestSize = None
@@ -41,11 +45,13 @@ def run(args: argparse.Namespace) -> None:
     if own.data == ("list",):
         _known(own)
         return
-    if own.data[0] == "check":
+    if own.data[0] == "check":  # the older spelling
+        own = replace(own, data=own.data[1:], check=True)
+    if own.check and len(own.data) > 1:
         _inspect(own)
         return
     if len(own.data) != 1:
-        raise RestuningError(f"data {' '.join(own.data)}: expected one SPEC, or list, or check NAME PATH")
+        raise RestuningError(f"data {' '.join(own.data)}: expected one SPEC, or list, or NAME PATH with --check")
     (spec,) = own.data
     sizes = {k: getattr(own, k) for k in ("train_size", "val_size", "test_size", "shots", "seed")}
     task = load_task(spec, **sizes)
@@ -85,11 +91,11 @@ def _known(own: Data) -> None:
 
 
 def _inspect(own: Data) -> None:
-    if len(own.data) != 3:
+    if len(own.data) != 2:
         raise RestuningError(
-            "data check: expected a NAME (of `restuning data list`, or -) and a PATH (or, after -, a SPEC)"
+            "data --check: expected a NAME (of `restuning data list`, or -) and a PATH (or, after -, a SPEC)"
         )
-    _, name, path = own.data
+    name, path = own.data
     known = None if name == "-" else find(name)
     spec = path if known is None else known.spec(path)
     if known is not None and known.kind == "glue":

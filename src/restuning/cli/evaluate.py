@@ -2,12 +2,13 @@
 
 import argparse
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from restuning.cli.arguments import Parser, filled
-from restuning.cli.output import table
+from restuning.cli.output import Format, stream, table
 from restuning.data import check, load_task, prepared
 from restuning.data.objective import confusion, objective
 from restuning.data.task import some
@@ -19,6 +20,7 @@ from restuning.runs.settings import RUN, read_run
 from restuning.training.evaluate import predict_logits
 from restuning.utils.files import check_output
 from restuning.utils.options import DATA, Device, Json, Option, TestSize
+from restuning.utils.reading import printable
 
 EXAMPLE = "restuning evaluate runs/photos --data folder:photos"
 
@@ -27,7 +29,7 @@ EXAMPLE = "restuning evaluate runs/photos --data folder:photos"
 class Evaluate:
     """What is measured, and on what."""
 
-    adapter: Annotated[Path, Option("folder of a saved adapter", positional=True)]
+    adapters: Annotated[tuple[Path, ...], Option("folders of saved adapters", metavar="ADAPTER", positional=True)]
     data: Annotated[str | None, Option(f"{DATA} (default: the data it was trained on)")] = None
     test_size: TestSize = None
     weights: Annotated[str | None, Option("the backbone's weights, if not those of its run.json")] = None
@@ -35,6 +37,7 @@ class Evaluate:
     device: Device = None
     per_class: Annotated[bool, Option("the metrics of every class too")] = False
     confusion: Annotated[Path | None, Option("an image of what was taken for what", metavar="FILE")] = None
+    format: Format = "text"
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -48,14 +51,54 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = filled(Evaluate, args)
+    form = "json" if own.json else own.format
+    if own.confusion is not None and len(own.adapters) > 1:
+        raise RestuningError("--confusion: one image is of one adapter")
     if own.confusion is not None:
         check_output(own.confusion, "--confusion")
+    rows = (_measured(own, adapter) for adapter in own.adapters)
+    if form == "json":
+        found = list(rows)
+        print(json.dumps(found[0] if len(found) == 1 else found))
+    elif form == "jsonl":
+        stream(rows, form)
+    elif form == "csv":
+        stream((flat for row in rows for flat in _flat(row)), form)
+    else:
+        for row in rows:
+            which = f"{row['adapter']}: " if len(own.adapters) > 1 else ""
+            metrics = {k: v for k, v in row.items() if k not in _ABOUT}
+            told = ", ".join(f"{name} {value:.2f}" for name, value in metrics.items())
+            print(printable(f"{which}{row['examples']} examples: {told}"))
+            if "per_class" in row:
+                each = row["per_class"]
+                table(
+                    ["class", *each], [[c, *(f"{v[i]:g}" for v in each.values())] for i, c in enumerate(row["classes"])]
+                )
+
+
+_ABOUT = ("adapter", "data", "examples", "classes", "per_class")
+
+
+def _flat(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row of a table, or one for each class."""
+    if "per_class" not in row:
+        yield row
+        return
+    for i, name in enumerate(row["classes"]):
+        yield {"adapter": row["adapter"], "data": row["data"], "class": name} | {
+            metric: values[i] for metric, values in row["per_class"].items()
+        }
+
+
+def _measured(own: Evaluate, adapter: Path) -> dict[str, Any]:
+    """One adapter's metrics."""
     device = device_of(own.device)
-    tuned = load_tuned(own.adapter, own.weights)
+    tuned = load_tuned(adapter, own.weights)
     config = tuned.adapter_config()
-    run = read_run(own.adapter / RUN) if (own.adapter / RUN).exists() else None
+    run = read_run(adapter / RUN) if (adapter / RUN).exists() else None
     if own.data is None and run is None:
-        raise RestuningError(f"--data is missing, and {own.adapter} has no {RUN} that names it")
+        raise RestuningError(f"--data is missing, and {adapter} has no {RUN} that names it")
     metrics_of = objective(config.kind)
     if own.confusion is not None and config.kind not in ("single-label", "per-token"):
         raise RestuningError(f"--confusion: a {config.kind} task has none")
@@ -71,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             "expected the same"
         )
     check(test)
-    reading = transform_of(own.adapter, config.preprocessing)
+    reading = transform_of(adapter, config.preprocessing)
     model = Predictor.of(tuned.to(device)).as_module("default")
     logits, labels = predict_logits(model, prepared(test, reading), own.batch_size)
     metrics = {name: round(value, 4) for name, value in metrics_of.metrics(logits, labels)}
@@ -82,11 +125,5 @@ def run(args: argparse.Namespace) -> None:
         from restuning.utils.figures import matrix
 
         matrix(confusion(logits, labels).tolist(), task.classes, own.confusion)
-    if own.json:
-        found = {"data": spec, "examples": len(test), **metrics}
-        print(json.dumps({**found, "classes": list(task.classes), "per_class": each} if each else found))
-        return
-    print(f"{len(test)} examples: " + ", ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
-    if each:
-        rows = [[c, *(f"{values[i]:g}" for values in each.values())] for i, c in enumerate(task.classes)]
-        table(["class", *each], rows)
+    found = {"adapter": str(adapter), "data": spec, "examples": len(test), **metrics}
+    return {**found, "classes": list(task.classes), "per_class": each} if each else found

@@ -85,11 +85,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command line, `command` its name. Raises RestuningError for bad ones, one line."""
+    parser, command = parsers(next((word for word in argv if not word.startswith("-")), None))
+    args = parser.parse_args(argv)
+    if command is not None and vars(args).get("tower"):
+        backbone = command._option_string_actions["--backbone"]
+        if backbone.dest not in args:
+            raise RestuningError(f"--tower {args.tower}: expected the --backbone that it is of")
+        setattr(args, backbone.dest, f"{getattr(args, backbone.dest)}#{args.tower}")
+    return args
+
+
+def parsers(asked: str | None) -> tuple[Parser, Parser | None]:
+    """The parser of the command line, and that of a command, which alone has its arguments; None: there is no such."""
     parser = Parser(prog="restuning", description="Tune frozen foundation models by Res-Tuning and its bypass.")
     parser.add_argument("--version", action="version", version=f"restuning {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND", parser_class=Parser)
-    backbone: argparse.Action | None = None
-    asked = next((word for word in argv if not word.startswith("-")), None)
+    found: Parser | None = None
     for name, (module, about) in COMMANDS.items():
         shape = argparse.RawTextHelpFormatter
         command = commands.add_parser(name, help=about, description=about, formatter_class=shape)
@@ -99,11 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             chosen.arguments(command)
             for flag, what in FLAGS.items():
                 command.add_argument(flag, action="store_true", help=what)
-            if (backbone := command._option_string_actions.get("--backbone")) is not None:
+            if "--backbone" in command._option_string_actions:
                 command.add_argument("--tower", help=TOWER)
-    args = parser.parse_args(argv)
-    if backbone is not None and args.tower:
-        if backbone.dest not in args:
-            raise RestuningError(f"--tower {args.tower}: expected the --backbone that it is of")
-        setattr(args, backbone.dest, f"{getattr(args, backbone.dest)}#{args.tower}")
-    return args
+            found = command
+    return parser, found

@@ -1,11 +1,33 @@
 """What commands print."""
 
+import csv
 import json
 import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
 from restuning.errors import MissingExtra
+from restuning.utils.options import Option
 from restuning.utils.reading import printable
+
+Format = Annotated[
+    Literal["text", "json", "jsonl", "csv"],
+    Option("of what is printed: lines for people, JSON, or a JSON object or a row of csv as each is known"),
+]
+
+
+def stream(rows: Iterable[dict[str, Any]], form: str) -> None:
+    """Rows as JSON lines or csv, each printed as it comes; the first one's keys are the columns."""
+    writer: csv.DictWriter[str] | None = None
+    for row in rows:
+        if form == "jsonl":
+            print(json.dumps(row), flush=True)
+            continue
+        if writer is None:
+            writer = csv.DictWriter(sys.stdout, list(row), lineterminator="\n")
+            writer.writeheader()
+        writer.writerow(row)
+        sys.stdout.flush()
 
 
 def say(as_json: bool, data: Any, text: str) -> None:

@@ -1,15 +1,19 @@
 """`restuning predict`."""
 
 import argparse
+import itertools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from restuning.cli.arguments import Parser, filled
+from restuning.cli.output import Format, stream
 from restuning.errors import RestuningError
-from restuning.runs.predict import predict
+from restuning.model.files import CONFIG
+from restuning.runs.predict import predict_rows
 from restuning.utils.options import Device, Json, Option
 from restuning.utils.reading import printable
 
@@ -24,9 +28,13 @@ class Predict:
         tuple[Path, ...],
         Option("folders of saved adapters; with --server, names of its tasks", metavar="ADAPTER", positional=True),
     ] = ()
-    input: Annotated[
-        str,
-        Option("an image, a folder of images, a .txt of a text a line (pairs by a tab), or a text", positional=True),
+    inputs: Annotated[
+        tuple[str, ...],
+        Option(
+            "images, folders of images in depth, texts, .txt files of a text a line (pairs by a tab)",
+            metavar="INPUT",
+            positional=True,
+        ),
     ]
     top: Annotated[int, Option("how many classes to print", metavar="K")] = 1
     embeddings: Annotated[
@@ -39,6 +47,7 @@ class Predict:
     server: Annotated[
         str | None, Option("ask a `restuning serve` there (its key: RESTUNING_API_KEY)", metavar="URL")
     ] = None
+    format: Format = "text"
     json: Json = False
 
     def __post_init__(self) -> None:
@@ -52,25 +61,53 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = filled(Predict, args)
+    form = "json" if own.json else own.format
     if own.server is not None:
-        rows = _ask(own, own.server)
-    elif not own.adapters:
-        raise RestuningError("no adapter: expected folders of saved adapters, then an input")
+        rows: Iterator[dict[str, Any]] = iter(_ask(own, own.server))
     else:
-        rows = predict(
-            own.adapters, own.input, own.top, own.weights, own.embeddings, own.device, own.batch_size, own.skip_bad
+        adapters, inputs = _parted(own)
+        rows = predict_rows(
+            adapters, inputs, own.top, own.weights, own.embeddings, own.device, own.batch_size, own.skip_bad
         )
-    if own.json:
-        print(json.dumps(rows))
-        return
-    for row in rows:
-        if "values" in row:
-            text = ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
-        elif "words" in row:
-            text = " ".join(f"{word['word']}/{word['class']}" for word in row["words"])
-        else:
-            text = ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
-        print(printable(f"{row['input']}  {row['adapter']}  {text}"))
+    if form == "json":
+        print(json.dumps(list(rows)))
+    elif form == "jsonl":
+        stream(rows, form)
+    elif form == "csv":
+        stream((flat for row in rows for flat in _flat(row)), form)
+    else:
+        for row in list(rows):
+            print(printable(f"{row['input']}  {row['adapter']}  {_text(row)}"))
+
+
+def _parted(own: Predict) -> tuple[list[Path], list[str]]:
+    """Adapters and inputs, which follow each other: folders that hold a saved adapter come first."""
+    words = [*map(str, own.adapters), *own.inputs]
+    adapters = list(itertools.takewhile(lambda word: "\0" not in word and (Path(word) / CONFIG).exists(), words))
+    inputs = words[len(adapters) :]
+    if not adapters and len(words) > 1:  # the error is that of the first one
+        return [Path(words[0])], inputs[1:]
+    if not adapters or not inputs:
+        what = "input" if adapters else "adapter"
+        raise RestuningError(f"no {what}: expected folders of saved adapters, then images, folders or texts")
+    return list(map(Path, adapters)), inputs
+
+
+def _text(row: dict[str, Any]) -> str:
+    if "values" in row:
+        return ", ".join(f"{name} {value:.4f}" for name, value in row["values"].items())
+    if "words" in row:
+        return " ".join(f"{word['word']}/{word['class']}" for word in row["words"])
+    return ", ".join(f"{c['class']} {100 * c['probability']:.1f} %" for c in row["top"])
+
+
+def _flat(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rows of a table: one for each class, value or word of an answer."""
+    about = {"input": row["input"], "adapter": row["adapter"]}
+    for name, value in row.get("values", {}).items():
+        yield {**about, "name": name, "value": value}
+    for one in (*row.get("words", ()), *row.get("top", ())):
+        yield {**about, **one}
 
 
 def _ask(own: Predict, server: str) -> list[dict[str, Any]]:
@@ -84,7 +121,7 @@ def _ask(own: Predict, server: str) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     with Client(server, os.environ.get("RESTUNING_API_KEY")) as client:
         texts = client.reads_texts()
-        names = list((texts_of(own.input, False) if texts else load_images(Path(own.input))).names)
+        names = list((texts_of(own.inputs, False) if texts else load_images(*map(Path, own.inputs))).names)
         pairs = [name.split("\t") for name in names]
         items: list[Any] = [pair if len(pair) > 1 else pair[0] for pair in pairs] if texts else names
         tasks = [str(name) for name in own.adapters] or None

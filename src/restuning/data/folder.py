@@ -106,40 +106,52 @@ def _tell(root: Path, strange: Sequence[Path]) -> None:
         )
 
 
-def _below(folder: Path, strange: list[Path]) -> list[Path]:
-    """The images of a class: those in its folder, and in folders below that."""
+def _walk(folder: Path, strange: list[Path]) -> list[Path]:
+    """The images of a folder and of folders below it; other files are added to `strange`."""
     files: list[Path] = []
     for at, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if _kept(name))
         for name in filter(_kept, names):
             path = Path(at) / name
             (files if path.suffix.lower() in SUFFIXES else strange).append(path)
+    return sorted(files)
+
+
+def _below(folder: Path, strange: list[Path]) -> list[Path]:
+    """The images of a class: those in its folder, and in folders below that."""
+    files = _walk(folder, strange)
     if files and not any(p.parent == folder for p in files):
         below = sorted({p.relative_to(folder).parts[0] for p in files})
         note(
             f"{folder}: its images are in folders below it ({', '.join(below[:3])}): "
             f"they are all of class {folder.name!r}"
         )
-    return sorted(files)
+    return files
 
 
 def _kept(name: str) -> bool:
     return not name.startswith(".") and name.lower() not in JUNK
 
 
-def load_images(path: Path) -> Items:
-    """One image, or all of a folder (not of those below it), without labels: every label is 0."""
+def load_images(*paths: Path) -> Items:
+    """Images, and all of folders and of those below them, without labels: every label is 0."""
+    files = [file for path in paths for file in _images(path)]
+    return Files(files, [0] * len(files))
+
+
+def _images(path: Path) -> list[Path]:
     if "\0" in str(path):
         raise DataError(f"no such image or folder: {str(path)!r}")
     if os.path.isdir(path):
-        files = _files(path)
+        strange: list[Path] = []
+        files = _walk(path, strange)
         if not files:
             raise DataError(f"no image in {path.absolute()} (expected {', '.join(sorted(SUFFIXES))})")
-        _tell(path, [p for p in sorted(path.iterdir()) if p not in files and _kept(p.name) and not p.is_dir()])
-        return Files(files, [0] * len(files))
+        _tell(path, strange)
+        return files
     if not os.path.exists(path):
         raise DataError(f"no such image or folder: {path.absolute()}")
-    return Files([path], [0])
+    return [path]
 
 
 def source_of(where: str, splits: Mapping[str, Mapping[str, Sequence]], images: type) -> Source:  # type: ignore[type-arg]
@@ -165,7 +177,3 @@ def source_of(where: str, splits: Mapping[str, Mapping[str, Sequence]], images: 
 
 def _folders(root: Path) -> list[str]:
     return sorted(p.name for p in root.iterdir() if p.is_dir() and _kept(p.name))
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))

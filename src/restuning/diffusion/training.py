@@ -32,7 +32,7 @@ from restuning.methods.named import find_method
 from restuning.methods.spec import Method, on_blocks, resize
 from restuning.model.count import count
 from restuning.model.tuned import Tuned
-from restuning.runs.folder import run_directory
+from restuning.runs.folder import finished, run_directory
 from restuning.runs.settings import RESULT, versions
 from restuning.training.config import TrainConfig, parameter_groups, seed_of
 from restuning.training.evaluate import Examples, loader, to_device
@@ -239,6 +239,8 @@ def execute(run: DiffusionRun, out: Path, *, resume: bool = False, progress: boo
     Raises RestuningError if `out` is in use, holds another run, or (without `resume`) any run.
     """
     run = replace(run, base=pinned(run.base, "model_index.json"))
+    if resume and (before := finished(out, run, read_run)) is not None:
+        return before
     barrier()
     with run_directory(out, run, resume, read_run) if is_main_process() else contextlib.nullcontext():
         processes = barrier()

@@ -135,6 +135,15 @@ ABOUT: dict[str, str] = {
 }
 
 
+RATES = {"full": 1e-4, "side-tuning": 1e-3, "mam-adapter": 1e-3, "adapter-houlsby": 2e-3}
+"""Rates of AdamW at batch 32 where 0.005 is too high: those that validation chose in docs/results/methods.md."""
+
+
+def rate_of(method: str | Mapping[str, Any] | Method) -> float:
+    """The learning rate where none is asked for."""
+    return RATES.get(method, 5e-3) if isinstance(method, str) else 1e-4 if isinstance(method, Full) else 5e-3
+
+
 def recorded(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with what a method's .json file holds in place of its name, for a run that records them."""
     method = settings.get("method")

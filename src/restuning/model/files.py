@@ -2,8 +2,7 @@
 
 import hashlib
 import re
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,11 +210,14 @@ def changes_the_base(folder: Path) -> bool:
     return read_config(folder).spec.get("kind") == "full"
 
 
-def fetch(path: str | Path, revision: str | None = None) -> Path:
-    """A folder as it is, or the local copy of a hub repository (`hub:owner/name[@revision]`). Raises CheckpointError if
-    neither is there."""
+def fetch(path: str | Path, revision: str | None = None, subfolder: str = "") -> Path:
+    """A folder as it is, or the local copy of a hub repository (`hub:owner/name[@revision]`); of either, a folder below
+    it. Raises CheckpointError if neither is there."""
+    if subfolder and (Path(subfolder).is_absolute() or ".." in Path(subfolder).parts):
+        raise CheckpointError(f"subfolder {subfolder!r}: expected a folder below {path}")
     found = located(str(path)) if str(path).startswith(HUB) else Path(path)
     if isinstance(found, Path):
+        found = path = found / subfolder
         if not found.is_dir():
             meant = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path))
             hint = f" (for the hub, write {HUB}{path})" if meant else ""
@@ -228,27 +230,11 @@ def fetch(path: str | Path, revision: str | None = None) -> Path:
     try:
         with hub():
             for file in (MODEL, CONFIG):
-                local = hf_hub_download(found.repo, file, revision=revision or found.revision)
+                name = f"{subfolder}/{file}" if subfolder else file
+                local = hf_hub_download(found.repo, name, revision=revision or found.revision)
     except Exception as error:
         raise CheckpointError(f"no folder {path}, and the hub gave no adapter of that name: {line(error)}") from error
     return Path(local).parent
-
-
-def push(repo_id: str, save: Callable[[Path], None], *, private: bool) -> str:
-    """Save into a temporary folder and upload it. Raises CheckpointError if the hub refuses."""
-    try:
-        from huggingface_hub import HfApi
-    except ImportError as error:
-        raise MissingExtra("huggingface_hub", "hub") from error
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        api = HfApi()
-        try:
-            with hub():
-                api.create_repo(repo_id, private=private, exist_ok=True)
-                return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-        except Exception as error:
-            raise CheckpointError(f"the hub did not take {repo_id}: {line(error)}") from error
 
 
 def name_of(backbone: nn.Module) -> str:
@@ -291,10 +277,15 @@ def check_adapter(tuned: "Tuned", folder: Path) -> None:
 
 
 def load_adapter(
-    tuned: "Tuned", path: str | Path, name: str, method: Method | None = None, revision: str | None = None
+    tuned: "Tuned",
+    path: str | Path,
+    name: str,
+    method: Method | None = None,
+    revision: str | None = None,
+    subfolder: str = "",
 ) -> None:
     """Add a saved adapter; see `Tuned.load_adapter`. All that can be refused is, before anything is changed."""
-    folder, active = fetch(path, revision), tuned.active_adapters
+    folder, active = fetch(path, revision, subfolder), tuned.active_adapters
     check_adapter(tuned, folder)
     config, state = read(folder)
     own = {key: value for key, value in state.items() if not key.startswith("backbone.")}

@@ -15,7 +15,7 @@ from restuning.hooks.fsdp import Shards, require_unsharded
 from restuning.hooks.law import group_by_site
 from restuning.hooks.recompute import switch_checkpoints
 from restuning.methods.spec import Method
-from restuning.model import denoiser, files, lora, merge, mixed
+from restuning.model import denoiser, files, lora, merge, mixed, publish
 from restuning.model.build import loss_and_logits
 from restuning.model.collection import AdapterCollection
 from restuning.model.compiled import CompiledPass
@@ -226,6 +226,10 @@ class Tuned(AdapterCollection):
         """Write the active (or the named) adapter with its head: adapter_config.json, adapter_model.safetensors."""
         files.save_adapter(self, Path(path), self.one(name))
 
+    def write_card(self, path: str | Path, name: str | None = None, *, repo_id: str | None = None) -> None:
+        """Write README.md beside a saved adapter: what it is, and the lines that load it, from `repo_id` or `path`."""
+        publish.write_card(self, Path(path), self.one(name), repo_id and f"hub:{repo_id}")
+
     def load_adapter(
         self,
         path: str | Path,
@@ -233,6 +237,7 @@ class Tuned(AdapterCollection):
         *,
         method: Method | None = None,
         revision: str | None = None,
+        subfolder: str = "",
     ) -> None:
         """Add a saved adapter, from a folder or a hub id, and make it active.
 
@@ -241,11 +246,12 @@ class Tuned(AdapterCollection):
             name: what it is called here.
             method: needed if it has own tuners.
             revision: on the hub.
+            subfolder: of the folder or repository, where the adapter is.
 
         Raises:
             CheckpointError: files that are damaged, foreign, or of another backbone; nothing is changed then.
         """
-        files.load_adapter(self, path, name, method, revision)
+        files.load_adapter(self, path, name, method, revision, subfolder)
 
     @classmethod
     def from_pretrained(
@@ -257,19 +263,26 @@ class Tuned(AdapterCollection):
         anatomy: Anatomy | Sites | None = None,
         method: Method | None = None,
         revision: str | None = None,
+        subfolder: str = "",
     ) -> "Tuned":
         """A saved adapter on its backbone; see `load_adapter`."""
         tuned = cls(backbone, anatomy=anatomy)
         try:
-            tuned.load_adapter(path, name, method=method, revision=revision)
+            tuned.load_adapter(path, name, method=method, revision=revision, subfolder=subfolder)
         except Exception:
             tuned.unload()
             raise
         return tuned
 
     def push_to_hub(self, repo_id: str, name: str | None = None, *, private: bool = False) -> str:
-        """Publish the active (or the named) adapter on the Hugging Face hub; returns the address of the commit."""
-        return files.push(repo_id, lambda folder: self.save_pretrained(folder, name), private=private)
+        """Publish the active (or the named) adapter and its card on the Hugging Face hub; returns the address of the
+        commit."""
+
+        def save(folder: Path) -> None:
+            self.save_pretrained(folder, name)
+            self.write_card(folder, name, repo_id=repo_id)
+
+        return publish.push(repo_id, save, private=private)
 
     def print_trainable_parameters(self) -> None:
         """As PEFT prints it: trainable, all, percent."""

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from restuning.errors import RestuningError
 from restuning.runs.settings import RESULT, RUN, read_run
 from restuning.utils.files import as_json, atomic_write, check_outside, contents, locked
+from restuning.utils.notes import note
+from restuning.utils.reading import read_json
 
 
 class Settings(Protocol):
@@ -22,6 +24,17 @@ def _inputs(settings: dict[str, Any]) -> list[Path]:
     named = [settings.get(name) for name in ("data", "bank", "base", "latents")]
     texts = [str(one).partition("?")[0].split(":")[-1] for one in named if one]
     return [Path(one) for one in texts if one not in ("", ".") and Path(one).is_dir()]
+
+
+def finished(
+    out: Path, run: Settings, read: Callable[[Path], Settings] = read_run, done: str = RESULT
+) -> dict[str, Any] | None:
+    """What this run recorded, if it was finished in `out`: to go on with it is no error, and there is nothing to do."""
+    if not ((out / RUN).exists() and (out / done).exists() and read(out / RUN) == run):
+        return None
+    note(f"{out} holds this run, finished: nothing was left to do")
+    found: dict[str, Any] = read_json(out / done)
+    return found
 
 
 @contextlib.contextmanager
@@ -45,8 +58,6 @@ def run_directory(
             before, now = read(record).to_dict(), run.to_dict()
             other = [f"{k} was {before[k]}, is {now[k]}" for k in now if as_json(before[k]) != as_json(now[k])]
             raise RestuningError(f"{out} holds a run of other settings: {'; '.join(other)}")
-        if record.exists() and (out / done).exists():
-            raise RestuningError(f"{out} holds a finished run: there is nothing to resume")
         try:
             atomic_write(record, as_json(run.to_dict()))
             yield

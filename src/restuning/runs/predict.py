@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from restuning.utils.reading import read_text
 
 def predict(
     adapters: Sequence[Path],
-    given: str,
+    given: str | Sequence[str],
     top: int = 1,
     weights: str | None = None,
     embeddings: Path | None = None,
@@ -30,33 +30,47 @@ def predict(
     batch_size: int = 32,
     skip_bad: bool = False,
 ) -> list[dict[str, Any]]:
-    """One row for each item and adapter: the `top` classes with their probabilities; `values` under regression, `words`
-    with their classes under per-token.
+    """The rows of `predict_rows`, all at once."""
+    given = [given] if isinstance(given, str) else given
+    return list(predict_rows(adapters, given, top, weights, embeddings, device, batch_size, skip_bad))
 
-    given: an image or a folder of images; for a backbone that reads texts, a text, or a .txt file of one a line (a pair
-    parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of one
-    shape run as one; others take a pass for each of their kinds. embeddings: a .safetensors file for what the heads
-    read, (items, d) for each adapter. device: as `device_of` has it. skip_bad: images that cannot be decoded are left
-    out, and named.
+
+def predict_rows(
+    adapters: Sequence[Path],
+    given: Sequence[str],
+    top: int = 1,
+    weights: str | None = None,
+    embeddings: Path | None = None,
+    device: str | None = None,
+    batch_size: int = 32,
+    skip_bad: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """One row for each item and adapter, batch by batch: the `top` classes with their probabilities; `values` under
+    regression, `words` with their classes under per-token.
+
+    given: images and folders of images, in depth; for a backbone that reads texts, texts and .txt files of one a line
+    (a pair parted by a tab). Adapters that leave the backbone's features alone share one pass of the backbone, those of
+    one shape run as one; others take a pass for each of their kinds. embeddings: a .safetensors file for what the heads
+    read, (items, d) for each adapter, written at the end. device: as `device_of` has it. skip_bad: images that cannot
+    be decoded are left out, and named.
     Raises CheckpointError if the adapters are not of one backbone, RestuningError for `top` below 1.
     """
     if top < 1:
         raise RestuningError(f"top {top}: expected at least 1")
     if embeddings is not None:
-        check_output(embeddings, "--embeddings", *([Path(given)] if Path(given).is_dir() else []))
+        check_output(embeddings, "--embeddings", *(Path(one) for one in given if os.path.isdir(one)))
     place = device_of(device)
     tuned, names = _load(adapters, weights)
     configs = {name: tuned.adapter_config(name) for name in names}
     how = transform_of(adapters[0], configs["default"].preprocessing)
     by_word = configs["default"].kind == "per-token"
-    items = load_images(Path(given)) if isinstance(how, Preprocess) else texts_of(given, by_word)
+    items = load_images(*map(Path, given)) if isinstance(how, Preprocess) else texts_of(given, by_word)
     if isinstance(how, Preprocess):
         items = without_bad(items) if skip_bad else items
         if len(items) > 1:
             check(items)
     examples = prepared(items, how, cache=False)
     predictor = Predictor.of(tuned.to(place))
-    found: dict[tuple[str, int], dict[str, Any]] = {}
     read: dict[str, list[Tensor]] = {name: [] for name in names}
     done = 0
     for inputs, labels in loader(examples, batch_size):
@@ -69,10 +83,14 @@ def predict(
             ]
             for name, x in embedded.items():
                 read[name].append(x.cpu())
+        found: dict[tuple[str, int], dict[str, Any]] = {}
         words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
         for part in outputs:
             check_finite(part, names)
-            found |= {(name, done + i): row for name, i, row in answers(part, configs.__getitem__, top, words)}
+            found |= {(name, i): row for name, i, row in answers(part, configs.__getitem__, top, words)}
+        for i in range(len(labels)):
+            for name, folder in names.items():
+                yield {"input": items.names[done + i], "adapter": str(folder), **found[name, i]}
         done += len(labels)
     if embeddings is not None:
         from safetensors.torch import save
@@ -82,11 +100,6 @@ def predict(
             atomic_write(embeddings, save(tensors, {"items": json.dumps(list(items.names))}))
         except OSError as error:
             raise RestuningError(f"cannot write {embeddings}: {error.strerror}") from error
-    return [
-        {"input": path, "adapter": str(folder), **found[name, i]}
-        for i, path in enumerate(items.names)
-        for name, folder in names.items()
-    ]
 
 
 def check_finite(outputs: Outputs, names: Mapping[str, Path]) -> None:
@@ -108,8 +121,17 @@ def device_of(name: str | None = None) -> torch.device:
     return device
 
 
-def texts_of(given: str, words: bool) -> Texts:
-    """One text, or those of a .txt file; split into words where labels are by token."""
+def texts_of(given: str | Sequence[str], words: bool) -> Texts:
+    """Texts, and those of .txt files; split into words where labels are by token."""
+    given = [given] if isinstance(given, str) else given
+    lines = [line for one in given for line in _lines(one)]
+    texts: list[tuple[Any, ...]] = [(one.split(),) if words else tuple(one.split("\t")) for one in lines]
+    if len(sizes := {len(text) for text in texts}) > 1 or max(sizes) > 2:
+        raise DataError(f"{given[0]}: expected a text in every line, or a pair parted by one tab in every line")
+    return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
+
+
+def _lines(given: str) -> list[str]:
     if given.endswith(".txt"):
         try:
             lines = [one for one in read_text(given).splitlines() if one.strip()]
@@ -121,10 +143,7 @@ def texts_of(given: str, words: bool) -> Texts:
         lines = [given] if given.strip() else []
     if not lines:
         raise DataError(f"{given!r}: there is no text")
-    texts: list[tuple[Any, ...]] = [(one.split(),) if words else tuple(one.split("\t")) for one in lines]
-    if len(sizes := {len(text) for text in texts}) > 1 or max(sizes) > 2:
-        raise DataError(f"{given}: expected a text in every line, or a pair parted by one tab in every line")
-    return Texts(texts, [list(range(len(text[0]))) if words else 0 for text in texts], lines)
+    return lines
 
 
 def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[str, Path]]:

@@ -1,12 +1,14 @@
 """A recorded run: its settings as data, and the one procedure that turns them into a saved adapter and a result."""
 
 import contextlib
+import sys
 import time
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from restuning.backbones.load import MICRO
 from restuning.data import (
     Task,
     check,
@@ -26,11 +28,12 @@ from restuning.methods.named import find_method
 from restuning.methods.spec import Full
 from restuning.model.count import count
 from restuning.runs.banks import _agree
-from restuning.runs.folder import run_directory
+from restuning.runs.folder import finished, run_directory
 from restuning.runs.settings import RESULT, TRIALS, Run, versions
 from restuning.runs.sources import _FromBank, _FromItems, _Prepared
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import Examples, evaluate
+from restuning.training.logging import log
 from restuning.training.loop import fit
 from restuning.utils.distributed import barrier, is_main_process
 from restuning.utils.files import as_json, atomic_write
@@ -60,6 +63,8 @@ def execute(
     else:
         tokenizer = None if run.tokenizer is None else pinned(run.tokenizer, "tokenizer_config.json")
         run = replace(run, backbone=pinned(run.backbone), tokenizer=tokenizer)
+    if resume and (before := finished(out, run)) is not None:
+        return before
     barrier()
     with run_directory(out, run, resume) if is_main_process() else contextlib.nullcontext():
         processes = barrier()
@@ -82,6 +87,8 @@ def execute(
             task = _FromBank(run, whole, bank)
         if run.training.patience is not None and len(run.lrs) > 1 and whole.val is None:
             raise RestuningError("patience with several rates wants data with a validation split: give one rate")
+        if progress and is_main_process():
+            print(_opening(run, whole, task), file=sys.stderr, flush=True)
         lr, trials = run.lrs[0], dict[str, float | None]()
         if len(run.lrs) > 1:
             held = whole
@@ -91,6 +98,8 @@ def execute(
                     held = replace(held, train=without_bad(held.train), val=held.val and without_bad(held.val))
             trials = _choose(run, task, held, out, resume, progress)
             lr = max(run.lrs, key=lambda rate: sort_key(trials[str(rate)]))
+        if trials:
+            log(f"lr {lr:g} was the best", progress and is_main_process())
         model, tuned = task.model(whole.train)
         examples = task.read(tuned, whole.train, run.augment)
         history = fit(
@@ -129,6 +138,18 @@ def execute(
         return result
 
 
+def _opening(run: Run, whole: Task, task: "_Prepared") -> str:
+    """What is trained on what, before the first epoch."""
+    backbone = f"backbone {run.backbone}"
+    if isinstance(task, _FromItems):
+        backbone += f", {sum(p.numel() for p in task.backbone.parameters()) / 1e6:.1f}M parameters"
+    if run.backbone == MICRO:
+        backbone += " (bundled and small, to try things out; for accuracy --backbone vit_base_patch16_224 or hf:FOLDER)"
+    method = run.method if isinstance(run.method, str) else "a method of its own"
+    kept = "from a bank" if run.bank else f"of {run.data}"
+    return f"{backbone}; {method}; {len(whole.train)} items {kept} to train on, {len(whole.test)} to test on"
+
+
 def _choose(
     run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool
 ) -> dict[str, float | None]:
@@ -139,6 +160,7 @@ def _choose(
     for lr in run.lrs:
         if str(lr) in trials:
             continue
+        log(f"lr {lr:g}, to be compared on {len(held.val)} validation items", progress and is_main_process())
         model, tuned = task.model(held.train)
         state, examples = out / f"trial-{lr}.pt", task.read(tuned, held.train, run.augment)
         val = task.read(tuned, held.val)

@@ -20,7 +20,7 @@ from restuning.methods.files import to_dict
 from restuning.methods.spec import Method, Mix, Residual, resize
 from restuning.model.adapter import AdapterModule
 from restuning.model.tuned import adapt
-from restuning.runs.folder import run_directory
+from restuning.runs.folder import finished, run_directory
 from restuning.runs.settings import Run
 from restuning.training.evaluate import Examples, evaluate
 from restuning.training.loop import fit
@@ -278,6 +278,8 @@ def search(
     search.json holds. Raises MethodError for a limit below the smallest subnet.
     """
     limit = settings.limit
+    if resume and (before := finished(out, SearchRun(run, settings), SearchRun.read, SEARCH)) is not None:
+        return before
     with run_directory(out, SearchRun(run, settings), resume, SearchRun.read, SEARCH):
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
         how = reading_of(backbone, run.image_size, run.crop, run.tokenizer, run.max_length)

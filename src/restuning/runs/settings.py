@@ -74,7 +74,10 @@ class Run:
         bool, Option("run the backbone in every epoch even where its features could be kept in memory")
     ] = True
     memory: Annotated[str, MEMORY] = "shared"
-    lrs: Annotated[tuple[float, ...], Option("learning rate; several: chosen on validation", flag="lr")] = (1e-3,)
+    lrs: Annotated[
+        tuple[float, ...],
+        Option("learning rate; several: chosen on validation (default: the method's, 0.005 for most)", flag="lr"),
+    ] = (1e-3,)
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:

@@ -126,7 +126,7 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
         features = Window(bank, None if select is None else first.request.layers, select)
         labels, offsets = features.labels, features.offsets
     else:
-        features, labels, offsets = _everything(bank)
+        features, labels, offsets = everything(bank)
         features = features if select is None else select(features)
 
     def rows(items: Items) -> Tensor:
@@ -201,7 +201,7 @@ def _val(task: Task) -> Items:
     return task.val
 
 
-def _everything(bank: Bank) -> tuple[Features, Tensor, dict[str, int]]:
+def everything(bank: Bank) -> tuple[Features, Tensor, dict[str, int]]:
     """The features of all splits in one, the labels, and where each split begins."""
     parts, offsets, start = [], {}, 0
     for name in bank.splits:

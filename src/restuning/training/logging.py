@@ -1,4 +1,4 @@
-"""How far a run is, and what it shows of that: a row an epoch, a bar on the terminal, curves in TensorBoard."""
+"""How far a run is, and what it shows of that: a bar on a terminal, else a line an epoch; curves in TensorBoard."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +27,13 @@ class Epoch:
     def curves(self) -> dict[str, float]:
         found = {"train/accuracy": self.accuracy, "val/score": self.val_score}
         return {"train/loss": self.loss, "lr": self.lr, **{k: v for k, v in found.items() if v is not None}}
+
+    def text(self, epochs: int) -> str:
+        """The line that a log has of it."""
+        parts = [f"epoch {self.epoch + 1}/{epochs}", f"loss {self.loss:.4f}"]
+        parts += [] if self.accuracy is None else [f"accuracy {self.accuracy:.1f}%"]
+        parts += [] if self.val_score is None else [f"val {self.val_score:.2f}"]
+        return "  ".join([*parts, f"lr {self.lr:.2g}", f"{self.seconds:.1f} s"])
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,12 @@ def bar(steps: int, wanted: bool) -> Iterator[Callable[[int, str], None]]:
     with Progress(*columns, console=Console(stderr=True)) as shown:
         task = shown.add_task("", total=steps)
         yield lambda done, text: shown.update(task, completed=done, description=text)
+
+
+def log(text: str, wanted: bool) -> None:
+    """A line on stderr where that is no terminal, so no bar is shown: what runs for hours is not silent."""
+    if wanted and not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ from restuning.training.config import data_order, learning_rate, parameter_group
 from restuning.training.evaluate import Examples, HasEpoch, HasLengths, loader, padded, predict_logits, to_device
 from restuning.training.logging import Epoch as Epoch
 from restuning.training.logging import History as History
-from restuning.training.logging import Place, bar, board
+from restuning.training.logging import Place, bar, board, log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -318,6 +318,7 @@ def fit(
             try:
                 while run.place.epoch < config.epochs and not run.stale():
                     row = run.epoch(show)
+                    log(row.text(config.epochs), progress and main)
                     draw(row.epoch, row.curves())
                     if after is not None and main:
                         with run.averaged():

@@ -8,7 +8,7 @@ from restuning.errors import DataError
 
 @dataclass(frozen=True)
 class Known:
-    """name: as `restuning data check` has it; kind: the layout's; images by split; lossless: whether its original
+    """name: as `restuning data --check` has it; kind: the layout's; images by split; lossless: whether its original
     pixels are kept without loss, so that a JPEG export has others."""
 
     name: str

@@ -89,5 +89,5 @@ Shots = Annotated[int | None, Option("items of each class to train on, in place 
 Tokenizer = Annotated[str | None, Option("a tokenizer's folder or hub id (default: the backbone's own)")]
 MaxLength = Annotated[int | None, Option("tokens that texts are cut to (default: longer ones are refused)")]
 Json = Annotated[bool, Option("print JSON, for machines")]
-Quiet = Annotated[bool, Option("no progress bar")]
+Quiet = Annotated[bool, Option("no progress bar, and no line an epoch where there is no terminal")]
 Device = Annotated[str | None, Option("cpu, cuda, cuda:N or mps (default: a GPU where there is one)")]
