@@ -91,6 +91,11 @@ finally:
     server.terminate()
     server.wait(60)
 """,
+    "app": """
+import cleanlab, gradio, restuning.app
+from restuning.cli.main import parse
+assert parse(["app"]).command == "app"
+""",
     "ray": """
 import ray
 from restuning.paper.ray import on_ray

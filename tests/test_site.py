@@ -37,7 +37,7 @@ def test_the_generated_pages_are_as_the_code_has_them() -> None:
 def test_every_extra_has_a_check_of_what_it_is_for() -> None:
     checks = runpy.run_path(str(ROOT / "scripts/check_extras.py"))["CHECKS"]
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    assert {"images", "text", "diffusion", "serve", "ray", "export", "heic", "all", ""} == set(checks)
+    assert {"images", "text", "diffusion", "serve", "app", "ray", "export", "heic", "all", ""} == set(checks)
     assert set(checks) - {""} <= set(extras)
     for text in checks.values():
         compile(text, "check", "exec")
