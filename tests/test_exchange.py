@@ -16,7 +16,13 @@ from torch import Tensor, nn
 import restuning as rt
 from restuning.errors import CheckpointError, MethodError
 
-TARGETS = {"timm-vit": ["qkv"], "hf-vit": ["q_proj", "v_proj"], "bert": ["query", "value", "dense"]}
+_HF_VIT = {name.rsplit(".", 1)[-1] for name, _ in TINY["hf-vit"].backbone().named_modules()}
+OLD = "q_proj" not in _HF_VIT
+"""transformers below 5 has other names in its ViT."""
+Q, V, LAYERS, ATTENTION = (
+    ("query", "value", "layer", "attention.attention") if OLD else ("q_proj", "v_proj", "layers", "attention")
+)
+TARGETS = {"timm-vit": ["qkv"], "hf-vit": [Q, V], "bert": ["query", "value", "dense"]}
 
 
 def last(model: nn.Module, sites: Any, inputs: dict[str, Tensor]) -> Tensor:
@@ -50,7 +56,7 @@ def lora_of_peft(name: str, **more: Any) -> Any:
 @pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"layers_to_transform": [1]}], ids=str)
 def test_pefts_lora_file_is_ours(name: str, more: dict[str, Any], tmp_path: Path) -> None:
     if "layers_to_transform" in more:
-        more = {**more, "layers_pattern": {"timm-vit": "blocks", "hf-vit": "layers", "bert": "layer"}[name]}
+        more = {**more, "layers_pattern": {"timm-vit": "blocks", "hf-vit": LAYERS, "bert": "layer"}[name]}
     tiny, inputs = TINY[name], TINY[name].inputs()
     theirs = lora_of_peft(name, **more)
     theirs.save_pretrained(tmp_path)
@@ -233,9 +239,9 @@ def test_lora_of_another_part_of_a_larger_model(tmp_path: Path) -> None:
     rt.load_peft(tuned, tmp_path / "vision", "lora")
 
 
-@pytest.mark.parametrize("pattern", [r"layers\.[0].*q_proj", "layers.0.attention.q_proj", "q_proj"])
+@pytest.mark.parametrize("pattern", [rf"{LAYERS}\.[0].*{Q}", f"{LAYERS}.0.{ATTENTION}.{Q}", Q])
 def test_alphas_by_pefts_own_patterns(pattern: str, tmp_path: Path) -> None:
-    theirs = lora_of_peft("hf-vit", target_modules=["q_proj"], alpha_pattern={pattern: 64})
+    theirs = lora_of_peft("hf-vit", target_modules=[Q], alpha_pattern={pattern: 64})
     theirs.save_pretrained(tmp_path)
     tuned = rt.adapt(TINY["hf-vit"].backbone(), "linear", 3)
     rt.load_peft(tuned, tmp_path, "lora")

@@ -49,7 +49,20 @@ def test_banks_and_sweeps_are_read(files: Path, tmp_path: Path, capsys: pytest.C
     features, labels = bank.rows("train").fetch(range(24))
     assert len(features.layers) == len(bank.layers) and len(labels) == 24
     out = tmp_path / "run"
-    argv = ["train", "--bank", str(files / "bank"), "--method", "bypass", "--size", "2", "--epochs", "1", "--json"]
+    argv = [
+        "train",
+        "--bank",
+        str(files / "bank"),
+        "--method",
+        "bypass",
+        "--size",
+        "2",
+        "--epochs",
+        "1",
+        "--lr",
+        "0.001",
+        "--json",
+    ]
     assert main([*argv, "--warmup-epochs", "0", "--out", str(out)]) == 0
     found = json.loads(capsys.readouterr().out)
     before = json.loads((files / "from-bank" / "result.json").read_text())

@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     rows = (_measured(own, adapter) for adapter in own.adapters)
     if form == "json":
         found = list(rows)
-        print(json.dumps(found[0] if len(found) == 1 else found))
+        alone = {k: v for k, v in found[0].items() if k != "adapter"}
+        print(json.dumps(alone if len(found) == 1 else found))
     elif form == "jsonl":
         stream(rows, form)
     elif form == "csv":
