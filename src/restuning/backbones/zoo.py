@@ -214,7 +214,7 @@ OWN: dict[str, dict[str, Any]] = {
     "funnel": {"block_sizes": [1, 1, 1]},
     "gemma3n_text": {"num_kv_shared_layers": 0, "intermediate_size": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]]},
-    "granitemoehybrid": {"layer_types": _MIXED},
+    "granitemoehybrid": {"layer_types": _MIXED, "layers_block_type": _MIXED},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "luke": {"entity_vocab_size": 99},
@@ -223,7 +223,7 @@ OWN: dict[str, dict[str, Any]] = {
     "prophetnet": {"num_encoder_layers": 3},
     "qwen4_exp_text": {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"]},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "layers_block_type": None},
+    "zamba": {"num_hidden_layers": 5, "attn_layer_period": 2, "attn_layer_offset": 1, "layers_block_type": None},
 }
 """What the small configurations of some families must say besides, by `model_type`."""
 
@@ -291,9 +291,10 @@ def shrunk(kind: Any, sizes: Mapping[str, Any]) -> Any:
     while True:
         try:
             return kind(**known, **nested)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             own = getattr(kind, "attribute_map", {})  # a property cannot be set
-            unset = next((k for k in known if f"'{k}'" in str(error) or f"'{own.get(k)}'" in str(error)), None)
+            said = str(error).replace("`", "'")
+            unset = next((k for k in known if f"'{k}'" in said or f"'{own.get(k)}'" in said), None)
             if unset is None:
                 raise
             del known[unset]

@@ -1,6 +1,7 @@
 """Every family of backbones tried: what is found, and which methods are right on it, by one small random model each."""
 
 import copy
+import inspect
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -93,7 +94,7 @@ def check_backbone(backbone: nn.Module, found: Checked | None = None) -> Checked
             found.tower = error.towers[0]
             backbone = tower_of(backbone, found.tower)
             sites = find_sites(backbone)
-        inputs = {key: value[:ROWS] for key, value in _inputs(backbone).items()}
+        inputs = {k: v[:ROWS] if isinstance(v, Tensor) else v for k, v in _inputs(backbone).items()}
         own, before = _hooked(backbone, sites, inputs)
     except RestuningError as error:
         found.why = str(error)
@@ -123,10 +124,11 @@ def _outcome(check: Callable[[], None]) -> str:
     return RIGHT
 
 
-def _inputs(backbone: nn.Module) -> dict[str, Tensor]:
-    """The first inputs that the backbone takes."""
+def _inputs(backbone: nn.Module) -> dict[str, Any]:
+    """The first inputs that the backbone takes, and no cache, which some write to in place (RWKV)."""
     last: Exception | None = None
-    for inputs in inputs_of(backbone):
+    more = {"use_cache": False} if "use_cache" in inspect.signature(backbone.forward).parameters else {}
+    for inputs in ({**one, **more} for one in inputs_of(backbone)):
         try:
             with quiet(backbone):
                 backbone(**inputs)

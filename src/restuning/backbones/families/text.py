@@ -1,9 +1,17 @@
 """Text encoders and decoders of transformers."""
 
 from dataclasses import replace
+from typing import Any
 
 from restuning.backbones.anatomy import Anatomy, Op, into, out_of
 from restuning.backbones.families.shared import last, zero
+
+
+def _one_stream(block: Any) -> bool:
+    """Not Gemma 3n, which has several, and not Moshi, whose maps are modules around maps."""
+    first = getattr(getattr(block, "self_attn", None), "q_proj", None)
+    return not hasattr(block, "altup") and not hasattr(first, "linear")
+
 
 _LLAMA = Anatomy(
     "transformers Llama, Mistral, Qwen, Phi-3",
@@ -28,6 +36,7 @@ _LLAMA = Anatomy(
     pool=last,
     prefix=zero,
     family="text",
+    fits=_one_stream,
 )
 
 TEXT: tuple[Anatomy, ...] = (
@@ -62,6 +71,8 @@ TEXT: tuple[Anatomy, ...] = (
         heads="attention.self.num_attention_heads",
         embed="embeddings.LayerNorm",
         family="text",
+        # neither MobileBERT, whose stream is wider than its blocks, nor CANINE, whose blocks stand between others
+        fits=lambda block: not hasattr(block, "bottleneck") and not hasattr(block.attention, "local"),
     ),
 )
 """In the order in which they are tried."""
