@@ -18,7 +18,10 @@ from restuning.backbones.zoo import build, families
 from restuning.bench.families import METHODS, check_backbone
 from restuning.bench.pages import page, totals
 from restuning.cli.main import main
+from restuning.data import Preprocess, load_task
 from restuning.errors import RestuningError, SiteError, TowersError
+from restuning.features.bank import Bank
+from restuning.features.bank import build as build_bank
 from restuning.hooks.tail import tail_of
 from restuning.hooks.taps import tap
 from restuning.side.features import FeatureRequest
@@ -264,19 +267,52 @@ def test_totals_count_what_is_right_and_what_is_wrong() -> None:
 ASKED = ("gpt2", "distilbert", "t5-encoder", "albert", "phi", "segformer")
 """Families without a row that PEFT's own tests and examples use most, for text and for images."""
 
+ROWS = ("bert", "llama", "hf-vit", "hf-clip", "hf-siglip", "hf-dinov2", "hf-swin", "hf-convnext")
+"""Families with a row that the tests, examples and issues of PEFT, timm and transformers name most; here by trace."""
+
+
+WHOLE = ("gpt2", "distilbert", "t5-encoder", "bert", "hf-vit", "hf-dinov2")
+"""Of which torch makes one graph, forward and backward."""
+
+
+def asked(name: str) -> tuple[nn.Module, Any]:
+    backbone = made(name) if name in FOUND else (TINY | MORE)[name].backbone()
+    return backbone, find(backbone)
+
 
 def examples(name: str, rows: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(2)
-    if name == "segformer":
-        return {"pixel_values": torch.randn(rows, 3, 64, 64, generator=draw)}
+    side = 64 if name == "segformer" else (TINY | MORE)[name].side if name.startswith("hf-") else 0
+    if side:
+        return {"pixel_values": torch.randn(rows, 3, side, side, generator=draw)}
     return {"input_ids": torch.randint(3, 50, (rows, 7), generator=draw)}
 
 
-@pytest.mark.parametrize("method", ["bypass", "res-tuning"])
-@pytest.mark.parametrize("name", ASKED)
-def test_a_family_without_a_row_is_trained_kept_mixed_and_compiled(name: str, method: str) -> None:
+@pytest.mark.parametrize("name", ["segformer", *(name for name in ROWS if name.startswith("hf-"))])
+def test_a_found_family_is_read_from_a_bank(name: str, tmp_path: Any) -> None:
+    """Features on disk give the logits and the gradients that pictures give."""
+    (backbone, sites), side = asked(name), examples(name, 1)["pixel_values"].shape[-1]
+    live = rt.adapt(backbone, small("bypass"), 10, anatomy=sites)
+    task, how = load_task("digits", train_size=12, test_size=4), Preprocess((side, side), (0.5,) * 3, (0.5,) * 3)
+    build_bank(live, task, how, tmp_path)
+    features = Bank(tmp_path).rows("train").fetch([0, 7])[0].map(torch.Tensor.float)
+    pixels = torch.stack([how(task.train.item(i)) for i in (0, 7)])
+    grads = []
+    for logits in (live.from_features(features), live(pixel_values=pixels)):
+        grads.append(torch.autograd.grad(logits.square().sum(), [*live.adapters.parameters()]))
+    assert any(g.abs().sum() > 0 for g in grads[0])
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(name, m) for name in (*ASKED, *ROWS) for m in ("bypass", "res-tuning") if name in ASKED or m != "bypass"],
+)
+def test_a_found_family_is_trained_kept_mixed_and_compiled(name: str, method: str) -> None:
     """A step that lowers the loss, features that are kept and read again, two adapters in one batch, one graph."""
-    tuned, inputs, labels = rt.adapt(made(name), method, 3, "first"), examples(name, 4), torch.tensor([0, 1, 2, 1])
+    (backbone, sites), inputs, labels = asked(name), examples(name, 4), torch.tensor([0, 1, 2, 1])
+    tuned = rt.adapt(backbone, small(method, sites.anatomy.family), 3, "first", anatomy=sites)
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.05)
     losses = []
     for _ in range(3):
@@ -289,14 +325,14 @@ def test_a_family_without_a_row_is_trained_kept_mixed_and_compiled(name: str, me
     with torch.no_grad():
         out = tuned(**inputs)
         assert torch.equal(tuned.from_features(tuned.features(**inputs)), out)
-        tuned.add_adapter("second", method, 3)
+        tuned.add_adapter("second", small(method, sites.anatomy.family), 3)
         nn.init.normal_(tuned.adapters["second"].head.weight)
         other = tuned(**inputs)
         mixed = tuned(**inputs, adapter_names=["first", "second", None, "first"])
         torch.testing.assert_close(mixed[[0, 3], :3], out[[0, 3]], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed[[1], :3], other[[1]], rtol=1e-4, atol=1e-5)
         tuned.set_adapter("first")
-        tuned.compile(backend="eager")
+        tuned.compile(backend="aot_eager" if name in WHOLE else "eager", fullgraph=name in WHOLE)
         torch.testing.assert_close(tuned(**inputs), out, rtol=1e-4, atol=1e-5)
 
 
