@@ -87,7 +87,7 @@ def records_of(
 
 BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, Any]]] = {
     "memory": (memory, ["methods", "memory", "quantise"], {}),
-    "step": (steps, ["methods"], {}),
+    "step": (steps, ["methods", "found"], {}),
     "multitask": (multitask, ["tasks"], {"classes": 10, "tasks": 1000}),
     "mixed": (mixed, ["tasks"], {"batch": 64}),
     "grid": (grid, ["points"], {"batch": 32}),

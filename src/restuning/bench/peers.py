@@ -37,16 +37,16 @@ def missing() -> dict[str, str]:
     return found
 
 
-def subject(name: str, backbone: nn.Module, described: str, classes: int) -> Any:
+def subject(name: str, backbone: nn.Module, described: str, classes: int, sites: Sites | None = None) -> Any:
     """A model to train: a method of ours on the backbone (LoRA without dropout, as PEFT's is), or a peer, which changes
     the backbone. A name may end in a mode of `restuning.hooks.memory.MEMORY`, `res-tuning:compact`. Called with images
-    and labels, it gives a dict of `loss`. described: the backbone's name."""
+    and labels, it gives a dict of `loss`. described: the backbone's name. sites: None: the table's."""
     name, _, memory = name.partition(":")
-    sites = find_sites(backbone)
+    sites = find_sites(backbone, sites)
     where = _lora_ops(sites)
     if name not in PEERS:
         method: str | Method = Residual(dict.fromkeys(where, Lora(8, dropout=0.0))) if name == "lora" else name
-        return adapt(backbone, method, classes, memory=memory or "shared").train()
+        return adapt(backbone, method, classes, anatomy=sites, memory=memory or "shared").train()
     if name == "swift-bypass":
         return Peer(_swift(backbone, sites), sites.info.out_features, classes).train()
     infos = {site.reads.path: site.info for op in where for site in sites.at(op)}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from restuning.backbones.load import describe_backbone, load_backbone, reading_of
 from restuning.backbones.quantised import KINDS, quantise
+from restuning.backbones.sites import Sites
 from restuning.bench.peers import PEERS, missing, subject
 from restuning.data import Preprocess
 from restuning.errors import RestuningError
@@ -35,7 +36,7 @@ METHODS = (
     *("lora", "prefix", "adapter", "lst", "dtl"),
 )
 
-_OWN = ("methods", "tasks", "points", "memory", "quantise")
+_OWN = ("methods", "tasks", "points", "memory", "quantise", "found")
 """Settings that only some benchmarks have."""
 
 Call = Callable[[], object]
@@ -65,6 +66,9 @@ class Bench:
     quantise: Annotated[
         str | None, Option(f"memory: weights of linear maps, none or one of {', '.join(KINDS)}", metavar="KIND")
     ] = None
+    found: Annotated[
+        bool, Option("step: each of ours once more, on an anatomy found by a trace, beside the written one")
+    ] = False
     memory: Annotated[float | None, Option("memory: print the largest batch that fits in so much", metavar="GIB")] = (
         None
     )
@@ -94,9 +98,9 @@ class Bench:
         backbone = load_backbone(self.backbone, self.weights, self.image_size).to(self.device)
         return backbone if self.quantise in (None, "none") else quantise(backbone, self.quantise)
 
-    def subject(self, name: str, backbone: nn.Module | None = None) -> Any:
-        """What is trained, in training mode, on this backbone or on its own."""
-        return subject(name, self.load() if backbone is None else backbone, self.backbone, self.classes)
+    def subject(self, name: str, backbone: nn.Module | None = None, sites: Sites | None = None) -> Any:
+        """What is trained, in training mode, on this backbone or on its own; sites: if they are not the table's."""
+        return subject(name, self.load() if backbone is None else backbone, self.backbone, self.classes, sites)
 
     def side(self) -> int:
         how = reading_of(describe_backbone(self.backbone), self.image_size)

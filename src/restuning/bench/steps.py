@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from restuning.backbones.auto import find
 from restuning.backbones.quantised import bytes_of
 from restuning.bench.peers import PEERS, bound_loss
 from restuning.errors import MethodError, RestuningError, SiteError, line
@@ -82,6 +83,10 @@ def steps(settings: Bench) -> Measured:
             measured.absent[name] = line(error)
             continue
         calls[name] = training_step(model, lambda m=model: m(x, labels=labels)["loss"])  # type: ignore[misc]
+        if settings.found and name not in PEERS and name != "full":
+            again = settings.subject(name, shared, find(shared))
+            calls[f"{name}, found"] = training_step(again, lambda m=again: m(x, labels=labels)["loss"])  # type: ignore[misc]
+            measured.pairs.append((f"{name}, found", name, "seconds"))
         if name == "res-tuning":
             calls["forward, res-tuning"] = without_grad(partial(model, x))
         if name == "prefix":
