@@ -34,7 +34,7 @@ def cli() -> str:
         assert command is not None
         example = str(command.epilog).removeprefix("example: ").split("; ")
         lines += [f"## restuning {name}", "", about.replace("\n", " "), "", "```", *example, "```", ""]
-        lines += ["| | |", "|---|---|", *_flags(command), ""]
+        lines += ["| flag | what it does |", "|---|---|", *_flags(command), ""]
     return "\n".join(lines)
 
 
