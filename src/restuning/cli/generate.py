@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> None:
     )
     if twice is not None:
         raise RestuningError(f"{twice!r} is asked for twice: each prompt and seed is painted once")
-    if own.grid is not None:
-        check_output(own.grid, "--grid")
     if not own.adapters and not own.base:
         raise RestuningError("nothing to paint with: expected a tuned file, or --base")
     if own.out.exists() and any(own.out.glob("*.png")):
         raise RestuningError(f"{own.out} holds pictures: choose another folder")
+    if own.grid is not None:
+        check_output(own.grid, "--grid")
     run = read_run(own.adapters[0] / RUN) if own.adapters and (own.adapters[0] / RUN).exists() else None
     if run is None and own.base is None:
         raise RestuningError(f"{own.adapters[0]} has no {RUN} that names its base: expected --base")
