@@ -416,7 +416,7 @@ def test_what_a_step_keeps_for_backward() -> None:
     kept = {}
     for name in ("full", "linear", "bypass", "res-tuning", "lora", "peft-lora", "peft-lora-equal"):
         torch.manual_seed(0)
-        model = subject(name, timm.create_model("resnet50", num_classes=0), "resnet50", 10)
+        model = subject(name, timm.create_model("resnet50", num_classes=0), 10)
         kept[name] = saved_bytes(lambda m=model: m(x, labels=labels)["loss"], model.parameters())
     assert kept["linear"] < kept["bypass"] < 0.2 * kept["full"]
     assert kept["res-tuning"] < 0.75 * kept["peft-lora-equal"] < kept["peft-lora-equal"] < kept["full"]

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from restuning._types import SiteInfo
-from restuning.backbones.load import describe_backbone
 from restuning.backbones.sites import Sites, find_sites
 from restuning.errors import line
 from restuning.hooks.attention import Call
@@ -37,10 +36,10 @@ def missing() -> dict[str, str]:
     return found
 
 
-def subject(name: str, backbone: nn.Module, described: str, classes: int, sites: Sites | None = None) -> Any:
+def subject(name: str, backbone: nn.Module, classes: int, sites: Sites | None = None) -> Any:
     """A model to train: a method of ours on the backbone (LoRA without dropout, as PEFT's is), or a peer, which changes
-    the backbone. A name may end in a mode of `restuning.hooks.memory.MEMORY`, `res-tuning:compact`. Called with images
-    and labels, it gives a dict of `loss`. described: the backbone's name. sites: None: the table's."""
+    the backbone. A name may end in a mode of `restuning.hooks.memory.MEMORY`, `res-tuning:compact`. Called with what
+    the backbone reads and labels, it gives a dict of `loss`. sites: None: the table's."""
     name, _, memory = name.partition(":")
     sites = find_sites(backbone, sites)
     where = _lora_ops(sites)
@@ -52,7 +51,9 @@ def subject(name: str, backbone: nn.Module, described: str, classes: int, sites:
     infos = {site.reads.path: site.info for op in where for site in sites.at(op)}
     rank, paths = 8, sorted(path for path, info in infos.items() if info.kernel is None or info.kernel.groups == 1)
     if name == "peft-lora-equal":
-        tuners = count(adapt(describe_backbone(described), "res-tuning", 1))["tuners"]
+        tuned = adapt(backbone, "res-tuning", 1)
+        tuners = count(tuned)["tuners"]
+        tuned.unload()
         rank = max(1, round(tuners / sum(_cost(infos[path]) for path in paths)))
     return Peer(_peft(backbone, rank, paths), sites.info.out_features, classes).train()
 
@@ -75,8 +76,10 @@ class Peer(nn.Module):
         super().__init__()
         self.model, self.head = model, nn.Linear(width, classes, device=next(model.parameters()).device)
 
-    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        return {"loss": F.cross_entropy(self.head(self.model(x)), labels)}
+    def forward(self, *args: Any, labels: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+        out = self.model(*args, **kwargs)
+        pooled = out if isinstance(out, Tensor) else out.last_hidden_state[:, -1]
+        return {"loss": F.cross_entropy(self.head(pooled), labels)}
 
 
 def _peft(backbone: nn.Module, rank: int, paths: list[str]) -> Any:

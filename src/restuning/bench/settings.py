@@ -100,7 +100,7 @@ class Bench:
 
     def subject(self, name: str, backbone: nn.Module | None = None, sites: Sites | None = None) -> Any:
         """What is trained, in training mode, on this backbone or on its own; sites: if they are not the table's."""
-        return subject(name, self.load() if backbone is None else backbone, self.backbone, self.classes, sites)
+        return subject(name, self.load() if backbone is None else backbone, self.classes, sites)
 
     def side(self) -> int:
         how = reading_of(describe_backbone(self.backbone), self.image_size)
