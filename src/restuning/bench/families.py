@@ -154,7 +154,8 @@ def _check(
         if name == "linear":
             _features_are_hooks(backbone, sites, inputs)
             with torch.no_grad():
-                _pooled_is_its_own(bare(**inputs), before, bare.adapter_config().pool, sites)
+                read = _read_by_classifier(backbone, inputs, before)
+                _pooled_is_its_own(bare(**inputs), before, read, bare.adapter_config().pool, sites)
         if name not in ("linear", "bypass", "prefix"):
             with torch.no_grad():
                 after = bare.features(**inputs).last
@@ -293,9 +294,28 @@ def _equal(a: Tensor, b: Tensor, loose: bool = False) -> bool:
     return torch.equal(a, b) or torch.allclose(a, b, rtol=1e-6, atol=(1e-4 if loose else 1e-6) * scale)
 
 
-def _pooled_is_its_own(pooled: Tensor, out: Any, pool: str, sites: Sites) -> None:
-    """The model's own pooled output, or the pooling that is named, of the model's own last tokens."""
-    wanted = []
+def _read_by_classifier(backbone: nn.Module, inputs: Mapping[str, Any], before: Any) -> Tensor | None:
+    """What the linear map reads whose output is the model's own, if there is one."""
+    if not isinstance(before, Tensor) or before.ndim != 2:
+        return None
+    read: list[Tensor] = []
+
+    def see(m: nn.Module, args: Any, out: Tensor) -> None:
+        if torch.equal(out, before):
+            read.append(args[0].clone())
+
+    with ExitStack() as stack:
+        for module in backbone.modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_hook(see).remove)
+        with quiet(backbone):
+            backbone(**inputs)
+    return read[-1] if read else None
+
+
+def _pooled_is_its_own(pooled: Tensor, out: Any, read: Tensor | None, pool: str, sites: Sites) -> None:
+    """The model's own pooled output, what its classifier reads, or the pooling that is named of its own last tokens."""
+    wanted = [] if read is None else [read]
     if isinstance(out, Mapping):
         wanted += [t.flatten(1) for t in (out.get("pooler_output"),) if isinstance(t, Tensor)]
         out = out.get("last_hidden_state", next(tensors(out)))
