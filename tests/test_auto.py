@@ -1,5 +1,6 @@
 """Backbones that no row of the table has: found by one traced forward, and right."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from restuning.features.bank import build as build_bank
 from restuning.hooks.tail import tail_of
 from restuning.hooks.taps import tap
 from restuning.side.features import FeatureRequest
+from restuning.utils.notes import Note
 from restuning.utils.profiling import saved_bytes
 
 SMALL = ("timm-resnext",)
@@ -358,3 +360,45 @@ def test_what_is_only_described_is_found_as_what_is_there() -> None:
         with torch.device("meta"):
             described = FOUND[name]()
         assert find_sites(described) == find_sites(made(name))
+
+
+class Rewritten(nn.Module):
+    """Its last block's output is written to once more, as NASNet's is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)) for _ in range(3)
+        )
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = x + layer(x) if self.training else layer(x)
+        return self.act(x).mean((2, 3))
+
+
+def test_features_that_a_backbone_writes_to_in_place_are_those_before() -> None:
+    torch.manual_seed(0)
+    model, x = Rewritten().eval(), torch.randn(3, 3, 8, 8)
+    sites = find_sites(model, inputs={"x": x})
+    assert sites.rewritten and sites.norm + sites.post == ("act",)
+    tuned = rt.adapt(model, "linear", anatomy=sites)
+    with torch.no_grad():
+        last = tuned.features(x).last
+        torch.testing.assert_close(tuned(x), model(x))
+    assert (last < 0).any()
+
+
+def test_a_pooling_that_stands_in_for_the_models_own_is_told(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    albert = made("albert")
+    with pytest.warns(Note, match="AlbertModel: the backbone's own pooler is left out: its first token is used"):
+        find_sites(albert)
+    albert.save_pretrained(tmp_path)  # type: ignore[operator]
+    assert main(["sites", "--backbone", f"hf:{tmp_path}"]) == 0
+    assert "own pooler is left out" in capsys.readouterr().out
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Note)
+        assert find(TINY["timm-vit"].backbone(), {"x": torch.randn(3, 3, 16, 16)}).found.instead == ""  # type: ignore[union-attr]
