@@ -14,7 +14,7 @@ from restuning.errors import MissingExtra, RestuningError, line
 
 LIBRARIES = ("timm", "transformers", "torchvision")
 
-LARGE = 120_000_000
+LARGE = 130_000_000
 """Parameters above which a model is not built for a check."""
 
 
