@@ -209,6 +209,7 @@ OWN: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 99},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "efficientnet": {"image_size": 64, "width_coefficient": 1.0, "depth_coefficient": 1.0},
     "esm": {"vocab_size": 99, "mask_token_id": 4, "pad_token_id": 1},
     "esmc": {"num_key_value_heads": 4},
     "funnel": {"block_sizes": [1, 1, 1]},
