@@ -60,8 +60,9 @@ INTRODUCTION = (
     "parameters in the blocks and what follows them (`restuning.backbones.auto`). A method is ✓ if, on a random model,",
     "features are those that hooks of the check's own see, the pooled feature is the model's own, the output at",
     "initialisation is the backbone's (but for bypass and prefix, which are not zero then), the backbone has no",
-    "gradient, what is saved and loaded gives the same output to the bit, and the backbone is after `unload` as it was",
-    "before. LoRA is on `all-linear`.",
+    "gradient, what is saved and loaded gives the same output to the bit (to rounding where a model's own differs from",
+    "call to call), and the backbone is after `unload` as it was before. LoRA is on `all-linear`, but for convolutions",
+    "whose padding depends on the map.",
 )
 
 
