@@ -1,6 +1,8 @@
 """The page's logic, without a page: projects, features, training, what is looked at, what is taken away."""
 
 import json
+import re
+import shutil
 import zipfile
 from io import BytesIO
 from pathlib import Path
@@ -16,9 +18,11 @@ from restuning.app.features import Engine, FeatureStore, engine
 from restuning.app.project import OWN, Project, from_files, from_folder
 from restuning.app.training import folds_of
 from restuning.app.workbench import Workbench
+from restuning.cli.main import main
 from restuning.errors import CheckpointError, DataError, RestuningError
 from restuning.training.calibrate import calibration_error, reliability
 
+MARKUP = "<img src=x onerror=alert(1)>"
 COLOURS = {"amber": (230, 150, 30), "blue": (40, 60, 210), "green": (30, 170, 60)}
 
 
@@ -362,3 +366,83 @@ def test_the_adapter_that_is_taken_away_answers_as_the_command_line_does(made: W
     assert row["top"][0]["class"] == file.label and sum(c["probability"] for c in row["top"]) == pytest.approx(
         1, abs=1e-4
     )
+
+
+# ---- pages and numbers from the command line
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `restuning train` on three colours."""
+    folder = tmp_path_factory.mktemp("runs")
+    Project(folder / "photos").add(pictures())
+    words = ["train", "--data", f"folder:{folder / 'photos'}", "--method", "linear", "--epochs", "3", "--quiet"]
+    assert main([*words, "--out", str(folder / "run")]) == 0
+    return folder
+
+
+def self_contained(path: Path) -> str:
+    """A page's text, which names no other file and no host."""
+    text = path.read_text(encoding="utf-8")
+    assert (
+        not re.findall(r"(?:src|href)=\"(?!data:)[^\"]+", text)
+        and "<script" not in text
+        and "http" not in text.replace("http-equiv", "")
+    )
+    return text
+
+
+def test_evaluate_writes_a_page_of_a_run(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run_folder / "page"
+    assert main(["evaluate", str(run_folder / "run"), "--report", str(out), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    numbers, text = json.loads((out / "report.json").read_text()), self_contained(out / "report.html")
+    assert numbers["items"] == printed["examples"] == text.count("<circle") and "Confusion" in text
+    assert next(iter(numbers["metrics"].items())) == list(printed.items())[2]
+    assert main(["evaluate", str(run_folder / "run"), "--report", str(out)]) == 2, "nothing is overwritten"
+
+
+def test_runs_are_compared_the_best_first(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "worse"
+    shutil.copytree(run_folder / "run", other)
+    result = json.loads((other / "result.json").read_text())
+    result[f"test_{result['metric']}"] = -1.0
+    (other / "result.json").write_text(json.dumps(result))
+    assert main(["report", str(other), str(run_folder / "run"), "--out", str(tmp_path / "out"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["run"] for row in rows] == [str(run_folder / "run"), str(other)] and rows[0][
+        "parameters"
+    ] == 3 * 128 + 3
+    assert "2 runs, the best first" in self_contained(tmp_path / "out" / "report.html")
+    assert main(["report", str(run_folder / "run"), str(tmp_path)]) == 2
+
+
+def test_predict_writes_a_page_of_answers(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, page = run_folder / "photos" / "blue", tmp_path / "answers.html"
+    shutil.copy(given / "0.png", tmp_path / f"{MARKUP}.png")
+    assert main(["predict", str(run_folder / "run"), str(given), "--html", str(page)]) == 0
+    assert self_contained(page).count("<img") == 8
+    assert (
+        main(["predict", str(run_folder / "run"), str(tmp_path / f"{MARKUP}.png"), "--html", str(tmp_path / "b.html")])
+        == 0
+    )
+    assert MARKUP not in self_contained(tmp_path / "b.html")
+    assert main(["predict", str(run_folder / "run"), str(given), "--html", str(page)]) == 2
+
+
+def test_planted_label_errors_are_found_first(tmp_path: Path) -> None:
+    from restuning.app.bench import bench_app
+
+    Project(tmp_path / "p").add(pictures(20))
+    records = bench_app("labels", data=(f"folder:{tmp_path / 'p'}",), batch=60)
+    ours = next(r["values"] for r in records if r["name"].startswith("restuning app"))
+    assert ours["planted"] == 2 and ours["found"] == 2
+
+
+def test_the_page_costs_are_ratios_to_one_pass(tmp_path: Path) -> None:
+    from restuning.app.bench import WANTED, bench_app
+
+    Project(tmp_path / "p").add(pictures(8))
+    records = bench_app("app", data=(f"folder:{tmp_path / 'p'}",), rounds=1, batch=24)
+    found = {(r["name"], *key.split(" / ")[::-1]) for r in records for key in r["ratios"]}
+    assert found == set(WANTED) and all(v["median"] > 0 for r in records for v in r["ratios"].values())

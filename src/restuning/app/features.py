@@ -183,7 +183,7 @@ class FeatureStore:
             keys, pixels = [], []
             for picture in self.missing(missing[at : at + SHARD]):  # another thread may have been here
                 try:
-                    image = self._read(picture)
+                    image = self.image(picture)
                     pixels.append(self.engine.how(image))
                     self._thumbnail(picture.key, image)
                     keys.append(picture.key)
@@ -207,17 +207,18 @@ class FeatureStore:
         """A small JPEG of it, made anew by the decoder: no byte of the file itself. Raises DataError."""
         path = self.thumbnails / f"{picture.key}.jpg"
         if not path.exists():
-            self._thumbnail(picture.key, self._read(picture))
+            self._thumbnail(picture.key, self.image(picture))
         return path.read_bytes()
 
-    # ---- inside
-
-    def _read(self, picture: Picture) -> "Image":
+    def image(self, picture: Picture) -> "Image":
+        """It, RGB. Raises DataError where it cannot be decoded."""
         try:
             with open_regular(str(picture.path)) as file:
                 return decode(file, picture.path.name)
         except OSError as error:
             raise DataError(f"{picture.path.name} cannot be read: {error.strerror}") from error
+
+    # ---- inside
 
     def _thumbnail(self, key: str, image: "Image") -> None:
         path = self.thumbnails / f"{key}.jpg"

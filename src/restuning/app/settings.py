@@ -7,6 +7,9 @@ from typing import Annotated
 from restuning.errors import RestuningError
 from restuning.utils.options import Option
 
+BENCHES = ("app", "labels")
+"""What `restuning bench` measures of the page; see `restuning.app.bench`."""
+
 
 @dataclass(frozen=True)
 class AppSettings:

@@ -36,7 +36,7 @@ METHODS = (
     *("lora", "prefix", "adapter", "lst", "dtl"),
 )
 
-_OWN = ("methods", "tasks", "points", "memory", "quantise", "found")
+_OWN = ("methods", "tasks", "points", "memory", "data", "quantise", "found")
 """Settings that only some benchmarks have."""
 
 Call = Callable[[], object]
@@ -69,6 +69,7 @@ class Bench:
     found: Annotated[
         bool, Option("step: each of ours once more, on an anatomy found by a trace, beside the written one")
     ] = False
+    data: Annotated[tuple[str, ...], Option("app and labels: data sets of images (default sprites:orientation)")] = ()
     memory: Annotated[float | None, Option("memory: print the largest batch that fits in so much", metavar="GIB")] = (
         None
     )

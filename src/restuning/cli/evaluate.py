@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
+
 from restuning.cli.arguments import Parser, filled
 from restuning.cli.output import Format, stream, table
 from restuning.data import check, load_task, prepared
@@ -17,7 +19,7 @@ from restuning.model.predictor import Predictor
 from restuning.runs.load import load_tuned, transform_of
 from restuning.runs.predict import device_of
 from restuning.runs.settings import RUN, read_run
-from restuning.training.evaluate import predict_logits
+from restuning.training.evaluate import loader, predict_logits
 from restuning.utils.files import check_output
 from restuning.utils.options import DATA, Device, Json, Option, TestSize
 from restuning.utils.reading import printable
@@ -37,6 +39,9 @@ class Evaluate:
     device: Device = None
     per_class: Annotated[bool, Option("the metrics of every class too")] = False
     confusion: Annotated[Path | None, Option("an image of what was taken for what", metavar="FILE")] = None
+    report: Annotated[
+        Path | None, Option("folder for report.html: metrics, mistakes, confusion, calibration, a map", metavar="DIR")
+    ] = None
     format: Format = "text"
     json: Json = False
 
@@ -52,10 +57,13 @@ def arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     own = filled(Evaluate, args)
     form = "json" if own.json else own.format
-    if own.confusion is not None and len(own.adapters) > 1:
-        raise RestuningError("--confusion: one image is of one adapter")
+    for flag, given in (("--confusion", own.confusion), ("--report", own.report)):
+        if given is not None and len(own.adapters) > 1:
+            raise RestuningError(f"{flag}: one is of one adapter")
     if own.confusion is not None:
         check_output(own.confusion, "--confusion")
+    if own.report is not None:
+        check_output(own.report / "report.html", "--report")
     rows = (_measured(own, adapter) for adapter in own.adapters)
     if form == "json":
         found = list(rows)
@@ -101,6 +109,8 @@ def _measured(own: Evaluate, adapter: Path) -> dict[str, Any]:
     if own.data is None and run is None:
         raise RestuningError(f"--data is missing, and {adapter} has no {RUN} that names it")
     metrics_of = objective(config.kind)
+    if own.report is not None and config.kind != "single-label":
+        raise RestuningError(f"--report: of single-label tasks, and this is a {config.kind} one")
     if own.confusion is not None and config.kind not in ("single-label", "per-token"):
         raise RestuningError(f"--confusion: a {config.kind} task has none")
     spec = own.data or (run.data if run else "")
@@ -116,8 +126,8 @@ def _measured(own: Evaluate, adapter: Path) -> dict[str, Any]:
         )
     check(test)
     reading = transform_of(adapter, config.preprocessing)
-    model = Predictor.of(tuned.to(device)).as_module("default")
-    logits, labels = predict_logits(model, prepared(test, reading), own.batch_size)
+    predictor, examples = Predictor.of(tuned.to(device)), prepared(test, reading)
+    logits, labels = predict_logits(predictor.as_module("default"), examples, own.batch_size)
     metrics = {name: round(value, 4) for name, value in metrics_of.metrics(logits, labels)}
     each = {}
     if own.per_class:
@@ -126,5 +136,11 @@ def _measured(own: Evaluate, adapter: Path) -> dict[str, Any]:
         from restuning.utils.figures import matrix
 
         matrix(confusion(logits, labels).tolist(), task.classes, own.confusion)
+    if own.report is not None:
+        from restuning.app.report import report_run
+
+        embedded = [predictor.embed(x, ["default"])["default"].cpu() for x, _ in loader(examples, own.batch_size)]
+        title = f"{adapter} on {spec}"
+        report_run(own.report, title, test, task.classes, logits.cpu(), labels.cpu(), torch.cat(embedded), metrics)
     found = {"adapter": str(adapter), "data": spec, "examples": len(test), **metrics}
     return {**found, "classes": list(task.classes), "per_class": each} if each else found

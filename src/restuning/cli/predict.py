@@ -14,6 +14,7 @@ from restuning.cli.output import Format, stream
 from restuning.errors import RestuningError
 from restuning.model.files import CONFIG
 from restuning.runs.predict import predict_rows
+from restuning.utils.files import check_output
 from restuning.utils.options import Device, Json, Option
 from restuning.utils.reading import printable
 
@@ -47,6 +48,7 @@ class Predict:
     server: Annotated[
         str | None, Option("ask a `restuning serve` there (its key: RESTUNING_API_KEY)", metavar="URL")
     ] = None
+    html: Annotated[Path | None, Option("a page of the answers, with the images", metavar="FILE")] = None
     format: Format = "text"
     json: Json = False
 
@@ -62,6 +64,8 @@ def arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> None:
     own = filled(Predict, args)
     form = "json" if own.json else own.format
+    if own.html is not None:
+        check_output(own.html, "--html", *(Path(word) for word in own.inputs if os.path.isdir(word)))
     if own.server is not None:
         rows: Iterator[dict[str, Any]] = iter(_ask(own, own.server))
     else:
@@ -69,6 +73,10 @@ def run(args: argparse.Namespace) -> None:
         rows = predict_rows(
             adapters, inputs, own.top, own.weights, own.embeddings, own.device, own.batch_size, own.skip_bad
         )
+    if own.html is not None:
+        from restuning.app.report import report_answers
+
+        rows = iter(report_answers(own.html, rows))
     if form == "json":
         print(json.dumps(list(rows)))
     elif form == "jsonl":
