@@ -11,7 +11,6 @@ import sys
 import tarfile
 import urllib.request
 import zipfile
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
@@ -69,6 +68,8 @@ def page(browser: Browser) -> Iterator[Page]:
 class Served:
     """`restuning app`, or `restuning serve`, in a process of its own."""
 
+    home: Path
+
     def __init__(self, *words: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "restuning.cli", *words, "--json"]
@@ -89,6 +90,15 @@ def served(*words: str) -> Iterator[Served]:
     finally:
         with suppress(ProcessLookupError):
             made.kill()
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A page with no project; `home` is its folder."""
+    home = tmp_path_factory.mktemp("page") / "home"
+    with served("app", str(home), "--port", "0") as made:
+        made.home = home
+        yield made
 
 
 def photos(file: Path) -> tuple[bytes, str]:
@@ -135,6 +145,19 @@ def count(page: Page, gallery: str = "#look-gallery") -> int:
     return int(page.locator(f"{gallery} .rt-count").inner_text())
 
 
+def make(page: Page, url: str, name: str, folder: Path | None = None) -> None:
+    """A project by its name, of the pictures of a folder."""
+    page.goto(f"{url}/?project=none")
+    expect(page.locator("#summary")).to_contain_text("Make a project")
+    page.locator("#new-name input, #new-name textarea").fill(name)
+    page.locator("#make").click()
+    expect(page.locator("#summary")).to_contain_text("0 pictures in 0 classes")
+    if folder is not None:
+        page.locator("#folder input, #folder textarea").fill(str(folder))
+        page.locator("#read").click()
+        expect(page.locator("#told")).to_contain_text("added")
+
+
 def train(page: Page) -> None:
     tab(page, "Train")
     page.locator("#go").click()
@@ -142,85 +165,81 @@ def train(page: Page) -> None:
     expect(page.locator("#summary")).to_contain_text("held out")
 
 
-def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, tmp_path: Path) -> None:
+def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, app: Served, tmp_path: Path) -> None:
     unseen, suffix = photos(tmp_path / "photos.zip")
     (tmp_path / f"unseen.{suffix}").write_bytes(unseen)
-    with served("app", str(tmp_path / "home"), "--port", "0") as app:
-        page.goto(app.url)
-        expect(page.locator("#summary")).to_contain_text("Make a project")
-        page.locator("#new-name input, #new-name textarea").fill("land")
-        page.locator("#make").click()
-        expect(page.locator("#summary")).to_contain_text("0 pictures in 0 classes")
-        assert "project=land" in page.url
-        page.locator("#files input[type=file]").set_input_files(tmp_path / "photos.zip")
-        expect(page.locator("#summary")).to_contain_text("150 pictures in 10 classes")
-        expect(page.locator("#told")).to_contain_text("150 added")
-        expect(page.locator("#checks .rt-chips li")).to_have_count(11)
-        expect(page.locator("#pictures-gallery .rt-card")).to_have_count(24)
-        assert rt.load_task(f"folder:{tmp_path / 'home' / 'land'}").test.labels, "the command line reads the project"
+    make(page, app.url, "land")
+    assert "project=land" in page.url
+    page.locator("#files input[type=file]").set_input_files(tmp_path / "photos.zip")
+    expect(page.locator("#summary")).to_contain_text("150 pictures in 10 classes")
+    expect(page.locator("#told")).to_contain_text("150 added")
+    expect(page.locator("#checks .rt-chips li")).to_have_count(11)
+    expect(page.locator("#pictures-gallery .rt-card")).to_have_count(24)
+    assert rt.load_task(f"folder:{app.home / 'land'}").test.labels, "the command line reads the project"
 
-        train(page)
-        expect(page.locator("#scores tbody tr")).to_have_count(3)
-        expect(page.locator("#scores")).to_contain_text("temperature")
+    train(page)
+    expect(page.locator("#scores tbody tr")).to_have_count(3)
+    expect(page.locator("#scores")).to_contain_text("temperature")
 
-        tab(page, "Look")
-        expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
-        before, first = count(page), page.locator("#look-gallery .rt-card").first
-        key = first.locator("input.pick").get_attribute("value")
-        first.locator("button[data-act=right]").click()
-        expect(page.locator("#changed")).to_contain_text("1 marked as right")
-        expect(page.locator(f"#look-gallery input[value='{key}']")).to_have_count(0)
-        assert count(page) == before - 1
-        first = page.locator("#look-gallery .rt-card").first
-        key, to = first.locator("input.pick").get_attribute("value"), first.locator("button[data-act=label]").first
-        name = to.get_attribute("data-label")
-        to.click()
-        expect(page.locator("#changed")).to_contain_text(f"1 labelled {name}; ")
-        expect(page.locator("#changed")).to_contain_text("trained again")
-        expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
-        assert len(list((tmp_path / "home" / "land" / str(name)).iterdir())) == 16
+    tab(page, "Look")
+    expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+    before, first = count(page), page.locator("#look-gallery .rt-card").first
+    key = first.locator("input.pick").get_attribute("value")
+    first.locator("button[data-act=right]").click()
+    expect(page.locator("#changed")).to_contain_text("1 marked as right")
+    expect(page.locator(f"#look-gallery input[value='{key}']")).to_have_count(0)
+    assert count(page) == before - 1
+    first = page.locator("#look-gallery .rt-card").first
+    key, to = first.locator("input.pick").get_attribute("value"), first.locator("button[data-act=label]").first
+    name = to.get_attribute("data-label")
+    to.click()
+    expect(page.locator("#changed")).to_contain_text(f"1 labelled {name}; ")
+    expect(page.locator("#changed")).to_contain_text("trained again")
+    expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+    assert len(list((app.home / "land" / str(name)).iterdir())) == 16
 
-        page.get_by_label("Labels that may be wrong").check()
-        expect(page.locator("#look-gallery h3")).to_contain_text("Labels that may be wrong")
-        page.get_by_label("Confusion").check()
-        cell = page.locator("#matrix .rt-matrix button").first
-        said = int(cell.inner_text())
-        cell.click()
-        expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
-        assert count(page) == said, "a cell opens its pictures"
-        page.get_by_label("Map").check()
-        expect(page.locator("#map circle")).to_have_count(150)
-        box = page.locator("#map svg.map").bounding_box()
-        assert box is not None
-        x, y, side = box["x"], box["y"], box["width"]
-        page.mouse.move(x + 2, y + 2)
-        page.mouse.down()
-        for to_x, to_y in ((side - 2, 2), (side - 2, side / 2), (2, side / 2), (2, 2)):
-            page.mouse.move(x + to_x, y + to_y, steps=3)
-        page.mouse.up()
-        expect(page.locator("#look-gallery h3")).to_contain_text("What was drawn around")
-        assert 0 < count(page) < 150
+    page.get_by_label("Labels that may be wrong").check()
+    expect(page.locator("#look-gallery h3")).to_contain_text("Labels that may be wrong")
+    page.get_by_label("Confusion").check()
+    cell = page.locator("#matrix .rt-matrix button").first
+    said = int(cell.inner_text())
+    cell.click()
+    expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
+    assert count(page) == said, "a cell opens its pictures"
+    page.get_by_label("Map").check()
+    expect(page.locator("#map circle")).to_have_count(150)
+    page.locator("#map svg.map").scroll_into_view_if_needed()
+    box = page.locator("#map svg.map").bounding_box()
+    assert box is not None
+    x, y, side = box["x"], box["y"], box["width"]
+    page.mouse.move(x + 2, y + 2)
+    page.mouse.down()
+    for to_x, to_y in ((side - 2, 2), (side - 2, side / 2), (2, side / 2), (2, 2)):
+        page.mouse.move(x + to_x, y + to_y, steps=3)
+    page.mouse.up()
+    expect(page.locator("#look-gallery h3")).to_contain_text("What was drawn around")
+    assert 0 < count(page) < 150
 
-        tab(page, "Try")
-        page.locator("#image input[type=file]").first.set_input_files(tmp_path / f"unseen.{suffix}")
-        expect(page.locator("#answers h3")).to_have_text("land")
-        best = page.locator("#answers .rt-best b").inner_text()
-        share = float(page.locator("#answers .rt-best").inner_text().removeprefix(best).strip(" %"))
-        expect(page.locator("#answers")).to_contain_text("false alarms")
+    tab(page, "Try")
+    page.locator("#image input[type=file]").first.set_input_files(tmp_path / f"unseen.{suffix}")
+    expect(page.locator("#answers h3")).to_have_text("land")
+    best = page.locator("#answers .rt-best b").inner_text()
+    share = float(page.locator("#answers .rt-best").inner_text().removeprefix(best).strip(" %"))
+    expect(page.locator("#answers")).to_contain_text("false alarms")
 
-        tab(page, "Take away")
-        line = page.locator("#taken pre").first.inner_text()
-        assert line.startswith("restuning serve ")
-        card = (tmp_path / "home" / "land" / ".restuning" / "adapter" / "README.md").read_text()
-        assert "150 pictures in 10 classes" in card and card.startswith("---\n")
-        words = shlex.split(line)[1:]
-        words[words.index("--port") + 1] = "0"
-        with served(*words) as server:
-            request = urllib.request.Request(f"{server.url}/v1/predict?tasks=land&top=1", unseen)
-            request.add_header("Content-Type", f"image/{suffix.replace('jpg', 'jpeg')}")
-            answer = urllib.request.urlopen(request, timeout=60).read().decode()
-        assert best in answer, "the served prediction is the page's"
-        assert float(re.findall(r'"probability": ?([\d.]+)', answer)[0]) == pytest.approx(share / 100, abs=6e-4)
+    tab(page, "Take away")
+    line = page.locator("#taken pre").first.inner_text()
+    assert line.startswith("restuning serve ")
+    card = (app.home / "land" / ".restuning" / "adapter" / "README.md").read_text()
+    assert "150 pictures in 10 classes" in card and card.startswith("---\n")
+    words = shlex.split(line)[1:]
+    words[words.index("--port") + 1] = "0"
+    with served(*words) as server:
+        request = urllib.request.Request(f"{server.url}/v1/predict?tasks=land&top=1", unseen)
+        request.add_header("Content-Type", f"image/{suffix.replace('jpg', 'jpeg')}")
+        answer = urllib.request.urlopen(request, timeout=60).read().decode()
+    assert best in answer, "the served prediction is the page's"
+    assert float(re.findall(r'"probability": ?([\d.]+)', answer)[0]) == pytest.approx(share / 100, abs=6e-4)
 
 
 def test_two_projects_in_two_tabs_outlive_a_reload_and_a_killed_server(page: Page, tmp_path: Path) -> None:
@@ -228,12 +247,7 @@ def test_two_projects_in_two_tabs_outlive_a_reload_and_a_killed_server(page: Pag
     with served("app", str(home), "--port", "0") as app:
         for i, name in enumerate(("one", "two")):
             own = page if i == 0 else page.context.new_page()
-            own.goto(f"{app.url}/?project=")
-            own.locator("#new-name input, #new-name textarea").fill(name)
-            own.locator("#make").click()
-            expect(own.locator("#summary")).to_contain_text("0 pictures")
-            own.locator("#folder input, #folder textarea").fill(str(colours(tmp_path / name, (f"a{i}", f"b{i}"))))
-            own.locator("#read").click()
+            make(own, app.url, name, colours(tmp_path / name, (f"a{i}", f"b{i}")))
             expect(own.locator("#summary")).to_contain_text("16 pictures in 2 classes")
         train(page)
         second = page.context.pages[1]
@@ -254,53 +268,44 @@ def test_two_projects_in_two_tabs_outlive_a_reload_and_a_killed_server(page: Pag
             expect(page.locator("#answers .rt-best b")).to_have_text("b0")
 
 
-def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, tmp_path: Path) -> None:
+def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, app: Served, tmp_path: Path) -> None:
     folder = colours(tmp_path / "given", (MARKUP, "b"))
     (folder / "b" / f"{MARKUP}.png").write_bytes((folder / "b" / "0.png").read_bytes() + b"\0")
     (folder / "b" / "not.png").write_bytes(b"<svg onload=window.hacked=3>")
     Image.new("1", (20_000, 20_000)).save(folder / "b" / "large.png")
-    with served("app", str(tmp_path / "home"), "--port", "0") as app:
-        page.goto(app.url)
-        page.locator("#new-name input, #new-name textarea").fill(MARKUP)
-        page.locator("#make").click()
-        expect(page.locator("#summary")).to_contain_text("0 pictures")
-        page.locator("#folder input, #folder textarea").fill(str(folder))
-        page.locator("#read").click()
-        expect(page.locator("#told")).to_contain_text("17 added, 2 refused")
-        expect(page.locator("#told")).to_contain_text("megapixels")
-        expect(page.locator("#checks")).to_contain_text(MARKUP)
-        train(page)
-        tab(page, "Look")
-        for what in ("Confusion", "Map", "Labels that may be wrong"):
-            page.get_by_label(what).check()
-            expect(page.locator("#map svg.map" if what == "Map" else "#look-gallery h3").first).to_be_visible()
-        tab(page, "Try")
-        page.locator("#image input[type=file]").first.set_input_files(folder / MARKUP / "1.png")
-        expect(page.locator("#answers .rt-best b")).to_have_text(MARKUP)
-        tab(page, "Take away")
-        expect(page.locator("#taken pre").first).to_contain_text("restuning serve")
-        assert page.evaluate("window.hacked") is None
+    make(page, app.url, MARKUP, folder)
+    expect(page.locator("#told")).to_contain_text("17 added, 2 refused")
+    expect(page.locator("#told")).to_contain_text("megapixels")
+    expect(page.locator("#checks")).to_contain_text(MARKUP)
+    train(page)
+    tab(page, "Look")
+    for what in ("Confusion", "Map", "Labels that may be wrong"):
+        page.get_by_label(what).check()
+        expect(page.locator("#map svg.map" if what == "Map" else "#look-gallery h3").first).to_be_visible()
+    tab(page, "Try")
+    page.locator("#image input[type=file]").first.set_input_files(folder / MARKUP / "1.png")
+    expect(page.locator("#answers .rt-best b")).to_have_text(MARKUP)
+    tab(page, "Take away")
+    expect(page.locator("#taken pre").first).to_contain_text("restuning serve")
+    assert page.evaluate("window.hacked") is None
 
 
-def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, tmp_path: Path) -> None:
-    colours(tmp_path / "home" / "land")
-    with served("app", str(tmp_path / "home"), "--port", "0") as app:
-        page.goto(app.url)
-        expect(page.locator("#summary")).to_contain_text("16 pictures in 2 classes")
-        train(page)
-        for width in (1400, 400):
-            page.set_viewport_size({"width": width, "height": 900})
-            for name in ("Pictures", "Train", "Look", "Try", "Take away"):
-                _reach(page, name)
-                page.wait_for_timeout(500)  # animations end
-                found = Axe().run(page).response["violations"]
-                serious = {
-                    v["id"]: [n["html"][:160] for n in v["nodes"][:4]]
-                    for v in found
-                    if v["impact"] in ("serious", "critical")
-                }
-                assert not serious, (width, name, serious)
-                assert page.evaluate("document.scrollingElement.scrollWidth") <= width, (width, name)
+def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "narrow", colours(tmp_path / "given"))
+    train(page)
+    for width in (1400, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        for name in ("Pictures", "Train", "Look", "Try", "Take away"):
+            _reach(page, name)
+            page.wait_for_timeout(500)  # animations end
+            found = Axe().run(page).response["violations"]
+            serious = {
+                v["id"]: [n["html"][:160] for n in v["nodes"][:4]]
+                for v in found
+                if v["impact"] in ("serious", "critical")
+            }
+            assert not serious, (width, name, serious)
+            assert page.evaluate("document.scrollingElement.scrollWidth") <= width, (width, name)
 
 
 def _reach(page: Page, name: str) -> None:
@@ -311,10 +316,3 @@ def _reach(page: Page, name: str) -> None:
         page.locator(".overflow-dropdown button", has_text=name).click()
         return
     found.first.click()
-
-
-def test_photos_are_a_hundred_and_fifty(tmp_path: Path) -> None:
-    photos(tmp_path / "a.zip")
-    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
-        counts = Counter(name.split("/")[1] for name in archive.namelist())
-    assert sorted(counts.values()) == [15] * 10

@@ -14,9 +14,10 @@ from restuning.app import views
 from restuning.app.answers import Answers
 from restuning.app.home import Home
 from restuning.app.project import Added, from_files, from_folder
-from restuning.app.take import take, write_card
+from restuning.app.take import finished, take
 from restuning.app.views import View
 from restuning.app.workbench import Workbench
+from restuning.backbones.load import MICRO
 from restuning.data.decode import decode
 from restuning.errors import DataError, RestuningError
 
@@ -31,6 +32,13 @@ class Handlers:
 
     def __init__(self, home: Home, local: bool = True) -> None:
         self.home, self.local, self.answers = home, local, Answers(home)
+
+    def backbone(self, name: str) -> str:
+        """The backbone of a project; the bundled one where there is none."""
+        try:
+            return self.home.bench(name).project.backbone
+        except RestuningError:
+            return MICRO
 
     def opened(self, name: str) -> tuple[str, ...]:
         """(summary, checks, gallery, scores, look, take) of a project."""
@@ -106,8 +114,7 @@ class Handlers:
         def work() -> None:
             try:
                 bench.train(settings=settings, seen=lambda *step: steps.put(step))
-                bench.finish()
-                write_card(bench)
+                finished(bench)
             except Exception as error:  # it is shown by the thread that waits
                 failed.append(error)
             finally:
@@ -145,6 +152,7 @@ class Handlers:
         try:
             with open(path, "rb") as file:
                 image = decode(BytesIO(file.read()), Path(path).name)
+            finished(self.home.bench(name))
             found = self.answers.answer(name, image)
             return views.answers(found, "No task of this backbone is trained yet: train first.")
         except (RestuningError, OSError) as error:

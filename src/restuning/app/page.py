@@ -6,7 +6,7 @@ from typing import Any
 from restuning.app import views
 from restuning.app.handlers import Handlers
 from restuning.app.home import Home
-from restuning.app.take import take, write_card
+from restuning.app.take import finished, take
 from restuning.app.views import View
 from restuning.errors import MissingExtra, RestuningError
 
@@ -96,7 +96,7 @@ def build(home: Home, local: bool = True) -> Any:
                 with gr.Row():
                     backbone = gr.Dropdown(
                         label="Backbone",
-                        choices=list(BACKBONES),
+                        choices=[(views.priced(name), name) for name in BACKBONES],
                         value=BACKBONES[0],
                         allow_custom_value=True,
                         elem_id="backbone",
@@ -141,12 +141,19 @@ def build(home: Home, local: bool = True) -> Any:
             names = home.names()
             asked = request.query_params.get("project", "")
             name = asked if asked in names else (names[0] if names and not asked else "")
-            used = home.bench(name).project.backbone if name else BACKBONES[0]
-            return gr.Dropdown(choices=names, value=name or None), used, *on.opened(name)
+            return gr.Dropdown(choices=names, value=name or None), on.backbone(name), *on.opened(name)
 
         def opened(name: str) -> tuple[Any, ...]:
-            used = home.bench(name).project.backbone if name else BACKBONES[0]
-            return (*on.opened(name), used, "", "", views.answers([]), View(), View("mistakes"), "mistakes")
+            return (
+                *on.opened(name),
+                on.backbone(name),
+                "",
+                "",
+                views.answers([]),
+                View(),
+                View("mistakes"),
+                "mistakes",
+            )
 
         def make_project(name: str) -> tuple[Any, str, str]:
             try:
@@ -185,9 +192,7 @@ def build(home: Home, local: bool = True) -> Any:
         def use(name: str, event: gr.EventData) -> tuple[Any, ...]:
             line, _ = on.act(name, View(), event._data)
             try:
-                bench = home.bench(name)
-                bench.finish()
-                write_card(bench)
+                finished(home.bench(name))
             except RestuningError as error:
                 line = views.refusal(error)
             return (line, *_of(on.opened(name), 0, 3, 4, 5))
@@ -195,12 +200,8 @@ def build(home: Home, local: bool = True) -> Any:
         def finish(name: str) -> str:
             """The adapter anew, where labels have changed since it was written."""
             try:
-                bench = home.bench(name)
-                about = bench.about()
-                if bench.result is not None and (about is None or about["trained_on"] != bench.signature()):
-                    bench.finish()
-                    write_card(bench)
-                return take(bench)
+                finished(home.bench(name))
+                return take(home.bench(name))
             except RestuningError as error:
                 return views.refusal(error)
 

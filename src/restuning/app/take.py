@@ -42,6 +42,15 @@ def lines(bench: Workbench) -> list[tuple[str, str]]:
     ]
 
 
+def finished(bench: Workbench) -> None:
+    """The adapter and its card written, trained anew where labels, pictures or the method in use have changed since."""
+    with bench.lock:
+        about = bench.about()
+        if bench.result is not None and (about is None or about.get("trained_on") != bench.signature()):
+            bench.finish()
+            write_card(bench)
+
+
 def write_card(bench: Workbench) -> Path:
     """README.md in the adapter's folder, in the hub's format. Raises DataError where nothing was trained."""
     about, result = bench.about(), bench.result

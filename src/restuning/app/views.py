@@ -12,6 +12,8 @@ from restuning.app.answers import Answer
 from restuning.app.look import MAPS, named, worst_pairs
 from restuning.app.project import FEW, Picture
 from restuning.app.workbench import Workbench
+from restuning.backbones.load import describe_backbone, reading_of
+from restuning.data import Preprocess
 from restuning.errors import DataError, RestuningError
 
 PAGE = 24
@@ -42,6 +44,21 @@ def rendered(template: str, **values: Any) -> str:
 def uri(data: bytes, kind: str = "jpeg") -> str:
     """An image as an address that needs no file."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def priced(backbone: str) -> str:
+    """A backbone's name with what it costs: parameters and pixels."""
+    try:
+        module = describe_backbone(backbone)
+        how = reading_of(module)
+        millions = sum(p.numel() for p in module.parameters()) / 1e6
+        return (
+            f"{backbone}: {millions:.1f} M parameters, {how.size[0]} pixels"
+            if isinstance(how, Preprocess)
+            else backbone
+        )
+    except RestuningError:
+        return backbone
 
 
 def colour(i: int) -> str:
@@ -160,7 +177,7 @@ def scores(bench: Workbench) -> str:
     return rendered(
         "scores", rows=rows, folds=max(len(h.scores) for h in result.held.values()), pictures=len(result.keys),
         classes=len(result.classes), fresh=bench.fresh(), calibration=calibration, method=bench.method, refused=refused,
-        few=FEW,
+        few=FEW, recipes=len(recipes),
     )  # fmt: skip
 
 

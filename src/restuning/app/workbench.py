@@ -301,7 +301,7 @@ class Workbench:
             "keys": list(result.keys),
             "classes": list(result.classes),
             "scores": {name: list(h.scores) for name, h in result.held.items()},
-            "engine": self.engine.key,
+            "backbone": [self.project.backbone, self.project.state["weights"]],
         }
         tensors = {f"logits.{name}": h.logits.contiguous() for name, h in result.held.items()}
         data = save({**tensors, "labels": result.labels}, {"about": json.dumps(meta)})
@@ -316,6 +316,8 @@ class Workbench:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads(file.metadata()["about"])
+                if meta["backbone"] != [self.project.backbone, self.project.state["weights"]]:
+                    return None  # of another backbone, which was in use before
                 labels = file.get_tensor("labels")
                 scores = meta["scores"]
                 held = {m: HeldOut(file.get_tensor(f"logits.{m}"), tuple(s)) for m, s in scores.items() if m in RECIPES}
