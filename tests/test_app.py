@@ -295,7 +295,7 @@ def test_colours_are_learnt_and_held_out(made: Workbench) -> None:
     assert Workbench(Project(made.project.path)).result.best == result.best  # type: ignore[union-attr]
 
 
-def test_a_picture_is_judged_by_a_model_that_did_not_see_it(tmp_path: Path) -> None:
+def test_a_picture_is_evaluated_by_a_model_that_did_not_see_it(tmp_path: Path) -> None:
     """Labels by chance cannot be known: held-out accuracy stays at chance, though every model fits what it saw."""
     project = Project(tmp_path / "p")
     grey = [(f"{i}.png", picture((128, 128, 128), i), f"class {i % 2}") for i in range(80)]

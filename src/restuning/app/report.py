@@ -74,16 +74,9 @@ def report_run(
         dots.append({"x": round(20 + 960 * x, 1), "y": round(20 + 960 * y, 1), "fill": fill, "title": text})
     bins = [(f"{100 * b / 15:.0f} to {100 * (b + 1) / 15:.0f}", n, f"{100 * a:.1f}", f"{100 * s:.1f}")
             for b, n, a, s in reliability(p, labels)]  # fmt: skip
-    _write(
-        out,
-        rendered(
-            "run", css=_css(), numbers=numbers, cards=cards, dots=dots, bins=bins,
-            confusion=confusion_of(confusion(logits, labels).tolist(), classes).replace("<button", "<span").replace(
-                "</button", "</span"
-            ),
-        ),
-        numbers,
-    )  # fmt: skip
+    table = confusion_of(confusion(logits, labels).tolist(), classes, live=False)
+    page = rendered("run", css=_css(), numbers=numbers, cards=cards, dots=dots, bins=bins, confusion=table)
+    _write(out, page, numbers)
     return numbers
 
 

@@ -116,7 +116,7 @@ def take(bench: Workbench) -> str:
 
 def _task(name: str) -> str:
     """A task's name in a server's addresses: letters, digits, - and _."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name).strip("-") or "task"
+    return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name).strip("-")[:64] or "task"
 
 
 def _plain(text: str) -> str:

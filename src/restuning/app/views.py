@@ -197,12 +197,13 @@ def confusion(bench: Workbench) -> str:
     return confusion_of(bench.confusion().tolist(), result.classes)
 
 
-def confusion_of(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
+def confusion_of(matrix: Sequence[Sequence[int]], names: Sequence[str], live: bool = True) -> str:
     """The same of any matrix.
 
     Args:
         matrix: rows what an item is, columns what it was taken for.
         names: of the classes.
+        live: whether its cells open their pictures.
     """
     import torch
 
@@ -217,7 +218,7 @@ def confusion_of(matrix: Sequence[Sequence[int]], names: Sequence[str]) -> str:
         (i, j, round(0.15 + 0.0085 * shares[i][j], 3), f"{n} of {names[i]} taken for {names[j]}")
         for i, row in enumerate(matrix) for j, n in enumerate(row) if n
     ]  # fmt: skip
-    return rendered("confusion", pairs=pairs, small=small, names=list(names), rows=rows, cells=cells)
+    return rendered("confusion", live=live, pairs=pairs, small=small, names=list(names), rows=rows, cells=cells)
 
 
 def the_map(bench: Workbench, how: str = "pca") -> str:

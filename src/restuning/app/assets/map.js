@@ -1,7 +1,7 @@
 const svg = () => element.querySelector('svg.map')
-const paint = how => {
+const recolour = how => {
   element.querySelectorAll('svg.map circle').forEach(dot => dot.setAttribute('fill', dot.dataset[how]))
-  element.querySelectorAll('button[data-paint]').forEach(b => b.setAttribute('aria-pressed', b.dataset.paint === how))
+  element.querySelectorAll('button[data-colour]').forEach(b => b.setAttribute('aria-pressed', b.dataset.colour === how))
 }
 const zoom = (factor, x = 0.5, y = 0.5) => {
   const view = svg().viewBox.baseVal
@@ -25,7 +25,7 @@ const draw = () => svg().querySelector('.lasso').setAttribute('points', (lasso |
 element.addEventListener('click', event => {
   const own = event.target.closest('button')?.dataset
   if (!own) return
-  if (own.paint) paint(own.paint)
+  if (own.colour) recolour(own.colour)
   if (own.zoom) zoom(Number(own.zoom))
   if (own.act) trigger('click', {act: own.act, keys: [], label: '', page: 0, what: own.what})
 })
