@@ -15,8 +15,11 @@ from PIL import Image
 import restuning as rt
 from restuning.app import look
 from restuning.app.features import Engine, FeatureStore, engine
+from restuning.app.handlers import Handlers
+from restuning.app.home import Home
 from restuning.app.project import OWN, Project, from_files, from_folder
 from restuning.app.training import folds_of
+from restuning.app.views import View
 from restuning.app.workbench import Workbench
 from restuning.cli.main import main
 from restuning.errors import CheckpointError, DataError, RestuningError
@@ -366,6 +369,42 @@ def test_the_adapter_that_is_taken_away_answers_as_the_command_line_does(made: W
     assert row["top"][0]["class"] == file.label and sum(c["probability"] for c in row["top"]) == pytest.approx(
         1, abs=1e-4
     )
+
+
+def test_a_home_is_a_folder_of_projects_or_one_of_them(tmp_path: Path) -> None:
+    home = Home(tmp_path / "home")
+    assert home.names() == [] and home.new("b") == "b" and home.new("a") == "a" and home.names() == ["a", "b"]
+    (tmp_path / "home" / "given" / "cats").mkdir(parents=True)
+    (tmp_path / "home" / "given" / "cats" / "1.png").write_bytes(picture((1, 1, 1), 0))
+    assert Home(tmp_path / "home" / "given").names() == ["given", "a", "b"]
+    for refused in (
+        lambda: home.new("a"),
+        lambda: home.new("../x"),
+        lambda: home.bench("none"),
+        lambda: home.bench(".."),
+    ):
+        with pytest.raises(DataError):
+            refused()
+
+
+def test_what_the_page_is_asked_wrongly_is_a_line_on_it(tmp_path: Path) -> None:
+    on = Handlers(Home(tmp_path), local=False)
+    on.home.new("p")
+    asked = {"act": "label", "keys": ["nothing"], "label": "", "page": 0, "what": ""}
+    assert "no class is chosen" in on.act("p", View(), asked)[0]
+    assert "no picture is picked" in on.act("p", View(), {**asked, "keys": []})[0]
+    assert "has not been trained" in on.act("p", View("mistakes"), {**asked, "act": "use", "what": "linear"})[0]
+    assert (
+        "cannot be named here" in on.add("p", None, "", folder=str(tmp_path))
+        and on.home.bench("p").project.pictures() == []
+    )
+    assert (
+        "no project" in on.add("../p", None, "")
+        and "no project" in on.opened("<b>")[0]
+        and "<b>" not in on.opened("<b>")[0]
+    )
+    (tmp_path / "not.png").write_bytes(b"<script>")
+    assert "Refused: not.png cannot be read" in on.ask("p", str(tmp_path / "not.png"))
 
 
 # ---- pages and numbers from the command line

@@ -75,6 +75,8 @@ class Handlers:
             if act == "lasso":
                 return "", View("keys", keys=tuple(keys))
             if act == "use":
+                if bench.result is None or data["what"] not in bench.result.held:
+                    raise DataError(f"{data['what']} has not been trained on these labels: train first")
                 bench.project.update(method=str(data["what"]))
                 return views.progress(f"{data['what']} is in use."), view
             if not keys:
