@@ -96,7 +96,7 @@ def test_the_python_of_the_page_runs(
 
 def test_the_commands_of_the_page_parse() -> None:
     lines = [line for line in ALL.splitlines() if line.startswith("restuning ")]
-    assert len(lines) == 15
+    assert len(lines) == 16
     for line in lines:
         parse(shlex.split(line)[1:])
 
