@@ -25,7 +25,7 @@ from playwright.sync_api import Browser, Page, expect, sync_playwright
 import restuning as rt
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
-SLOW = 60_000
+SLOW = 180_000
 """Milliseconds that a step may take on a busy machine; nothing waits longer than it must."""
 MARKUP = "<img src=x onerror=window.hacked=1> ${window.hacked=2} {{this}}"
 
@@ -293,19 +293,18 @@ def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, app:
 def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: Served, tmp_path: Path) -> None:
     make(page, app.url, "narrow", colours(tmp_path / "given"))
     train(page)
+    wrong: dict[tuple[int, str], object] = {}
     for width in (1400, 400):
         page.set_viewport_size({"width": width, "height": 900})
         for name in ("Pictures", "Train", "Look", "Try", "Take away"):
             _reach(page, name)
             page.wait_for_timeout(500)  # animations end
-            found = Axe().run(page).response["violations"]
-            serious = {
-                v["id"]: [n["html"][:160] for n in v["nodes"][:4]]
-                for v in found
-                if v["impact"] in ("serious", "critical")
-            }
-            assert not serious, (width, name, serious)
-            assert page.evaluate("document.scrollingElement.scrollWidth") <= width, (width, name)
+            for found in Axe().run(page).response["violations"]:
+                if found["impact"] in ("serious", "critical"):
+                    wrong[width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
+            if (wide := page.evaluate("document.scrollingElement.scrollWidth")) > width:
+                wrong[width, f"{name}, too wide"] = wide
+    assert not wrong
 
 
 def _reach(page: Page, name: str) -> None:
