@@ -145,6 +145,15 @@ def count(page: Page, gallery: str = "#look-gallery") -> int:
     return int(page.locator(f"{gallery} .rt-count").inner_text())
 
 
+def shots(page: Page, name: str) -> None:
+    """NAME-1400.png and NAME-400.png in the folder that PAGE_SCREENSHOTS names, where it names one."""
+    for width in (1400, 400) if "PAGE_SCREENSHOTS" in os.environ else ():
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(800)
+        page.screenshot(path=Path(os.environ["PAGE_SCREENSHOTS"]) / f"{name}-{width}.png")
+    page.set_viewport_size({"width": 1400, "height": 1000})
+
+
 def make(page: Page, url: str, name: str, folder: Path | None = None) -> None:
     """A project by its name, of the pictures of a folder."""
     page.goto(f"{url}/?project=none")
@@ -177,12 +186,15 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     expect(page.locator("#pictures-gallery .rt-card")).to_have_count(24)
     assert rt.load_task(f"folder:{app.home / 'land'}").test.labels, "the command line reads the project"
 
+    shots(page, "pictures")
     train(page)
     expect(page.locator("#scores tbody tr")).to_have_count(3)
     expect(page.locator("#scores")).to_contain_text("temperature")
+    shots(page, "train")
 
     tab(page, "Look")
     expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+    shots(page, "mistakes")
     before, first = count(page), page.locator("#look-gallery .rt-card").first
     key = first.locator("input.pick").get_attribute("value")
     first.locator("button[data-act=right]").click()
@@ -203,11 +215,13 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     page.get_by_label("Confusion").check()
     cell = page.locator("#matrix .rt-matrix button").first
     said = int(cell.inner_text())
+    shots(page, "confusion")
     cell.click()
     expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
     assert count(page) == said, "a cell opens its pictures"
     page.get_by_label("Map").check()
     expect(page.locator("#map circle")).to_have_count(150)
+    shots(page, "map")
     page.locator("#map svg.map").scroll_into_view_if_needed()
     box = page.locator("#map svg.map").bounding_box()
     assert box is not None
@@ -226,9 +240,11 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     best = page.locator("#answers .rt-best b").first.inner_text()
     share = float(page.locator("#answers .rt-best").first.inner_text().removeprefix(best).strip(" %"))
     expect(page.locator("#answers")).to_contain_text("false alarms")
+    shots(page, "try")
 
     tab(page, "Take away")
     line = page.locator("#taken pre").first.inner_text()
+    shots(page, "take")
     assert line.startswith("restuning serve ")
     card = (app.home / "land" / ".restuning" / "adapter" / "README.md").read_text()
     assert "150 pictures in 10 classes" in card and card.startswith("---\n")
