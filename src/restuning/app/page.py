@@ -78,6 +78,7 @@ def build(home: Home, local: bool = True) -> Any:
                     folder = gr.Textbox(
                         label="A folder of this machine",
                         placeholder="/path/to/pictures",
+                        max_lines=1,
                         visible=local,
                         elem_id="folder",
                     )
@@ -135,6 +136,7 @@ def build(home: Home, local: bool = True) -> Any:
             with gr.Tab("Take away", id="take"):
                 taken = html(None, elem_id="taken")
 
+        above_and_below = [matrix, drawn, looked, look_view, changed]
         everything = [summary, checks, pictures, scores, looked, taken]
 
         def load(request: gr.Request) -> tuple[Any, ...]:
@@ -215,14 +217,17 @@ def build(home: Home, local: bool = True) -> Any:
         files.upload(add, [project, files, label], [files, told, summary, checks, pictures])
         read.click(add, [project, files, label, folder], [files, told, summary, checks, pictures])
         for part in (pictures, checks):
-            part.click(in_pictures, [project, pictures_view], [pictures_view, told, pictures, summary, checks])
+            labelled = part.click(
+                in_pictures, [project, pictures_view], [pictures_view, told, pictures, summary, checks]
+            )
+            labelled.then(look, [project, what], above_and_below)
         running = go.click(on.train, [project, backbone, weights, epochs, lr], [progress, scores])
         running.then(lambda name: _of(on.opened(name), 0, 3, 5), project, [summary, scores, taken])
-        running.then(look, [project, what], [matrix, drawn, looked, look_view, changed])
+        running.then(look, [project, what], above_and_below)
         stop.click(lambda: views.progress("Cancelled; what was computed is kept."), None, progress, cancels=[running])
         scores.click(use, project, [progress, summary, scores, looked, taken])
         inside.click(on.inside, project, inside_told)
-        what.change(look, [project, what], [matrix, drawn, looked, look_view, changed])
+        what.change(look, [project, what], above_and_below)
         for part in (looked, matrix, drawn):
             part.click(
                 in_look, [project, look_view, what],
