@@ -18,6 +18,7 @@ from restuning.backbones.load import reading_of
 from restuning.serving import Client
 from restuning.serving.adapters import Adapters
 from restuning.serving.app import Server, make_app
+from restuning.serving.server import make_config
 from restuning.serving.settings import ServeSettings
 
 
@@ -28,7 +29,7 @@ def serving(**settings: Any) -> Iterator[tuple[str, Server]]:
     server = Server(made, Adapters(made, torch.device("cpu")))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        running = uvicorn.Server(uvicorn.Config(make_app(server), log_config=None, access_log=False))
+        running = uvicorn.Server(make_config(make_app(server)))
         thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
         thread.start()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

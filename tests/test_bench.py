@@ -22,6 +22,7 @@ SMALL: dict[str, list[str]] = {
     "mixed": ["--tasks", "3"],
     "grid": ["--points", "3"],
     "bank": [],
+    "window": ["--items", "3000", "--points", "2"],
 }
 SETTINGS = {"backbone", "image_size", "batch", "rounds", "dtype", "threads", "torch", "device", "device_name"}
 
@@ -87,6 +88,9 @@ def test_names(records: dict[str, dict[str, Any]]) -> None:
     assert "seconds / 19 full models" in tasks["19 tasks"]["ratios"]
     assert {f"{m}, 3 mixed" for m in ("adapter", "lora", "prefix", "bypass")} <= set(records["mixed"])
     assert {"1 point", "3 points, a stack", "3 points, one by one"} <= set(records["grid"])
+    window = records["window"]["through a window"]
+    each = 9 * 128 * 2 + 8  # layers, width, float16; and a label
+    assert 3000 * each < window["values"]["bank_bytes"] < 3000 * each + 3 * 2000 and window["values"]["peak_bytes"]
     assert {"full step", "read a batch", "step from memory", "step from disk"} <= set(records["bank"])
 
 

@@ -217,3 +217,27 @@ def test_threads_that_share_a_choice_are_told() -> None:
             tuned(x)
     finally:
         hold.remove()
+
+
+def test_a_compiled_predictor_gives_the_same(tmp_path: Path) -> None:
+    """Of any batch and any tasks, from one graph and one for single items; adapters come and go."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    tuned = rt.Tuned(rt.load_backbone("restuning-micro"))
+    for name in ("bypass", "linear", "lora"):
+        tuned.add_adapter(name, name, 3)
+        with torch.no_grad():
+            for p in tuned.adapters[name].parameters():
+                p.add_(0.05 * torch.randn_like(p))
+    tuned.save_pretrained(tmp_path, "bypass")
+    plain, counter = rt.Predictor.of(tuned.eval()), CompileCounterWithBackend("aot_eager")
+    compiled = plain.compiled(backend=counter)
+    for count, tasks in ((1, None), (2, None), (3, ["linear"]), (5, ["bypass", "lora"]), (4, None)):
+        x = torch.randn(count, 3, 64, 64)
+        expected, found = plain.predict(x, tasks), compiled.predict(x, tasks)
+        assert found.keys() == expected.keys()
+        for name in found:
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+    later = compiled.with_adapter("other", tmp_path).without("bypass")
+    torch.testing.assert_close(later.predict(x, ["other"])["other"], plain.predict(x)["bypass"], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 2, "any number of items but one"

@@ -582,7 +582,7 @@ def test_malformed_requests_are_refused(few: tuple[str, Server]) -> None:
     with Client(url) as client:
         before = client.predict([picture(3)], logits=True)
         http, counts = httpx.Client(base_url=url, timeout=30), dict[int, int]()
-        for path, request in malformed(300, server.settings.max_body):
+        for path, request in malformed(500, server.settings.max_body):
             if "json" in request:  # httpx would refuse half of a surrogate pair itself
                 body, kind = json.dumps(request["json"]).encode(), {"content-type": "application/json"}
                 request = {"content": body, "headers": kind}
@@ -609,6 +609,25 @@ def test_a_body_is_refused_before_it_is_read_on(few: tuple[str, Server]) -> None
                 for _ in range(server.settings.max_body // 0x8000 + 1):
                     link.sendall(chunk)
             assert b" 413 " in link.recv(100)
+
+
+def test_a_head_without_end_is_refused(few: tuple[str, Server]) -> None:
+    """In headers, in one header, in the line."""
+    port = int(few[0].rsplit(":", 1)[1])
+    for start, part in (
+        (b"GET /health HTTP/1.1\r\nHost: x\r\n", b"x-a: b\r\n" * 1000),
+        (b"GET /health HTTP/1.1\r\nHost: x\r\nx-a: ", b"b" * 8000),
+        (b"GET /", b"b" * 8000),
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as link:
+            try:
+                link.sendall(start)
+                for _ in range(40):
+                    link.sendall(part)
+                assert b" 400 " in link.recv(100)
+            except (ConnectionResetError, BrokenPipeError):  # it had been answered before all was sent
+                continue
+    assert httpx.get(f"{few[0]}/health").status_code == 200
 
 
 def test_a_decoder_that_takes_too_long_is_replaced() -> None:

@@ -1,7 +1,8 @@
 """What tuning costs beside its peers, all in one run: ratios with their spread, as JSON lines, tables and pictures.
 
 A benchmark gives samples, one value of each unit for every round, and the pairs of names whose ratios are taken round
-by round. What is wanted of them (`WANTED`) is wanted of ViT-B/16 at 224 x 224 in float32, on two CPU cores.
+by round. What is wanted of them (`WANTED`) is wanted of ViT-B/16 at 224 x 224 in float32, on two CPU cores (of
+`window`, ViT-L/16).
 """
 
 import statistics
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 from restuning.bench.settings import Bench, Measured, short
 from restuning.bench.steps import memory, steps
 from restuning.bench.tasks import bank, grid, mixed, multitask
+from restuning.bench.window import window
 
 WANTED: dict[str, dict[tuple[str, str, str], str]] = {
     "memory": {
@@ -45,6 +47,7 @@ WANTED: dict[str, dict[tuple[str, str, str], str]] = {
         for method in ("adapter", "lora", "prefix")
     },
     "grid": {("8 points, a stack", "1 point", "seconds"): "<= 4"},
+    "window": {("through a window", "from memory", "steps_per_second"): ">= 0.8"},
     "bank": {(f"step from {where}", "full step", "seconds"): "<= 0.001" for where in ("memory", "disk")},
 }
 
@@ -58,7 +61,7 @@ def bench(what: str, **given: Any) -> list[Record]:
         raise RestuningError(f"unknown benchmark {what!r}: expected one of {', '.join(BENCHES)}")
     run, own, defaults = BENCHES[what]
     settings = Bench(**{**defaults, **given})
-    wanted = WANTED[what] if settings.backbone == "vit_base_patch16_224" else {}
+    wanted = WANTED[what] if settings.backbone == {**vars(Bench()), **defaults}["backbone"] else {}
     return records_of(what, run(settings), settings.facts(own), wanted)
 
 
@@ -92,5 +95,6 @@ BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, A
     "mixed": (mixed, ["tasks"], {"batch": 64}),
     "grid": (grid, ["points"], {"batch": 32}),
     "bank": (bank, [], {"batch": 32}),
+    "window": (window, ["points", "items"], {"backbone": "vit_large_patch16_224", "batch": 64}),
 }
 """The benchmarks, the settings that only some of them have, and their defaults where these are not those of `Bench`."""

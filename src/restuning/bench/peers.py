@@ -49,13 +49,20 @@ def subject(name: str, backbone: nn.Module, classes: int, sites: Sites | None = 
     if name == "swift-bypass":
         return Peer(_swift(backbone, sites), sites.info.out_features, classes).train()
     infos = {site.reads.path: site.info for op in where for site in sites.at(op)}
-    rank, paths = 8, sorted(path for path, info in infos.items() if info.kernel is None or info.kernel.groups == 1)
+    rank, paths = 8, lora_paths(backbone)
     if name == "peft-lora-equal":
         tuned = adapt(backbone, "res-tuning", 1)
         tuners = count(tuned)["tuners"]
         tuned.unload()
         rank = max(1, round(tuners / sum(_cost(infos[path]) for path in paths)))
     return Peer(_peft(backbone, rank, paths), sites.info.out_features, classes).train()
+
+
+def lora_paths(backbone: nn.Module) -> list[str]:
+    """Modules that PEFT's LoRA is put on, where ours is."""
+    sites = find_sites(backbone)
+    infos = {site.reads.path: site.info for op in _lora_ops(sites) for site in sites.at(op)}
+    return sorted(path for path, info in infos.items() if info.kernel is None or info.kernel.groups == 1)
 
 
 def _lora_ops(sites: Sites) -> list[str]:

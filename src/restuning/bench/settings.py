@@ -36,7 +36,7 @@ METHODS = (
     *("lora", "prefix", "adapter", "lst", "dtl"),
 )
 
-_OWN = ("methods", "tasks", "points", "memory", "data", "quantise", "found")
+_OWN = ("methods", "tasks", "points", "items", "minutes", "memory", "data", "quantise", "found")
 """Settings that only some benchmarks have."""
 
 Call = Callable[[], object]
@@ -58,6 +58,8 @@ class Bench:
     classes: Annotated[int, Option("of each head (default 100; multitask 10)")] = 100
     tasks: Annotated[int, Option("multitask: most tasks (default 1000); mixed: adapters (default 19)")] = 19
     points: Annotated[int, Option("of a grid")] = 8
+    items: Annotated[int, Option("window: of a bank")] = 1_000_000
+    minutes: Annotated[float, Option("soak: how long")] = 30.0
     device: Annotated[str, Option("cpu or cuda")] = "cpu"
     methods: Annotated[
         tuple[str, ...],
@@ -75,9 +77,11 @@ class Bench:
     )
 
     def __post_init__(self) -> None:
-        for name in ("batch", "rounds", "classes", "tasks", "points"):
+        for name in ("batch", "rounds", "classes", "tasks", "points", "items"):
             if getattr(self, name) < 1:
                 raise RestuningError(f"{name} {getattr(self, name)}: expected at least 1")
+        if not self.minutes > 0:
+            raise RestuningError(f"minutes {self.minutes}: expected a positive number")
         twice = next((m for m in self.methods if self.methods.count(m) > 1), None)
         if twice is not None:
             raise RestuningError(f"method {twice!r}: expected each once")

@@ -11,8 +11,10 @@ from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import say, table
 from restuning.errors import RestuningError
 from restuning.features.bank import append, info, merge
+from restuning.runs.bank_plan import plan_bank
 from restuning.runs.banks import BankSettings, build_bank
-from restuning.utils.options import Json, Option, Quiet
+from restuning.utils.distributed import is_main_process
+from restuning.utils.options import Engine, Json, Option, Quiet, Workers
 
 EXAMPLE = (
     "restuning bank --data folder:photos --dtype float16 --out banks/photos && "
@@ -28,13 +30,18 @@ class BankCommand:
         tuple[str, ...],
         Option(
             "info DIR: what a bank holds; merge DIR DIR ...: a new one of their items, in --out; append DIR OTHER: "
-            "OTHER's items to DIR, in place (default: build one)",
+            "OTHER's items to DIR, in place; plan: what one of --items would take (default: build one)",
             positional=True,
             metavar="ACTION",
         ),
     ] = ()
     out: Annotated[Path | None, Option("folder for the shards and their manifest")] = None
     resume: Annotated[bool, Option("continue the bank in --out, to the same bytes")] = False
+    engine: Engine = "local"
+    workers: Workers = None
+    items: Annotated[tuple[int, ...], Option("plan: of how many images")] = (1_281_167, 100_000_000)
+    rate: Annotated[float, Option("plan: images a second of one device, assumed")] = 1000.0
+    price: Annotated[float, Option("plan: dollars an hour of it, assumed")] = 2.5
     quiet: Quiet = False
     json: Json = False
 
@@ -46,6 +53,9 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = filled(BankCommand, args)
+    if own.action == ("plan",):
+        _plan(own, given(BankSettings, args))
+        return
     if own.action:
         _act(own.action[0], own.action[1:], own)
         return
@@ -55,18 +65,51 @@ def run(args: argparse.Namespace) -> None:
         )
     settings = filled(BankSettings, args)
     quiet = own.quiet or own.json
-    say_bytes = (lambda each, items: None) if quiet else _say_bytes
-    manifest = build_bank(settings, own.out, resume=own.resume, progress=not quiet, say=say_bytes)
+    manifest = build_bank(
+        settings,
+        own.out,
+        resume=own.resume,
+        progress=not quiet,
+        say=None if quiet else _say_cost,
+        engine=own.engine,
+        workers=own.workers,
+    )
+    if not is_main_process():
+        return
     shards = manifest["shards"]
     rows, size = (sum(shard[k] for shard in shards) for k in ("rows", "bytes"))
     found = {"rows": rows, "bytes": size, "shards": len(shards), "layers": manifest["layers"]}
     say(own.json, found, f"{rows} rows in {len(shards)} shards, {size / 2**20:.1f} MiB, in {own.out}")
 
 
+def _plan(own: BankCommand, settings: dict[str, Any]) -> None:
+    backbone = settings.get("backbone", "vit_base_patch16_224")
+    rows = plan_bank(backbone, own.items, own.rate, own.price)
+    if own.json:
+        print(json.dumps(rows))
+        return
+    table(
+        ["images", "tokens", "bytes an item", "GB", "hours", "dollars", "files", "GB of names"],
+        [
+            [
+                f"{row['items']:,}",
+                row["tokens"],
+                f"{row['bytes_an_item']:,}",
+                f"{row['bytes'] / 1e9:,.1f}",
+                f"{row['hours']:,.1f}",
+                f"{row['dollars']:,.2f}",
+                f"{row['shards']:,}",
+                f"{row['bytes_of_names'] / 1e9:.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def _act(action: str, folders: tuple[str, ...], own: BankCommand) -> None:
     wanted = {"info": len(folders) == 1, "append": len(folders) == 2, "merge": len(folders) > 1}
     if action not in wanted:
-        raise RestuningError(f"bank {action}: expected {', '.join(wanted)}, or no word to build a bank")
+        raise RestuningError(f"bank {action}: expected {', '.join(wanted)}, plan, or no word to build a bank")
     if not wanted[action]:
         expected = {"info": "one folder", "append": "two folders", "merge": "two folders or more"}[action]
         raise RestuningError(f"bank {action}: expected {expected}")
@@ -93,5 +136,6 @@ def _shown(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _say_bytes(each: int, items: int) -> None:
-    print(f"{each:,} bytes an item, {each * items / 2**20:,.1f} MiB for {items:,}", file=sys.stderr)
+def _say_cost(each: int, items: int, seconds: float) -> None:
+    long = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds:,.0f} seconds"
+    print(f"{each:,} bytes an item, {each * items / 2**20:,.1f} MiB for {items:,}, about {long}", file=sys.stderr)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import say, table
@@ -15,8 +15,9 @@ from restuning.paper.experiments import EXPERIMENTS, SUITES, find
 from restuning.paper.experiments.measured import Place, find_own, measure
 from restuning.paper.experiments.ours import OWN
 from restuning.paper.jobs import Job
-from restuning.paper.reproduce import Engine, Only, Settings, cost, here, plan, reproduce, seconds_each
-from restuning.utils.options import Json, Option
+from restuning.paper.reproduce import Only, Settings, cost, here, plan, reproduce, seconds_each
+from restuning.utils.cluster import check_engine
+from restuning.utils.options import Engine, Json, Option, Workers
 
 EXAMPLE = "restuning reproduce tab4 --data-root ~/data --out runs/tab4 && restuning report runs/tab4 --out report"
 
@@ -30,8 +31,8 @@ class Reproduce:
     ] = ()
     out: Annotated[Path | None, Option("folder for results.jsonl, banks and runs")] = None
     dry_run: Annotated[bool, Option("print what it would cost, and do nothing")] = False
-    engine: Annotated[Literal["local", "ray"], Option("where jobs are done")] = "local"
-    workers: Annotated[int | None, Option("start a local Ray cluster of N workers", metavar="N")] = None
+    engine: Engine = "local"
+    workers: Workers = None
     set: Annotated[
         tuple[str, ...], Option("settings of an experiment of our own, such as unet", metavar="KEY=VALUE")
     ] = ()
@@ -67,9 +68,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if own.out is None:
         raise RestuningError("--out is missing: expected a folder")
-    if own.workers is not None and (own.engine != "ray" or own.workers < 1):
-        raise RestuningError(f"--workers {own.workers}: expected 1 or more, with --engine ray")
-    engine: Engine = here
+    check_engine(own.engine, own.workers)
+    engine = here
     if own.engine == "ray":
         from restuning.paper.ray import on_ray
 

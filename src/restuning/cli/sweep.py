@@ -10,7 +10,7 @@ from restuning.cli.arguments import Parser, filled
 from restuning.cli.output import table
 from restuning.runs.sweep import Sweep, sweep
 from restuning.training.config import TrainConfig
-from restuning.utils.options import Json, Option
+from restuning.utils.options import Engine, Json, Option, Workers
 
 EXAMPLE = (
     "restuning sweep --bank banks/photos --method bypass bypass-grid4 --lr 0.05 0.01 0.005 0.001 "
@@ -24,6 +24,8 @@ class SweepCommand:
 
     out: Annotated[Path, Option("folder for sweep.json and each seed's best")]
     resume: Annotated[bool, Option("continue the sweep in --out")] = False
+    engine: Engine = "local"
+    workers: Workers = None
     json: Json = False
 
 
@@ -35,7 +37,7 @@ def arguments(parser: Parser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     own = filled(SweepCommand, args)
-    found = sweep(filled(Sweep, args), own.out, resume=own.resume)
+    found = sweep(filled(Sweep, args), own.out, resume=own.resume, engine=own.engine, workers=own.workers)
     if own.json:
         print(json.dumps(found))
         return

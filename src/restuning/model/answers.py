@@ -40,10 +40,11 @@ def answers(
                 ranked[made.kind] = _ranked(outputs.values, made.kind, top)
             classes = _classes(made, values)
             indices, shares = (part[start:stop] for part in ranked[made.kind])
+            most = len(classes)
             for row, best, p in zip(rows, indices, shares, strict=True):
-                pairs = list(zip(best, p, strict=True))[: len(classes)]
-                if pairs[0][1] != pairs[0][1]:
+                if p[0] != p[0]:
                     raise RestuningError(f"adapter {task!r} gives no number: are its weights those that were trained?")
+                pairs = zip(best[:most], p[:most], strict=True)
                 yield task, row, {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in pairs]}
         else:
             if not torch.isfinite(values).all():

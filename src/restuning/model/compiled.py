@@ -1,4 +1,5 @@
-"""The pass of one adapter, from the input to what its head reads, as a compiled graph."""
+"""Compiled graphs: the pass of one adapter, from the input to what its head reads; and the pass to the features that
+any number of adapters read."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from restuning.hooks.recompute import checkpoints, replays_nothing
 from restuning.hooks.taps import Taps, tap
 from restuning.model.adapter import Reader
 from restuning.model.mixed import kind_of
+from restuning.side.features import Features
 
 if TYPE_CHECKING:
     from restuning.model.tuned import Tuned
@@ -50,3 +52,25 @@ class CompiledPass:
         with torch.no_grad() if reader.adapter.reads_features else nullcontext():
             self.backbone(*args, **kwargs)
         return reader.read(taps.features, head=False)
+
+
+class CompiledForward:
+    """The pass of a frozen backbone to its features. Other requests, and other shapes, may take another graph, of which
+    torch keeps no more than `torch._dynamo.config.recompile_limit`; beyond them it runs as it is."""
+
+    def __init__(self, backbone: nn.Module, options: dict[str, Any]) -> None:
+        """
+        Args:
+            backbone: frozen.
+            options: of `torch.compile`.
+        """
+        self.backbone = backbone
+        self._graph: Callable[..., Features] = torch.compile(self._pass, **options)
+
+    def __call__(self, taps: Taps, args: Any, kwargs: Any) -> Features:
+        """What the taps, which are on the backbone, take of a forward."""
+        return self._graph(taps, args, kwargs)
+
+    def _pass(self, taps: Taps, args: Any, kwargs: Any) -> Features:
+        self.backbone(*args, **kwargs)
+        return taps.features

@@ -19,6 +19,7 @@ from restuning.hooks.points import NamedTuners, backbone_lock
 from restuning.hooks.taps import check_square, tap
 from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
+from restuning.model.compiled import CompiledForward
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
 from restuning.model.groups import Group, padded_width
 from restuning.model.merge import require_unmerged
@@ -79,6 +80,7 @@ class Predictor:
     _kinds: Mapping[str, str]
     _groups: Sequence[Group]
     _loader: _Loader
+    forward: CompiledForward | None = None
 
     @classmethod
     def of(cls, tuned: Tuned, names: Sequence[str] | None = None) -> "Predictor":
@@ -146,6 +148,15 @@ class Predictor:
             _kinds=MappingProxyType({key: kind for key, kind in self._kinds.items() if key != name}),
             _groups=tuple(groups),
         )
+
+    def compiled(self, **options: Any) -> "Predictor":
+        """The same, whose passes to the features (of side paths and heads) run as a compiled graph, in the next
+        snapshots too; tuners inside the backbone run as they are.
+
+        Args:
+            options: those of `torch.compile`.
+        """
+        return replace(self, forward=CompiledForward(self.backbone, options))
 
     def _with(self, readers: Mapping[str, Reader]) -> "Predictor":
         kinds = {name: kind_of(name, reader.adapter) for name, reader in readers.items()}
@@ -282,7 +293,8 @@ class Predictor:
     ) -> list[Outputs]:
         """One pass of the backbone as it is, and every group on its features. rows: those of the batch given."""
         asked = [(group, names) for group in self._groups if (names := [n for n in group.readers if n in wanted])]
-        requests = [next(iter(group.readers.values())).adapter.request for group, _ in asked]
+        groups = [group for group, _ in asked] if self.forward is None else self._groups  # one graph for any tasks
+        requests = [next(iter(group.readers.values())).adapter.request for group in groups]
         features = self._pass(inputs, {}, FeatureRequest.of_all(requests))
         at, outputs = {row: i for i, row in enumerate(rows)}, []
         for group, names in asked:
@@ -334,9 +346,13 @@ class Predictor:
     def _pass(self, inputs: Inputs, inside: Mapping[Site, NamedTuners], request: FeatureRequest) -> Features:
         args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
         with Attachment(self.backbone, self._sites, inside).on(), tap(self.backbone, self._sites, request) as taps:
-            self.backbone(*args, **kwargs)
+            if self.forward is None or inside:
+                self.backbone(*args, **kwargs)
+                features = taps.features
+            else:
+                features = self.forward(taps, args, kwargs)
         check_square(taps, self._sites)
-        return taps.features
+        return features
 
     def _by_task(self, inputs: Inputs, tasks: Sequence[str] | None, head: bool) -> dict[str, Tensor]:
         tasks = self.tasks if tasks is None else list(dict.fromkeys(tasks))

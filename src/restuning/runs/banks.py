@@ -1,25 +1,28 @@
 """Runs and banks: build one by names, and the settings that one decides."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 
 from restuning.backbones.load import MICRO, load_backbone, reading_of
-from restuning.data import Tokenise, load_task, prepared
+from restuning.data import Reading, Task, Tokenise, load_task, prepared
 from restuning.errors import RestuningError
 from restuning.features.bank import Bank, build
-from restuning.features.bank.build import bytes_kept
-from restuning.features.bank.format import COMPONENTS
+from restuning.features.bank.build import Builder, Piece, bytes_kept, seconds_each
+from restuning.features.bank.format import COMPONENTS, Shard
 from restuning.methods.spec import Method
-from restuning.model.tuned import adapt
+from restuning.model.tuned import Tuned, adapt
 from restuning.runs.settings import Run
 from restuning.side import Bypass, BypassQuery, LinearAll
 from restuning.side.features import MEAN
 from restuning.training.components import Components, fit_components, widths_of
 from restuning.training.logging import bar
+from restuning.utils.cluster import check_engine, on_ray
+from restuning.utils.distributed import is_main_process, together, world_size
 from restuning.utils.files import check_outside
 from restuning.utils.hub import pinned
 from restuning.utils.options import (
@@ -35,6 +38,9 @@ from restuning.utils.options import (
     ValSize,
     Weights,
 )
+
+READS = ("image_size", "crop", "tokenizer", "max_length")
+"""Settings of how items are read."""
 
 
 def from_bank(path: str | Path) -> dict[str, Any]:
@@ -94,19 +100,91 @@ class BankSettings:
             raise RestuningError(f"--batch-size {self.batch_size}: expected at least 1")
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a bank is made of, loaded."""
+
+    settings: BankSettings
+    tuned: Tuned
+    task: Task
+    how: Reading
+    dtype: str
+    components: tuple[int, Path | None] | None  # how many, and of which file, where they are not fitted
+
+    def builder(self, components: Components | None) -> Builder:
+        s = self.settings
+        options = {"dtype": self.dtype, "views": s.views, "seed": s.seed, "batch_size": s.batch_size}
+        return Builder(self.tuned, self.task, self.how, components=components, **options)  # type: ignore[arg-type]
+
+
 def build_bank(
     settings: BankSettings,
     out: Path,
     *,
     resume: bool = False,
     progress: bool = True,
-    say: Callable[[int, int], None] = lambda each, items: None,
+    say: Callable[[int, int, float], None] | None = None,
+    engine: str = "local",
+    workers: int | None = None,
 ) -> dict[str, Any]:
     """Load the data and the backbone, and build a bank of all layers in `out` (see `restuning.features.bank.build`).
-    Returns its manifest. say: told the bytes of an item and how many there are, before anything is written."""
+    Returns its manifest.
+
+    Args:
+        say: told the bytes of an item, how many there are, and the seconds that all will take by those of a first
+            batch, before anything is written.
+        engine: local, where the processes that `accelerate launch` has started share the work; or ray, where shards are
+            jobs. workers: see `restuning.utils.cluster.on_ray`.
+    """
+    check_engine(engine, workers)
     read = Path(settings.data.partition("?")[0].split(":")[-1])
     check_outside(out, "the output folder", *([read] if str(read) != "." and read.is_dir() else []))
     settings = replace(settings, backbone=pinned(settings.backbone))
+    parts = _loaded(settings)
+    tuned, task = parts.tuned, parts.task
+    train = prepared(task.train, parts.how, cache=False)
+    components = None
+    if parts.components is not None:
+        count, file = parts.components
+        there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
+        if there is None and together():
+            raise RestuningError(f"tokens {settings.tokens!r}: several processes need a file of components, pca:K:FILE")
+        components = Components.load(there) if there else fit_components(tuned, train, count, settings.batch_size)
+        components.check(widths_of(tuned, tuned.request.layers), str(there))
+        if components.count != count:
+            raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
+    if say is not None and is_main_process():
+        items = len(task.train) * settings.views + len(task.val or ()) + len(task.test)
+        each = bytes_kept(tuned, train, parts.dtype, components)
+        seconds = seconds_each(tuned, train, parts.dtype, settings.batch_size, components)
+        say(each, items, seconds * items / (workers or world_size()))
+    run = partial(_on_ray, settings, out.absolute(), workers) if engine == "ray" else None
+    with bar(100, progress and is_main_process()) as show:
+
+        def seen(done: int, of: int) -> None:
+            show(100 * done // of, f"{done} of {of}")
+
+        reads = {name: getattr(settings, name) for name in READS}
+        source = {"backbone": settings.backbone, "weights": settings.weights, **reads}
+        return build(
+            tuned,
+            task,
+            parts.how,
+            out,
+            dtype=parts.dtype,
+            views=settings.views,
+            seed=settings.seed,
+            batch_size=settings.batch_size,
+            about={"source": source, "test_size": settings.test_size},
+            components=components,
+            resume=resume,
+            seen=seen,
+            run=run,
+        )
+
+
+def _loaded(settings: BankSettings) -> Parts:
+    """Data and backbone, on a GPU where there is one."""
     model = load_backbone(settings.backbone, settings.weights, settings.image_size)
     tokens, count, file = _components(settings.tokens)
     tokens, dtype = ("all", "int8") if tokens == "int8" else (tokens, settings.dtype)
@@ -114,8 +192,7 @@ def build_bank(
         raise RestuningError(
             f"tokens {tokens!r}: expected first, mean, all, last, pooled, int8, pca:K, or the cells a side of a grid"
         )
-    reads: dict[str, Any] = {k: getattr(settings, k) for k in ("image_size", "crop", "tokenizer", "max_length")}
-    how = reading_of(model, **reads)
+    how = reading_of(model, **{name: getattr(settings, name) for name in READS})
     grid = 1 if tokens == "mean" else int(tokens) if tokens is not None and tokens.isdecimal() else None
     # a mean over all tokens of a text has their mask kept too
     all_tokens = "cls+mean" if isinstance(how, Tokenise) else "none"
@@ -131,36 +208,25 @@ def build_bank(
     task = load_task(settings.data, **sizes)
     if task.kind == "per-token":
         raise RestuningError(f"{task.spec}: a bank keeps one label for each item, and these are by token")
-    components = None
-    train = prepared(task.train, how, cache=False)
-    if tokens == "pca":
-        there = out / COMPONENTS if resume and (out / COMPONENTS).exists() else file
-        components = Components.load(there) if there else fit_components(tuned, train, count, settings.batch_size)
-        components.check(widths_of(tuned, tuned.request.layers), str(there))
-        if components.count != count:
-            raise RestuningError(f"{there} holds {components.count} components of a layer: expected {count}")
-    items = len(task.train) * settings.views + len(task.val or ()) + len(task.test)
-    say(bytes_kept(tuned, train, dtype, components), items)
-    with bar(100, progress) as show:
+    return Parts(settings, tuned, task, how, dtype, (count, file) if tokens == "pca" else None)
 
-        def seen(done: int, of: int) -> None:
-            show(100 * done // of, f"{done} of {of}")
 
-        source = {"backbone": settings.backbone, "weights": settings.weights, **reads}
-        return build(
-            tuned,
-            task,
-            how,
-            out,
-            dtype=dtype,
-            views=settings.views,
-            seed=settings.seed,
-            batch_size=settings.batch_size,
-            about={"source": source, "test_size": settings.test_size},
-            components=components,
-            resume=resume,
-            seen=seen,
-        )
+def _on_ray(settings: BankSettings, out: Path, workers: int | None, pieces: Sequence[Piece]) -> Iterator[Shard]:
+    for _, found in on_ray(_piece, [(settings, out, piece) for piece in pieces], workers):
+        if isinstance(found, RestuningError):
+            raise RestuningError(f"{found}; the shards that are done are kept, continue with --resume")
+        yield found
+
+
+def _piece(settings: BankSettings, out: Path, piece: Piece) -> Shard:
+    """On a worker."""
+    return _builder(settings, out).shard(out, piece)
+
+
+@lru_cache(1)
+def _builder(settings: BankSettings, out: Path) -> Builder:
+    parts = _loaded(settings)
+    return parts.builder(Components.load(out / COMPONENTS) if parts.components is not None else None)
 
 
 def _components(tokens: str | None) -> tuple[str | None, int, Path | None]:

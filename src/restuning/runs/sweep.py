@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +28,7 @@ from restuning.runs.sources import on_bank
 from restuning.side.features import Features
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import padded
+from restuning.utils.cluster import check_engine, on_ray
 from restuning.utils.files import as_json, atomic_write, contents, locked
 from restuning.utils.options import Option, Pool, Shots, TrainSize, ValSize
 from restuning.utils.plain import read_plain
@@ -78,13 +80,17 @@ class Sweep:
         )
 
 
-def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]:
+def sweep(
+    settings: Sweep, out: Path, *, resume: bool = False, engine: str = "local", workers: int | None = None
+) -> dict[str, Any]:
     """Run the grid; sweep.json and, for every method and seed, the winner as a run's folder in `out`.
 
     For each seed the point with the best validation score is trained again on training and validation items and
     tested once, at its last epoch: what `restuning train --bank` gives with that seed and these rates. A method that
-    is done is not done again on `resume`. Returns what sweep.json holds.
+    is done is not done again on `resume`. engine: local, or ray, where each method's stacks are a job; workers: see
+    `restuning.utils.cluster.on_ray`. Returns what sweep.json holds.
     """
+    check_engine(engine, workers)
     bank, seed = Bank(settings.bank), settings.seeds[0]
     if bank.views > 1:
         raise RestuningError(f"{settings.bank} holds {bank.views} views of each image: a sweep reads a bank of one")
@@ -93,12 +99,14 @@ def sweep(settings: Sweep, out: Path, *, resume: bool = False) -> dict[str, Any]
     with locked(out):
         _record(settings, out, resume)
         done: dict[str, Any] = read_json(out / SWEEP)["methods"] if (out / SWEEP).exists() else {}
+        left = [method for method in settings.methods if method not in done]
         result: dict[str, Any] = {}
-        for method in settings.methods:
-            done[method] = done.get(method) or _method(settings, bank, method, out)
+        for method, found in _methods(settings, bank, left, out, engine, workers):
+            done[method] = found
+            done = {method: done[method] for method in settings.methods if method in done}
             result = {"settings": asdict(settings), "versions": versions(), "methods": done}
             atomic_write(out / SWEEP, as_json(result))
-        return result
+        return result or dict(read_json(out / SWEEP))
 
 
 def _record(settings: Sweep, out: Path, resume: bool) -> None:
@@ -110,6 +118,24 @@ def _record(settings: Sweep, out: Path, resume: bool) -> None:
     if record.exists() and read_plain(record, Sweep) != settings:
         raise RestuningError(f"{out} holds a sweep of other settings: choose another folder")
     atomic_write(record, as_json(asdict(settings)))
+
+
+def _methods(
+    settings: Sweep, bank: Bank, methods: Sequence[str], out: Path, engine: str, workers: int | None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each as it is done."""
+    if engine == "local":
+        for method in methods:
+            yield method, _method(settings, bank, method, out)
+    elif methods:
+        for i, found in on_ray(_at_work, [(settings, method, out.absolute()) for method in methods], workers):
+            if isinstance(found, RestuningError):
+                raise RestuningError(f"{methods[i]}: {found}; what is done is kept, continue with --resume")
+            yield methods[i], found
+
+
+def _at_work(settings: Sweep, method: str, out: Path) -> dict[str, Any]:
+    return _method(settings, Bank(settings.bank, verify=False), method, out)
 
 
 def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, Any]:

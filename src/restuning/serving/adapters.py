@@ -61,6 +61,9 @@ class Adapters:
         self.size = preprocessing_of(backbone).size if tuned.family != "text" else None
         self.source = self.backbone, weights
         self.alone = len(named) == 1 and changes_the_base(next(iter(named.values())))
+        empty = Predictor.of(tuned)
+        if settings.compile:
+            empty = empty.compiled()
         if self.alone:
             ((name, folder),) = named.items()
             tuned.load_adapter(folder, name)
@@ -69,7 +72,7 @@ class Adapters:
             )
             self._prepare(self.current.readings[name])
         else:
-            self.current = Snapshot(Predictor.of(tuned), {})
+            self.current = Snapshot(empty, {})
             for name, folder in named.items():
                 self._add(name, folder)
 
@@ -174,7 +177,8 @@ class Adapters:
         self._prepare(how)
         how = self._readings.setdefault(how, how)
         predictor = now.predictor.with_adapter(name, folder)
-        trial = predictor.predict(self.example(how, predictor.adapter_config(name).kind == "per-token"), [name])[name]
+        example = self.example(how, predictor.adapter_config(name).kind == "per-token")
+        trial = replace(predictor, forward=None).predict(example, [name])[name]  # a graph takes a minute to compile
         if not torch.isfinite(trial).all():
             raise CheckpointError(f"{folder}: its output is no number")
         self.current = Snapshot(predictor, {**now.readings, name: how})
@@ -237,6 +241,13 @@ class Adapters:
 
 def _stacked(items: Sequence[Any]) -> Inputs:
     return torch.stack(list(items))
+
+
+def repeated(inputs: Inputs, count: int) -> Inputs:
+    """A batch of so many of one item."""
+    if isinstance(inputs, torch.Tensor):
+        return inputs.expand(count, *inputs.shape[1:]).contiguous()
+    return {name: x.expand(count, *x.shape[1:]).contiguous() for name, x in inputs.items()}
 
 
 def _named(adapters: Sequence[str]) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 from restuning._version import __version__
 from restuning.data import Preprocess, Tokenise
 from restuning.errors import DataError, RestuningError
-from restuning.serving.adapters import Adapters
+from restuning.serving.adapters import Adapters, repeated
 from restuning.serving.batches import Answered, Batcher, Batches, Job
 from restuning.serving.decoding import Decoders
 from restuning.serving.guard import LOG, Guard, error_response, now_text
@@ -69,7 +70,9 @@ class Server:
         for name, how in now.readings.items():
             alike.setdefault((how, now.predictor.adapter_config(name).kind == "per-token"), []).append(name)
         for (how, by_word), names in alike.items():
-            now.predictor.predict(self.adapters.example(how, by_word), names)
+            example = self.adapters.example(how, by_word)
+            for count in (1, 2, 3) if self.settings.compile else (1,):  # a graph of any number follows the first two
+                now.predictor.predict(repeated(example, count), names)
             if self.decoders is not None:
                 self.decoders.pixels(_PIXEL, how)
 
@@ -112,9 +115,7 @@ class Server:
         if bool(wanted.texts) != self.adapters.reads_texts:
             given, read = ("texts", "images") if wanted.texts else ("images", "texts")
             raise Refused(422, f"{given} were sent, and {self.adapters.backbone} reads {read}")
-        jobs = await _unless_gone(request, self._jobs(wanted, now, tasks, head), self.metrics)
-        futures = [self.batcher.submit(job) for job in jobs]
-        parts = await _unless_gone(request, _all(futures), self.metrics)
+        jobs, parts = await _unless_gone(request, self._parts(wanted, now, tasks, head), self.metrics)
         found: Answered = [{} for _ in range(len(wanted.images) + len(wanted.texts))]
         at: dict[tuple[str, ...], int] = {}
         for job, part in zip(jobs, parts, strict=True):
@@ -124,6 +125,12 @@ class Server:
             at[job.tasks] = start + len(part)
         tokens = sum(len(item["input_ids"]) for job in jobs for item in job.items if isinstance(item, dict))
         return [{task: one[task] for task in tasks} for one in found], tokens
+
+    async def _parts(
+        self, wanted: Wanted, now: Any, tasks: Sequence[str], head: bool
+    ) -> tuple[list[Job], list[Answered]]:
+        jobs = await self._jobs(wanted, now, tasks, head)
+        return jobs, await _all([self.batcher.submit(job) for job in jobs])
 
     async def _jobs(self, wanted: Wanted, now: Any, tasks: Sequence[str], head: bool) -> list[Job]:
         """Tasks that read their items alike share jobs, of at most a batch each."""
@@ -342,7 +349,7 @@ async def _gone(request: Request) -> None:
 
 
 def _json(data: Any) -> Response:
-    return Response(json.dumps(data, allow_nan=False), media_type="application/json")
+    return Response(msgspec.json.encode(data), media_type="application/json")
 
 
 def _takes(model: type[Any], items: bool = False) -> dict[str, Any]:

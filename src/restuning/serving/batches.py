@@ -5,9 +5,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,13 +17,16 @@ from torch import Tensor
 from restuning.data import Reading, Tokenise
 from restuning.errors import RestuningError, line
 from restuning.model.answers import answers
-from restuning.model.predictor import Answer
+from restuning.model.predictor import Answer, Predictor
 from restuning.serving.adapters import Adapters, Snapshot
 from restuning.serving.metrics import Metrics
 from restuning.serving.settings import Refused, ServeSettings
 
 Answered = list[dict[str, Any]]
 """For each item, {task: answer}."""
+
+Made = Callable[[], list[Answered]]
+"""Makes the answers of jobs, once the model has run."""
 
 
 @dataclass(eq=False)
@@ -78,6 +83,7 @@ class Batcher:
         self._queue: deque[Job] = deque()
         self._items, self._rate = 0, 0.0  # that wait; answered a second, lately
         self._changed, self._closed = threading.Condition(), False
+        self._maker, self._making = ThreadPoolExecutor(1, "restuning-answers"), cast("Future[None] | None", None)
         self.thread = threading.Thread(target=self._run, name="restuning-model", daemon=True)
         self.thread.start()
 
@@ -115,6 +121,7 @@ class Batcher:
             self._closed = True
             self._changed.notify()
         self.thread.join()
+        self._maker.shutdown()
 
     def _count(self, items: int) -> None:
         self._items += items
@@ -162,46 +169,82 @@ class Batcher:
         return sum(len(job.items) for job in self._queue if job.key == key)
 
     def _answer(self, jobs: Sequence[Job]) -> None:
-        """Together; where that fails, one by one, so that what one of them asks for is no other's concern."""
+        """Together; where that fails, one by one, so that what one of them asks for is no other's concern. What people
+        read is made by another thread, while the next batch is computed."""
         try:
-            found: list[Answered | Exception] = list(self._batch(jobs))
+            made = self._batch(jobs)
         except Exception as error:
-            if len(jobs) > 1:
-                for job in jobs:
-                    self._answer([job])
-                return
-            found = [error]
-            for task in jobs[0].tasks:
-                self.metrics.answers.labels(task, "error").inc(len(jobs[0].items))
-        for job, one in zip(jobs, found, strict=True):
-            assert job.future is not None
-            job.future.get_loop().call_soon_threadsafe(_resolve, job.future, one)
+            self._failed(jobs, error)
+            return
+        if self._making is not None:
+            self._making.result()  # no more than one batch waits to be told
+        self._making = self._maker.submit(self._tell, jobs, made)
 
-    def _batch(self, jobs: Sequence[Job]) -> list[Answered]:
+    def _tell(self, jobs: Sequence[Job], made: Made) -> None:
+        try:
+            found = made()
+        except Exception as error:
+            self._failed(jobs, error)
+            return
+        for job, one in zip(jobs, found, strict=True):
+            _send(job, one)
+
+    def _failed(self, jobs: Sequence[Job], error: Exception) -> None:
+        if len(jobs) > 1:
+            for job in jobs:
+                try:
+                    _send(job, self._batch([job])()[0])
+                except Exception as its_own:
+                    self._failed([job], its_own)
+            return
+        for task in jobs[0].tasks:
+            self.metrics.answers.labels(task, "error").inc(len(jobs[0].items))
+        _send(jobs[0], error)
+
+    def _batch(self, jobs: Sequence[Job]) -> Made:
         """Answers of each job, from the newest adapters; what has gone since is answered from what was there."""
         now = self.adapters.current
-        gone = [job for job in jobs if any(now.readings.get(task) is not job.how for task in job.tasks)]
-        if gone and (len(jobs) > 1 or jobs[0].snapshot is not now):
-            rest = [job for job in jobs if job not in gone]
-            found = dict(zip(rest, self._from(now, rest) if rest else [], strict=True))
-            for job in gone:
-                found |= {job: self._from(job.snapshot, [job])[0]}
-            return [found[job] for job in jobs]
-        return self._from(now, jobs)
+        kinds = {(job.tasks, id(job.how)): job for job in jobs}  # most ask for the same
+        left = {key for key, job in kinds.items() if any(now.readings.get(task) is not job.how for task in job.tasks)}
+        gone = [job for job in jobs if (job.tasks, id(job.how)) in left]
+        if not gone or (len(jobs) == 1 and jobs[0].snapshot is now):
+            return self._from(now, jobs)
+        rest = [job for job in jobs if job not in gone]
+        parts = [(rest, self._from(now, rest))] if rest else []
+        parts += [([job], self._from(job.snapshot, [job])) for job in gone]
 
-    def _from(self, snapshot: Snapshot, jobs: Sequence[Job]) -> list[Answered]:
-        predictor, wanted = snapshot.predictor, dict[str, list[int]]()
+        def made() -> list[Answered]:
+            found = {job: one for some, make in parts for job, one in zip(some, make(), strict=True)}
+            return [found[job] for job in jobs]
+
+        return made
+
+    def _from(self, snapshot: Snapshot, jobs: Sequence[Job]) -> Made:
+        predictor, rows_of, wanted = snapshot.predictor, dict[tuple[str, ...], list[int]](), dict[str, list[int]]()
         owners: list[tuple[Job, Answered, int]] = []
         for job in jobs:
             rows = range(len(owners), len(owners) + len(job.items))
             made: Answered = [{} for _ in rows]
             owners += [(job, made, i) for i in range(len(made))]
-            for task in job.tasks:
-                wanted.setdefault(task, []).extend(rows)
+            rows_of.setdefault(job.tasks, []).extend(rows)
+        for tasks, own_rows in rows_of.items():
+            for task in tasks:
+                wanted.setdefault(task, []).extend(own_rows)
         inputs, head = jobs[0].collate([item for job in jobs for item in job.items]), jobs[0].head
         with self._precision():
             answer = predictor.answer(inputs, wanted, head)
-        words = None
+        return partial(self._made, predictor, answer, wanted, owners, jobs)
+
+    def _made(
+        self,
+        predictor: Predictor,
+        answer: Answer,
+        wanted: dict[str, list[int]],
+        owners: Sequence[tuple[Job, Answered, int]],
+        jobs: Sequence[Job],
+    ) -> list[Answered]:
+        """owners: of each row of the batch, its job, and which of that job's answers is its own."""
+        words, head = None, jobs[0].head
         if jobs[0].words is not None:
             words = {row: job.words[i] for row, (job, _, i) in enumerate(owners) if job.words is not None}
         top = max(job.top for job in jobs)
@@ -240,6 +283,11 @@ def _plain(values: Tensor) -> list[Any]:
     if not torch.isfinite(values).all():
         raise RestuningError("an output is no number")
     return values.tolist()
+
+
+def _send(job: Job, found: "Answered | Exception") -> None:
+    assert job.future is not None
+    job.future.get_loop().call_soon_threadsafe(_resolve, job.future, found)
 
 
 def _resolve(future: "asyncio.Future[Answered]", found: "Answered | Exception") -> None:

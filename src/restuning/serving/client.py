@@ -191,6 +191,16 @@ class AsyncClient(_Calls):
         found: list[dict[str, Any]] = (await self._send("GET", "/v1/models"))["data"]
         return found
 
+    async def add(self, name: str, path: str | None = None, **hub: str) -> dict[str, Any]:
+        """As `Client.add`."""
+        data = {"path": path, **hub} if path else hub
+        about: dict[str, Any] = await self._send("POST", f"/v1/adapters/{name}", data)
+        return about
+
+    async def remove(self, name: str) -> None:
+        """As `Client.remove`."""
+        await self._send("DELETE", f"/v1/adapters/{name}")
+
     async def _send(self, method: str, path: str, data: Mapping[str, Any] | None = None) -> Any:
         import asyncio
 

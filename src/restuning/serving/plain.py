@@ -1,7 +1,5 @@
 """What a server is without this library: an endpoint of one fully tuned model a task, for `restuning bench serve`."""
 
-import json
-import socket
 import sys
 from typing import Any
 
@@ -11,8 +9,8 @@ from torch import nn
 from restuning.backbones.load import load_backbone, preprocessing_of
 
 
-def main(name: str, weights: str, classes: str, image_size: str | None = None) -> None:
-    """Listen on any free port of loopback. The models are one in memory, run once for each task: what would be a model
+def main(port: str, name: str, weights: str, classes: str, image_size: str | None = None) -> None:
+    """Listen on loopback. The models are one in memory, run once for each task: what would be a model
     of its own costs the same time, and would not fit here a hundred times."""
     import uvicorn
     from fastapi import FastAPI, Request
@@ -42,10 +40,7 @@ def main(name: str, weights: str, classes: str, image_size: str | None = None) -
     async def predict(request: Request, models: int = 1) -> Any:
         return await run_in_threadpool(answer, await request.body(), models)
 
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    print(json.dumps({"url": f"http://127.0.0.1:{listener.getsockname()[1]}"}), flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False)).run(sockets=[listener])
+    uvicorn.run(app, host="127.0.0.1", port=int(port), log_level="warning", access_log=False)
 
 
 if __name__ == "__main__":

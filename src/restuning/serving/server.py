@@ -5,9 +5,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 from restuning.errors import MissingExtra, RestuningError, line
-from restuning.serving.settings import ServeSettings
+from restuning.serving.settings import HEAD_BYTES, ServeSettings
 
 
 def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url: None) -> None:
@@ -55,15 +57,9 @@ def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url
             server.draining = True
             super().handle_exit(sig, frame)  # type: ignore[arg-type]
 
-    config = uvicorn.Config(
-        make_app(server),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=30,
-        h11_max_incomplete_event_size=65_536,
-        limit_concurrency=None,
-    )
+    config = make_config(make_app(server))
+    # the model's thread makes many short calls, each of which would wait for 5 ms while another thread parses
+    sys.setswitchinterval(0.0001)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again once it has shut down
     try:
@@ -75,3 +71,23 @@ def serve(settings: ServeSettings, listening: Callable[[str], None] = lambda url
     finally:
         server.close()
         listener.close()
+
+
+def make_config(app: Any) -> Any:
+    """How uvicorn runs the application: by uvloop and httptools where they are installed."""
+    import uvicorn
+
+    protocol: Any = "h11"
+    with suppress(ImportError):
+        from restuning.serving.protocol import Bounded
+
+        protocol = Bounded
+    return uvicorn.Config(
+        app,
+        http=protocol,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=30,
+        h11_max_incomplete_event_size=HEAD_BYTES,
+    )

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 from restuning.errors import RestuningError
 from restuning.utils.options import Device, ImageSize, Option
 
+HEAD_BYTES = 65_536
+"""Of a request's line and headers, at most."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats of images that are decoded, by Pillow's names."""
 
@@ -32,7 +35,8 @@ class ServeSettings:
         engine: local, one process that owns the model; ray, replicas of it on a Ray cluster (RAY_ADDRESS, else a local
         one). replicas: how many, or at least. autoscale: NAME=VALUE of Ray Serve's `autoscaling_config`.
         replica_adapters: how many adapters a replica holds; the one that was used least recently goes.
-        precision: no, bf16 or fp16 (autocast). threads: of the computation; None: torch's own number.
+        precision: no, bf16 or fp16 (autocast). compile: the pass that side paths and heads share.
+        threads: of the computation; None: torch's own number.
     """
 
     adapters: Annotated[
@@ -71,6 +75,7 @@ class ServeSettings:
     replica_adapters: Annotated[int, Option("adapters that a replica holds at most", metavar="N")] = 256
     device: Device = None
     precision: Annotated[str, Option("autocast", choices=("no", "bf16", "fp16"))] = "no"
+    compile: Annotated[bool, Option("have torch.compile make a graph of the pass to the features")] = False
     threads: Annotated[int | None, Option("of the computation (default: torch's own number)", metavar="N")] = None
 
     def __post_init__(self) -> None:

@@ -8,11 +8,21 @@ from restuning.errors import MissingExtra, RestuningError
 
 
 def together() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return world_size() > 1
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is."""
+    return int(os.environ.get("RANK", "0")) if together() else 0
 
 
 def is_main_process() -> bool:
-    return not together() or int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def barrier() -> int:

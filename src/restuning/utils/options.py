@@ -5,7 +5,7 @@ Types and defaults are the field's own, and stand nowhere else; a field without 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from restuning.errors import RestuningError
 
@@ -90,4 +90,6 @@ Tokenizer = Annotated[str | None, Option("a tokenizer's folder or hub id (defaul
 MaxLength = Annotated[int | None, Option("tokens that texts are cut to (default: longer ones are refused)")]
 Json = Annotated[bool, Option("print JSON, for machines")]
 Quiet = Annotated[bool, Option("no progress bar, and no line an epoch where there is no terminal")]
+Engine = Annotated[Literal["local", "ray"], Option("where jobs are done")]
+Workers = Annotated[int | None, Option("start a local Ray cluster of N workers", metavar="N")]
 Device = Annotated[str | None, Option("cpu, cuda, cuda:N or mps (default: a GPU where there is one)")]

@@ -20,6 +20,7 @@ from restuning.utils.reading import inside, number, open_regular
 FORMAT = "restuning.bank/1"
 MANIFEST, PARTIAL, TAIL = "manifest.json", "partial.json", "tail.safetensors"
 COMPONENTS = "components.safetensors"
+RECORD = ".done.json"  # of a shard, after its file's name, while a bank is built
 SHARD_ROWS = 1024
 DTYPES = {
     "float32": torch.float32,
