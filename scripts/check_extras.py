@@ -130,7 +130,8 @@ NEEDS = {"export": "images,export", "ray": "images,ray", "heic": "images,heic"}
 def run(*command: str | Path, cwd: Path | None = None) -> None:
     done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError((done.stderr or done.stdout).strip().splitlines()[-1])
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise RuntimeError(next((line for line in lines if line.startswith("restuning: ")), lines[-1]))
 
 
 def environment(folder: Path, sees: Path | None = None) -> Path:

@@ -82,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
             if "per_class" in row:
                 each = row["per_class"]
                 table(
-                    ["class", *each], [[c, *(f"{v[i]:g}" for v in each.values())] for i, c in enumerate(row["classes"])]
+                    ["class", *each],
+                    [[c, *(f"{v[i]:.4g}" for v in each.values())] for i, c in enumerate(row["classes"])],
                 )
 
 
