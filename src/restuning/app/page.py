@@ -124,7 +124,7 @@ def build(home: Home, local: bool = True) -> Any:
                 matrix = html(elem_id="matrix")
                 drawn = html(the_map, elem_id="map")
                 looked = html(elem_id="look-gallery")
-            with gr.Tab("Try", id="try"), gr.Row():
+            with gr.Tab("Try", id="try"), gr.Row(elem_id="tried"):
                 image = gr.Image(
                     label="A picture: a file, the clipboard or the camera",
                     type="filepath",
