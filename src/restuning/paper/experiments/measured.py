@@ -1,9 +1,10 @@
 """Experiments of our own: their records as JSON lines, Markdown and a picture; what is done is not done again."""
 
 import json
+import shlex
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -77,7 +78,7 @@ def measure(name: str, experiment: Own, place: Place) -> list[Record]:
 def write(name: str, experiment: Own, out: Path, records: Sequence[Record], pictured: bool = False) -> None:
     """Both files, whole. Raises RestuningError where they cannot be written."""
     commits = ", ".join(dict.fromkeys(str(r["commit"]) for r in records if "commit" in r))
-    given = " ".join(f"{k}={v}" for k, v in asdict(experiment).items())  # type: ignore[call-overload]
+    given = " ".join(shlex.quote(f"{k}={v}") for k, v in _given(experiment).items())
     command = f"restuning reproduce {name} --data-root DATA --out runs/{name}{f' --set {given}' if given else ''}"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} thread(s)"
     made = f"Command: `{command}`; commit {commits}; torch {torch.__version__}; {device}. Every figure: `{name}.jsonl`."
@@ -87,6 +88,11 @@ def write(name: str, experiment: Own, out: Path, records: Sequence[Record], pict
         atomic_write(out / f"{name}.md", ("\n\n".join(text) + "\n").encode())
     except OSError as error:
         raise RestuningError(f"cannot write to {out}: {error.strerror or error}") from error
+
+
+def _given(experiment: Any) -> dict[str, Any]:
+    """Its settings that are not the defaults."""
+    return {f.name: value for f in fields(experiment) if (value := getattr(experiment, f.name)) != f.default}
 
 
 def once(file: Path, make: Callable[[], Mapping[str, Any]]) -> Record:
