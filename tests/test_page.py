@@ -320,7 +320,7 @@ def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: 
                     wrong[width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
             if (wide := page.evaluate("document.scrollingElement.scrollWidth")) > width:
                 wrong[width, f"{name}, too wide"] = wide
-    assert not wrong
+    assert not wrong, wrong
 
 
 def _reach(page: Page, name: str) -> None:
