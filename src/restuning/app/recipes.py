@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from restuning.methods.spec import Method
 from restuning.side import BypassQuery
 
-EXAMPLES = 12_000
-"""Examples that a model sees at most while it is trained: beyond them there are fewer epochs, and one at least."""
+EXAMPLES, MOST_EPOCHS = 2_000, 40
+"""Examples that a model sees at least while it is trained: where there are few pictures there are more epochs, up to so
+many."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +17,10 @@ class Recipe:
     Args:
         about: in a few words.
         method: on the backbone's features.
-        epochs: over the pictures, where there are few.
+        epochs: over the pictures, where there are many.
         lr: learning rate, of AdamW.
         batch_size: of a step.
+        fixed: whether a person has set the epochs.
     """
 
     about: str
@@ -26,15 +28,16 @@ class Recipe:
     epochs: int
     lr: float
     batch_size: int = 64
+    fixed: bool = False
 
     def epochs_for(self, examples: int) -> int:
-        """As many as `EXAMPLES` allow."""
-        return max(1, min(self.epochs, EXAMPLES // max(examples, 1)))
+        """More where there are few examples."""
+        return self.epochs if self.fixed else max(self.epochs, min(MOST_EPOCHS, EXAMPLES // max(examples, 1)))
 
 
 RECIPES: dict[str, Recipe] = {
-    "linear": Recipe("a head on the last layer", "linear", 30, 0.01),
-    "bypass": Recipe("a path past all layers", "bypass", 15, 0.02, 128),
-    "bypass-query": Recipe("queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2), 10, 0.01),
+    "linear": Recipe("a head on the last layer", "linear", 15, 0.02),
+    "bypass": Recipe("a path past all layers", "bypass", 8, 0.03, 128),
+    "bypass-query": Recipe("queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2), 5, 0.015),
 }
 """Name → recipe, the cheapest first."""

@@ -117,7 +117,7 @@ def fit_all(engine: Engine, recipe: Recipe, features: Features, labels: Tensor, 
 def shorter(recipe: Recipe, settings: Mapping[str, float | None]) -> Recipe:
     """The recipe with what a person has set otherwise: epochs, lr."""
     epochs, lr = settings.get("epochs"), settings.get("lr")
-    return replace(recipe, epochs=int(epochs or recipe.epochs), lr=float(lr or recipe.lr))
+    return replace(recipe, epochs=int(epochs or recipe.epochs), fixed=bool(epochs), lr=float(lr or recipe.lr))
 
 
 def _stack(
