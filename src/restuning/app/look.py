@@ -71,11 +71,9 @@ def wrong_labels(probabilities: Tensor, labels: Tensor, right: Collection[int] =
     y, p = labels.numpy(), probabilities.double().numpy()
     p = p / p.sum(1, keepdims=True)
     flagged = {int(i) for i in find_label_issues(y, p, n_jobs=1).nonzero()[0]}
-    score = get_label_quality_scores(y, p, method="normalized_margin")
+    score = get_label_quality_scores(y, p)
     confirmed = set(right)
-    order = sorted(
-        (i for i in range(len(y)) if i not in confirmed), key=lambda i: (i not in flagged, float(score[i]), i)
-    )
+    order = [i for i in score.argsort(kind="stable").tolist() if i not in confirmed]
     return order, len(flagged - confirmed)
 
 

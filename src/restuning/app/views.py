@@ -88,7 +88,7 @@ def listed(bench: Workbench, view: View) -> tuple[str, str, Sequence[str]]:
         return "Mistakes", "held-out pictures that are taken for another class, the most confident first", keys
     if what == "wrong" and result is not None:
         order, flagged = bench.wrong_labels()
-        about = f"confident learning doubts {flagged} labels; these come first, the likeliest wrong one before others"
+        about = f"the likeliest wrong one first; confident learning doubts {flagged} of them"
         return "Labels that may be wrong", about, [result.keys[i] for i in order[: max(flagged, PAGE)]]
     if what == "cell" and result is not None:
         i, j = (int(n) for n in rest.split(":"))
