@@ -113,7 +113,8 @@ def test_inputs_are_several_and_deep_and_rows_are_streamed(
     assert call("evaluate", *adapters, "--per-class", "--format", "csv") == 0
     each = csv.DictReader(io.StringIO(capsys.readouterr().out))
     assert [row["class"] for row in each] == ["blue", "green", "red"] * 2
-    assert "one image is of one adapter" in refused(capsys, "evaluate", *adapters, "--confusion", tmp_path / "c.png")
+    line = refused(capsys, "evaluate", *adapters, "--confusion", tmp_path / "c.png")
+    assert "--confusion is of one adapter: 2 were given" in line
     assert "no input" in refused(capsys, "predict", *adapters)
     assert "no adapter" in refused(capsys, "predict", photos)
 

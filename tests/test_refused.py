@@ -927,7 +927,6 @@ def test_a_batch_of_nothing_and_a_row_of_padding_alone() -> None:
         ("deberta", "vpt-shallow"),
         ("convbert", "prefix"),
         ("convbert", "lst"),
-        ("mobile", "linear"),
     ],
 )
 def test_what_a_text_encoder_cannot_be_tuned_by(family: str, method: str) -> None:
@@ -935,7 +934,6 @@ def test_what_a_text_encoder_cannot_be_tuned_by(family: str, method: str) -> Non
         "roformer": (hf.RoFormerModel, hf.RoFormerConfig, {}),
         "deberta": (hf.DebertaModel, hf.DebertaConfig, {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}),
         "convbert": (hf.ConvBertModel, hf.ConvBertConfig, {"embedding_size": 32}),
-        "mobile": (hf.MobileBertModel, hf.MobileBertConfig, {}),
     }
     model, config, more = kinds[family]
     backbone = model(config(**TEXT, **more)).eval()

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     form = "json" if own.json else own.format
     for flag, given in (("--confusion", own.confusion), ("--report", own.report)):
         if given is not None and len(own.adapters) > 1:
-            raise RestuningError(f"{flag}: one is of one adapter")
+            raise RestuningError(f"{flag} is of one adapter: {len(own.adapters)} were given")
     if own.confusion is not None:
         check_output(own.confusion, "--confusion")
     if own.report is not None:

@@ -57,12 +57,13 @@ def features_of(
     check_square(taps, sites)
     check_widths(taps, sites)
     trained = any(p.requires_grad for at_site in inside.values() for _, tuner in at_site for p in tuner.parameters())
-    if trained and torch.is_grad_enabled() and not any(x.requires_grad for x in taps.features.tensors()):
+    graph, recomputed = trained and torch.is_grad_enabled(), bool(checkpoints(backbone))
+    if graph and not recomputed and not any(x.requires_grad for x in taps.features.tensors()):
         raise MethodError(
             f"no gradient comes through {type(backbone).__name__}, to what is tuned inside it: it has a backward pass "
             "of its own, or does not call what is tuned; a side path needs none"
         )
-    if trained and torch.is_grad_enabled() and checkpoints(backbone):
+    if graph and recomputed:
         tuned.replay.watch(taps.features.tensors(), partial(on, recomputing=True))
     return taps.features
 

@@ -87,8 +87,7 @@ def execute(
             task = _FromBank(run, whole, bank)
         if run.training.patience is not None and len(run.lrs) > 1 and whole.val is None:
             raise RestuningError("patience with several rates wants data with a validation split: give one rate")
-        if progress and is_main_process():
-            print(_opening(run, whole, task), file=sys.stderr, flush=True)
+        opening = [_opening(run, whole, task)] if progress and is_main_process() else []
         lr, trials = run.lrs[0], dict[str, float | None]()
         if len(run.lrs) > 1:
             held = whole
@@ -96,11 +95,12 @@ def execute(
                 held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
                 if run.skip_bad and bank is None:
                     held = replace(held, train=without_bad(held.train), val=held.val and without_bad(held.val))
-            trials = _choose(run, task, held, out, resume, progress)
+            trials = _choose(run, task, held, out, resume, progress, opening)
             lr = max(run.lrs, key=lambda rate: sort_key(trials[str(rate)]))
         if trials:
             log(f"lr {lr:g} was the best", progress and is_main_process())
         model, tuned = task.model(whole.train)
+        _print_once(opening)
         examples = task.read(tuned, whole.train, run.augment)
         history = fit(
             model,
@@ -150,8 +150,14 @@ def _opening(run: Run, whole: Task, task: "_Prepared") -> str:
     return f"{backbone}; {method}; {len(whole.train)} items {kept} to train on, {len(whole.test)} to test on"
 
 
+def _print_once(lines: list[str]) -> None:
+    """After what may be refused, for a refusal is one line."""
+    while lines:
+        print(lines.pop(0), file=sys.stderr, flush=True)
+
+
 def _choose(
-    run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool
+    run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool, opening: list[str]
 ) -> dict[str, float | None]:
     """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
@@ -160,8 +166,9 @@ def _choose(
     for lr in run.lrs:
         if str(lr) in trials:
             continue
-        log(f"lr {lr:g}, to be compared on {len(held.val)} validation items", progress and is_main_process())
         model, tuned = task.model(held.train)
+        _print_once(opening)
+        log(f"lr {lr:g}, to be compared on {len(held.val)} validation items", progress and is_main_process())
         state, examples = out / f"trial-{lr}.pt", task.read(tuned, held.train, run.augment)
         val = task.read(tuned, held.val)
         try:

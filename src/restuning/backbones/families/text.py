@@ -13,6 +13,11 @@ def _one_stream(block: Any) -> bool:
     return not hasattr(block, "altup") and not hasattr(first, "linear")
 
 
+def _of_one_width(block: Any) -> bool:
+    """Neither MobileBERT, whose stream is wider than its blocks, nor CANINE, whose blocks stand between others."""
+    return not hasattr(block, "bottleneck") and not hasattr(block.attention, "local")
+
+
 _LLAMA = Anatomy(
     "transformers Llama, Mistral, Qwen, Phi-3",
     blocks="layers",
@@ -71,8 +76,7 @@ TEXT: tuple[Anatomy, ...] = (
         heads="attention.self.num_attention_heads",
         embed="embeddings.LayerNorm",
         family="text",
-        # neither MobileBERT, whose stream is wider than its blocks, nor CANINE, whose blocks stand between others
-        fits=lambda block: not hasattr(block, "bottleneck") and not hasattr(block.attention, "local"),
+        fits=_of_one_width,
     ),
 )
 """In the order in which they are tried."""
