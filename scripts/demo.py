@@ -43,14 +43,14 @@ def main() -> None:
     real = args.data_root / EUROSAT
     first = {f"tar:{real}": "satellite photographs"} if real.exists() else {"digits": "digits"}
     tasks = FULL if args.full else {**first, "sprites:count": "counting shapes"}
-    train_size, test_size = (1000, 500) if args.full else (300, 200)
+    train_size, test_size = (1000, 500) if args.full else (300, 100)
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     found: dict[tuple[str, str], dict] = {}
     for task, name in tasks.items():
         for method, (epochs, lr, batch) in METHODS.items():
             if method == "res-tuning" and not args.full:
-                epochs, batch = 4, 8  # few pictures: more steps in the same time
+                epochs, batch = 3, 8  # few pictures: more steps in the same time
             run = Run(
                 data=task,
                 method=method,
