@@ -24,7 +24,7 @@ from restuning.utils.reading import open_regular, read_json
 OWN, UNLABELLED, REMOVED = ".restuning", ".unlabelled", ".removed"
 STATE, FORMAT = "project.json", "restuning-project/1"
 FEW = 5
-"""Pictures of a class below which it is said to have too few."""
+"""A class with fewer pictures has too few, and the page tells so."""
 MOST_BYTES, MOST_PICTURES = 64 * 2**20, 20_000
 """Of one picture that is added, and of pictures that are added at once."""
 

@@ -66,7 +66,7 @@ def colour(i: int) -> str:
     return f"hsl({round(i * 137.508) % 360} 65% {38 + 9 * (i % 3)}%)"
 
 
-def said(bench: Workbench) -> dict[str, tuple[str, float, bool]]:
+def predictions(bench: Workbench) -> dict[str, tuple[str, float, bool]]:
     """Key → (class that it is taken for, percent, whether that is another than its own and not confirmed)."""
     result = bench.result
     if result is None:
@@ -114,7 +114,7 @@ def gallery(bench: Workbench, view: View) -> str:
     keys = [key for key in keys if key in pictures]
     pages = max(1, -(-len(keys) // PAGE))
     page = min(max(view.page, 0), pages - 1)
-    taken = said(bench)
+    taken = predictions(bench)
     cards = [_card(bench, pictures[key], taken) for key in keys[page * PAGE : (page + 1) * PAGE]]
     empty = (
         "No mistakes: every held-out picture is taken for what it is." if view.what == "mistakes" else "No pictures."

@@ -39,7 +39,7 @@ class Result:
         keys: of the pictures, n.
         labels: (n,), by index into `classes`.
         classes: as the folders are called.
-        held: method → what it says of pictures that it did not see.
+        held: method → its logits and scores on pictures that it did not see.
     """
 
     keys: tuple[str, ...]

@@ -76,7 +76,7 @@ class _Described:
         outs = [self._out(i) for i in range(depth)]
         infos = [self._info(i, outs[i], operations[i]) for i in range(depth)]
         start, first = self._start(outs[0])
-        shapes = [(info.out_features, tokens_in(self._said(i), outs[i].last)) for i, info in enumerate(infos)]
+        shapes = [(info.out_features, tokens_in(self._output_of(i), outs[i].last)) for i, info in enumerate(infos)]
         lengths = [len(list(group)) for _, group in groupby(shapes)]
         stages = tuple(sum(lengths[: i + 1]) for i in range(len(lengths)))
         every = [site for i in range(depth) for site in self._of_block(i, infos[i], outs[i], operations[i])]
@@ -130,14 +130,14 @@ class _Described:
             return ""
         return "convnext" if {"ffn", "conv"} <= ops else "conv"
 
-    def _said(self, i: int) -> Seen:
+    def _output_of(self, i: int) -> Seen:
         output = self.blocks[i].output
         assert output is not None
         return output
 
     def _out(self, i: int) -> Point:
         ran = self.blocks[i]
-        return Point(ran.path, "out", last_of_map(ran.module, self._said(i)), call=ran.nth)
+        return Point(ran.path, "out", last_of_map(ran.module, self._output_of(i)), call=ran.nth)
 
     def _start(self, first: Point) -> tuple[Point, int]:
         """Where x_0 can be seen, and its width."""
@@ -151,7 +151,7 @@ class _Described:
                 if seen.streams and other.end < ran.start and other.output is not None and other.output.tag == seen.tag:
                     last = last_of_map(other.module, seen)
                     return Point(other.path, "out", last, call=other.nth), width_of(seen, last)
-        return first, width_of(self._said(0), first.last)  # nothing before it can be seen
+        return first, width_of(self._output_of(0), first.last)  # nothing before it can be seen
 
     def prefix(self, ran: Ran) -> int:
         """How many tokens come before a grid of patches."""
@@ -169,7 +169,7 @@ class _Described:
         return n - (maps[-1] if maps else math.isqrt(n) ** 2)
 
     def _info(self, i: int, out: Point, operations: Sequence["Operation"]) -> SiteInfo:
-        ran, output = self.blocks[i], self._said(i)
+        ran, output = self.blocks[i], self._output_of(i)
         width = width_of(output, out.last)
         read = ran.input
         reads = width_of(read, last_of_map(ran.module, read)) if read is not None and read.streams else width
@@ -195,8 +195,8 @@ class _Described:
             else out
         )
         if read is not None and into.side == "in":
-            maps = len(read.shape) == len(self._said(i).shape) == 4
-            if not maps and tokens_in(read, into.last) != tokens_in(self._said(i), out.last):
+            maps = len(read.shape) == len(self._output_of(i).shape) == 4
+            if not maps and tokens_in(read, into.last) != tokens_in(self._output_of(i), out.last):
                 into = out
         yield site(
             "block",

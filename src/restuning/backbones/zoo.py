@@ -294,8 +294,8 @@ def shrunk(kind: Any, sizes: Mapping[str, Any]) -> Any:
             return kind(**known, **nested)
         except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
             own = getattr(kind, "attribute_map", {})  # a property cannot be set
-            said = str(error).replace("`", "'")
-            unset = next((k for k in known if f"'{k}'" in said or f"'{own.get(k)}'" in said), None)
+            message = str(error).replace("`", "'")
+            unset = next((k for k in known if f"'{k}'" in message or f"'{own.get(k)}'" in message), None)
             if unset is None:
                 raise
             del known[unset]

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         stages = "" if found.uniform else f" in {len(found.stages)} stages"
         print(f"{found.anatomy.name}: {len(found.blocks)} blocks{stages}, pooling {found.pool}")
         if found.found is not None:
-            said = (*found.found.notes, *filter(None, [found.found.instead]))
-            share, notes = found.found.share, "".join(f"; {note}" for note in said)
+            remarks = (*found.found.notes, *filter(None, [found.found.instead]))
+            share, notes = found.found.share, "".join(f"; {note}" for note in remarks)
             print(f"found by a trace, {share:.0%} of the parameters in it, sure: {found.found.sure}{notes}")
         table(["op", "block", "reads", "writes", "width"], [[str(v) for v in row.values()] for row in rows])
