@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "linear-all": LinearAll(),
     "linear-all-gated": LinearAll(gated=True),
     "bypass-query": BypassQuery(),
+    "bypass-query-shared": BypassQuery(stages=2, queries=4, heads=2, shared=True),
     "bypass-attention": BypassAttention(),
 }
 """The named methods of the paper; add your own like to any dict."""
@@ -131,6 +132,7 @@ ABOUT: dict[str, str] = {
     "linear-all": "the head alone, on CLS and the mean of every layer (ours)",
     "linear-all-gated": "the same, the layers summed by gates (ours)",
     "bypass-query": "learned queries that attend to the tokens of all layers, beside linear-all (ours)",
+    "bypass-query-shared": "the same, of four queries to keys and values that all tasks share: a thousand tasks (ours)",
     "bypass-attention": "self-attention among the tokens of all layers, beside linear-all (ours)",
 }
 
