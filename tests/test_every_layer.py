@@ -212,12 +212,11 @@ def test_attention_of_many_is_that_of_each(dims: Any) -> None:
     ]
     for t in inputs:
         t.requires_grad_()
-    seen = torch.arange(7) < torch.tensor([[7], [4]])
+    seen = (torch.arange(7) < torch.tensor([[7], [4]]))[:, None]
     for mask in (None, seen):
         out = torch.vmap(attend, in_dims=(*where, None))(*inputs, mask)
         slices = [[t if d is None else t.select(d, i) for t, d in zip(inputs, where, strict=True)] for i in range(3)]
-        masked = None if mask is None else mask[:, None]
-        expected = torch.stack([F.scaled_dot_product_attention(*s, masked, scale=1.0) for s in slices])
+        expected = torch.stack([F.scaled_dot_product_attention(*s, mask, scale=1.0) for s in slices])
         torch.testing.assert_close(out, expected)
         seed = torch.randn_like(out)
         for a, b in zip(*(torch.autograd.grad(o, inputs, seed) for o in (out, expected)), strict=True):

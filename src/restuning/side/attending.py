@@ -7,10 +7,11 @@ from torch import Tensor
 
 
 def attend(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
-    """softmax(rows keysᵀ) values, (b, m, v) of (b, m, w), (b, n, w) and (b, n, v), whose weights are computed again for
-    backward. Under vmap over the rows alone, those of all slices attend as one: keys and values are not copied.
+    """softmax(rows keysᵀ) values, (b, …, m, v) of (b, …, m, w), (b, …, n, w) and (b, …, n, v), whose weights are
+    computed again for backward. Under vmap over the rows alone, those of all slices attend as one: keys and values are
+    not copied.
 
-    seen: (b, n), which tokens are attended to; None: all.
+    seen: (b, …, 1, n), which tokens are attended to; None: all.
     """
     kind = rows.device.type
     if torch.is_autocast_enabled(kind) and rows.dtype is not torch.float64:  # as it casts a matrix product
@@ -22,7 +23,7 @@ def attend(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = Non
 
 def _weights(rows: Tensor, keys: Tensor, seen: Tensor | None) -> Tensor:
     scores = rows @ keys.mT
-    scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
+    scores = scores if seen is None else scores.masked_fill(~seen, -torch.inf)
     weights: Tensor = scores.softmax(-1).to(keys.dtype)
     return weights
 
@@ -50,9 +51,9 @@ class _Attend(torch.autograd.Function):
     def vmap(info: Any, in_dims: Any, rows: Tensor, *shared: Tensor | None) -> tuple[Tensor, int]:
         at, *dims = in_dims
         if at is not None and dims == [None] * len(dims):
-            rows = rows.movedim(at, 1)
-            out: Tensor = _Attend.apply(rows.flatten(1, 2), *shared)  # type: ignore[no-untyped-call]
-            return torch.unflatten(out, 1, rows.shape[1:3]), 1
+            rows = rows.movedim(at, -3)
+            out: Tensor = _Attend.apply(rows.flatten(-3, -2), *shared)  # type: ignore[no-untyped-call]
+            return torch.unflatten(out, -2, rows.shape[-3:-1]), rows.ndim - 3
 
         def batched(x: Tensor | None, at: int | None) -> Tensor | None:
             """Slices before the batch, as one axis."""

@@ -83,6 +83,7 @@ class QueryNet(PathNetwork):
 
     def parts(self, features: Features) -> tuple[Tensor, ...]:
         seen = None if features.mask is None else features.mask.bool()
+        features = self.banked(features)
         q = self.queries.expand(features.last.shape[0], -1, -1)
         for attention, g in zip(self.attentions, self.inputs(features), strict=True):
             q = q + attention(q, normalised_tokens(g), seen)
@@ -128,6 +129,7 @@ class SharedQueryNet(PathNetwork):
     def prepare(self, features: Features) -> Features:
         """With keys and values (b, heads, n, w / heads) of every stage, and the read-out where it is none's own."""
         made: list[Tensor] = []
+        features = self.banked(features)
         for j, g in enumerate(self.inputs(features)):
             both = torch.unflatten(normalised_tokens(g) @ self.keys_values[j], -1, (2 * self.heads, -1)).transpose(1, 2)
             keys, values = both.chunk(2, 1)

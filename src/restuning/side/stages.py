@@ -116,7 +116,12 @@ class CrossAttention(Attention):
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
         keys, values = self.kv.weight.view(2, self.heads, -1, x.shape[-1])
         q = torch.einsum("bmhe,hew->bhmw", q, keys).flatten(1, 2)
-        read = attend(q * (self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5), tokens, tokens, seen)
+        read = attend(
+            q * (self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5),
+            tokens,
+            tokens,
+            None if seen is None else seen[:, None],
+        )
         read = read * self.norm_kv.weight + self.norm_kv.bias
         read = read.reshape(read.shape[0], self.heads, -1, x.shape[-1])
         out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
@@ -140,10 +145,8 @@ class SharedAttention(nn.Module):
         """x: (1, m, w) where it is the same for all. keys, values: (b, heads, n, w / heads), the keys by the root of
         their width smaller. seen: (b, n)."""
         q = torch.unflatten(affine(normalised(x), self.q.weight, self.q.bias), -1, (self.heads, -1)).transpose(1, 2)
-        q = q.expand(keys.shape[0], -1, -1, -1)
-        seen = None if seen is None else seen.repeat_interleave(self.heads, 0)
-        read = attend(q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), seen)
-        read = torch.unflatten(read, 0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        seen = None if seen is None else seen[:, None, None]
+        read = attend(q.expand(keys.shape[0], -1, -1, -1), keys, values, seen).transpose(1, 2).flatten(2)
         return affine(read, self.proj.weight, self.proj.bias)
 
 
@@ -299,6 +302,19 @@ class PathNetwork(SideNetwork):
 
     def branches(self) -> list[tuple[nn.Module, float]]:
         return [(attention, j / len(self.attentions)) for j, attention in enumerate(self.attentions)]
+
+    def banked(self, features: Features) -> Features:
+        """As a bank of components has them: tokens normalised, or their components, and summaries, each made once."""
+        if features.tokens.tokens == "components":
+            return features
+        tokens = {layer: normalised(features.layers[layer]) for layer in self.path}
+        summaries = (
+            {} if self.readout is None else {i: summary(t, self.prefix, features.mask) for i, t in tokens.items()}
+        )
+        if self.stages.components is not None:
+            tokens = {layer: t @ self.stages.basis(i).to(t.dtype) for i, (layer, t) in enumerate(tokens.items())}
+        selection = TokenSelection("components", self.prefix, self.stages.components)
+        return replace(features, layers=tokens, tokens=selection, summaries=summaries)
 
     def inputs(self, features: Features) -> list[Tensor]:
         """g_1 … g_S (b, n, w)."""

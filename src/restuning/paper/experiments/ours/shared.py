@@ -34,25 +34,27 @@ class SharedPath:
 
     Args:
         ways: parts of the paths' names, between commas; empty: all.
+        tasks: parts of the tasks' names, between commas; empty: all.
         seeds: how many, from 0.
         epochs: of the shared weights' training.
         lr: its rate.
     """
 
     ways: str = ""
+    tasks: str = ""
     seeds: int = 3
     epochs: int = 20
     lr: float = 0.003
 
     def __post_init__(self) -> None:
-        for part in filter(None, self.ways.split(",")):
-            if not any(part.strip() in way for way in WAYS):
-                raise RestuningError(f"ways {part!r}: expected of {', '.join(WAYS)}")
+        for name, given, known in (("ways", self.ways, WAYS), ("tasks", self.tasks, TESTED)):
+            for part in filter(None, given.split(",")):
+                if not any(part.strip() in one for one in known):
+                    raise RestuningError(f"{name} {part!r}: expected of {', '.join(known)}")
 
     def run(self, place: Place) -> Iterator[Record]:
-        wanted = [part.strip() for part in self.ways.split(",") if part.strip()]
-        for way in (way for way in WAYS if not wanted or any(part in way for part in wanted)):
-            for name in TESTED:
+        for way in _among(WAYS, self.ways):
+            for name in _among(TESTED, self.tasks):
                 file = self._file(place, way, name)
                 folder = place.out / "sweeps" / f"{slug(way)}-{slug(name)}"
                 method = "bypass-query" if way == OWN else "bypass-query-shared"
@@ -95,12 +97,14 @@ class SharedPath:
         rows = []
         for way in WAYS:
             found = {n: [r for r in records if (r["path"], r["task"]) == (way, n)] for n in TESTED}
-            if not all(found.values()):
-                continue
             scores = {n: [r["test_accuracy"] for r in of] for n, of in found.items()}
-            means = [statistics.fmean(of) for of in zip(*scores.values(), strict=True)]
-            tuners = found[TESTED[0]][0]["parameters"]["tuners"]
-            rows.append([way, *(mean(of) for of in scores.values()), mean(means), f"{tuners:,}"])
+            if not any(scores.values()):
+                continue
+            whole = len({len(of) for of in scores.values()}) == 1
+            means = [statistics.fmean(of) for of in zip(*scores.values(), strict=True)] if whole else []
+            cells = [mean(of) if of else "" for of in (*scores.values(), means)]
+            tuners = next(of[0]["parameters"]["tuners"] for of in found.values() if of)
+            rows.append([way, *cells, f"{tuners:,}"])
         return f"""# A thousand tasks on one path
 
 `bypass-query` and `bypass-query-shared` on an ImageNet ViT-Ti/16, 96 × 96 pixels, banks of 64 components (those of
@@ -110,6 +114,12 @@ labels smoothed by 0.1, tested once, at the last epoch; accuracy in percent, mea
 {self.seeds} seeds.
 
 {table(["what it shares was trained on", *TESTED, "mean", "own parameters, without the head"], rows)}"""
+
+
+def _among(names: Sequence[str], parts: str) -> list[str]:
+    """Those with one of the parts in them, or all where there is none."""
+    wanted = [part.strip() for part in parts.split(",") if part.strip()]
+    return [name for name in names if not wanted or any(part in name for part in wanted)]
 
 
 def bank(place: Place, name: str) -> Path:
