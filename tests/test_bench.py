@@ -10,10 +10,11 @@ import torch
 
 from restuning.backbones.load import MICRO
 from restuning.bench.bench import BENCHES, bench
+from restuning.bench.limit import least_bytes
 from restuning.bench.settings import Bench, Measured
 from restuning.cli.main import main
 from restuning.errors import RestuningError
-from restuning.utils.profiling import in_turn, spread
+from restuning.utils.profiling import in_turn, saved_by_module, spread
 
 SMALL: dict[str, list[str]] = {
     "memory": ["--method", "full", "linear", "bypass", "peft-lora-equal", "swift-bypass"],
@@ -23,6 +24,7 @@ SMALL: dict[str, list[str]] = {
     "grid": ["--points", "3"],
     "bank": [],
     "window": ["--items", "3000", "--points", "2"],
+    "cluster": ["--items", "40", "--points", "2", "--method", "linear", "bypass"],
 }
 SETTINGS = {"backbone", "image_size", "batch", "rounds", "dtype", "threads", "torch", "device", "device_name"}
 
@@ -68,12 +70,44 @@ def test_bytes_saved(records: dict[str, dict[str, Any]]) -> None:
     saved = {name: v["saved_bytes"] for name, v in memory.items()}
     assert saved["linear"] < saved["bypass"] < 0.005 * saved["full"]
     assert saved["bypass"] < saved["peft-lora-equal"] < saved["full"]
+    limit = {name: v["limit_bytes"] for name, v in memory.items() if "limit_bytes" in v}
+    assert {"full", "linear", "bypass"} == set(limit)
+    assert all(0 < least <= saved[name] for name, least in limit.items())
     assert all(v["peak_bytes"] > 0 and v["loaded_bytes"] > v["peak_bytes"] for v in memory.values())
     # a rank of PEFT's LoRA on this backbone's qkv is 4,096 parameters, over its 8 blocks
     import restuning as rt
 
     ours = rt.count(rt.adapt(rt.load_backbone(MICRO), "res-tuning", 100))
     assert abs(memory["peft-lora-equal"]["parameters"] - ours["trainable"]) < 0.1 * ours["trainable"]
+
+
+def test_the_limit_of_what_is_exact() -> None:
+    """Counted by hand: a trained map's input, a norm's output and deviations in place of its input, an activation's input;
+    nothing of frozen maps."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.act = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.GELU()
+            self.frozen, self.trained = torch.nn.Linear(8, 16), torch.nn.Linear(8, 16)
+            for module in (self.norm, self.frozen):
+                module.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.norm(self.first(x))
+            return self.act(self.frozen(y) + self.trained(y)).sum()
+
+    net, x = Net(), torch.randn(5, 8)
+    assert least_bytes(lambda: net(x), net) == 4 * (5 * 8 + 5 * 8 + 5 + 5 * 16)
+
+
+@pytest.mark.parametrize("method", ["lora", "res-tuning"])
+def test_shared_keeps_what_it_must(method: str) -> None:
+    settings = Bench(backbone="vit_tiny_patch16_224", batch=2, image_size=64)
+    (x, labels), plain, shared = settings.inputs(), settings.subject(f"{method}:plain"), settings.subject(method)
+    least = least_bytes(lambda: plain(x, labels=labels)["loss"], plain)
+    kept = sum(saved_by_module(lambda: shared(x, labels=labels)["loss"], shared).values())
+    assert least <= kept < 1.01 * least
 
 
 def test_names(records: dict[str, dict[str, Any]]) -> None:
@@ -91,6 +125,9 @@ def test_names(records: dict[str, dict[str, Any]]) -> None:
     window = records["window"]["through a window"]
     each = 9 * 128 * 2 + 8  # layers, width, float16; and a label
     assert 3000 * each < window["values"]["bank_bytes"] < 3000 * each + 3 * 2000 and window["values"]["peak_bytes"]
+    cluster = records["cluster"]
+    assert {"bank, this process", "bank, 2 Ray workers", "1 point", "2 points, a stack"} <= set(cluster)
+    assert cluster["2 methods of 2 points, 2 Ray workers"]["values"]["points"] == 4
     assert {"full step", "read a batch", "step from memory", "step from disk"} <= set(records["bank"])
 
 

@@ -16,6 +16,7 @@ from restuning.utils.profiling import spread
 if TYPE_CHECKING:
     pass
 
+from restuning.bench.cluster import cluster
 from restuning.bench.settings import Bench, Measured, short
 from restuning.bench.steps import BANKED, memory, steps
 from restuning.bench.tasks import bank, grid, mixed, multitask
@@ -104,6 +105,11 @@ BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, A
     "mixed": (mixed, ["tasks"], {"batch": 64}),
     "grid": (grid, ["points"], {"batch": 32}),
     "bank": (bank, [], {"batch": 32}),
+    "cluster": (
+        cluster,
+        ["methods", "points", "items", "data"],
+        {"backbone": "vit_tiny_patch16_224", "classes": 10, "points": 24, "items": 1000, "rounds": 1},
+    ),
     "window": (window, ["points", "items"], {"backbone": "vit_large_patch16_224", "batch": 64}),
 }
 """The benchmarks, the settings that only some of them have, and their defaults where these are not those of `Bench`."""

@@ -57,8 +57,8 @@ class Bench:
     rounds: Annotated[int, Option("ratios are taken round by round")] = 5
     classes: Annotated[int, Option("of each head (default 100; multitask 10)")] = 100
     tasks: Annotated[int, Option("multitask: most tasks (default 1000); mixed: adapters (default 19)")] = 19
-    points: Annotated[int, Option("of a grid")] = 8
-    items: Annotated[int, Option("window: of a bank")] = 1_000_000
+    points: Annotated[int, Option("of a grid (default 8; cluster 24)")] = 8
+    items: Annotated[int, Option("window and cluster: of a bank")] = 1_000_000
     minutes: Annotated[float, Option("soak: how long")] = 30.0
     device: Annotated[str, Option("cpu or cuda")] = "cpu"
     methods: Annotated[
@@ -78,7 +78,9 @@ class Bench:
         int | None,
         Option("memory and step: bypass-query and the like once more, from so many components of a bank", metavar="K"),
     ] = None
-    data: Annotated[tuple[str, ...], Option("app and labels: data sets of images (default sprites:orientation)")] = ()
+    data: Annotated[
+        tuple[str, ...], Option("app, cluster, labels: data sets of images (default sprites:orientation)")
+    ] = ()
     memory: Annotated[float | None, Option("memory: print the largest batch that fits in so much", metavar="GIB")] = (
         None
     )

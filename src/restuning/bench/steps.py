@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from restuning.backbones.auto import find
 from restuning.backbones.quantised import bytes_of
+from restuning.bench.limit import least_bytes
 from restuning.bench.peers import PEERS, bound_loss
 from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.features.bank import FromFeatures
@@ -58,7 +59,8 @@ def memory(settings: Bench) -> Measured:
 
 
 def cost(settings: Bench, name: str, threads: int) -> tuple[dict[str, float], dict[str, int]]:
-    """Of one training step, in all and by module; `peak_bytes` are those above `loaded_bytes`."""
+    """Of one training step, in all and by module; `peak_bytes` are those above `loaded_bytes`, `limit_bytes` what an
+    exact method of ours must keep that computes nothing twice."""
     torch.set_num_threads(threads)
     (x, labels), loss = settings.inputs(), None
     if name.endswith(BANKED):
@@ -77,6 +79,9 @@ def cost(settings: Bench, name: str, threads: int) -> tuple[dict[str, float], di
         "peak_bytes": above,
         "loaded_bytes": loaded,
     }
+    if settings.quantise in (None, "none") and name not in PEERS:
+        of_torch = settings.subject(f"{name.partition(':')[0]}:plain")
+        costs["limit_bytes"] = least_bytes(lambda: of_torch(x, labels=labels)["loss"], of_torch)
     if settings.quantise is not None:
         costs["weight_bytes"] = bytes_of(model)
     if settings.memory is not None:

@@ -134,8 +134,11 @@ def multitask(plt: Any, records: Sequence[Record]) -> Any:
     return figure
 
 
+LEGEND = "stars: Res-Tuning\nbars: the limit of what is exact\nand computes nothing twice"
+
+
 def _memory(plt: Any, records: Sequence[Record]) -> Any:
-    """Like the paper's Figure 4: memory against parameters."""
+    """Like the paper's Figure 4: memory against parameters, and the least that an exact method keeps."""
     figure, axes = plt.subplots(1, 2, figsize=(13.5, 5))
     kinds = ("saved_bytes", "saved for backward"), ("peak_bytes", "at the peak, above the loaded model")
     for axis, (unit, label) in zip(axes, kinds, strict=True):
@@ -144,9 +147,16 @@ def _memory(plt: Any, records: Sequence[Record]) -> Any:
             ours = record["name"].startswith(("bypass", "res-tuning"))
             marks = {"marker": "*" if ours else "os^vDPX"[i % 7], "s": 130 if ours else 45}
             axis.scatter(x, y, color=plt.cm.tab20(i % 20), label=record["name"], **marks)
+            if unit == "saved_bytes" and "limit_bytes" in record["values"]:
+                least = record["values"]["limit_bytes"] / 2**20
+                axis.scatter(x, least, color=plt.cm.tab20(i % 20), marker="_", s=400)
         axis.set(xscale="log", yscale="log", xlabel="trained parameters, head included", ylabel=f"MiB {label}")
         axis.grid(alpha=0.3)
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), title="stars: Res-Tuning")
+    axes[-1].legend(
+        loc="center left",
+        bbox_to_anchor=(1.02, 0.5),
+        title="stars: Res-Tuning\nbars: the limit of what is exact\nand computes nothing twice",
+    )
     figure.suptitle(_title(records))
     return figure
 
