@@ -82,7 +82,7 @@ def test_bytes_saved(records: dict[str, dict[str, Any]]) -> None:
 
 
 def test_the_limit_of_what_is_exact() -> None:
-    """Counted by hand: a trained map's input, a norm's output and deviations in place of its input, an activation's input;
+    """By hand: a trained map's input, a norm's output and deviations in place of its input, an activation's input;
     nothing of frozen maps."""
 
     class Net(torch.nn.Module):
