@@ -79,7 +79,7 @@ def cost(settings: Bench, name: str, threads: int) -> tuple[dict[str, float], di
         "peak_bytes": above,
         "loaded_bytes": loaded,
     }
-    if settings.quantise in (None, "none") and name not in PEERS:
+    if settings.quantise in (None, "none") and name not in PEERS and not name.endswith(BANKED):
         of_torch = settings.subject(f"{name.partition(':')[0]}:plain")
         costs["limit_bytes"] = least_bytes(lambda: of_torch(x, labels=labels)["loss"], of_torch)
     if settings.quantise is not None:
