@@ -3,7 +3,9 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from restuning.backbones.anatomy import PARTS, Affine, as_tuple
@@ -11,7 +13,7 @@ from restuning.backbones.quantised import require_plain
 from restuning.backbones.sites import Site, Sites
 from restuning.errors import MethodError
 from restuning.hooks.law import attach, group_by_site
-from restuning.hooks.points import backbone_lock
+from restuning.hooks.points import backbone_lock, in_dtype_of
 from restuning.hooks.tail import Tail, head_width, live
 from restuning.methods.spec import Full, Method, grid_of, residuals_of, side_of
 from restuning.model.files import AdapterConfig
@@ -171,16 +173,28 @@ class AdapterModule(nn.Module):
         if isinstance(self.side, PathNetwork):
             self.side.set_components(bases)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have tuners, side network and head in a dtype; trained copies of modules stay in that of what they copy."""
+        for tuner in self.tuners.values():
+            if not isinstance(tuner, CopiedModule):
+                tuner.to(dtype)
+        for part in filter(None, (self.side, self.head)):
+            part.to(dtype)
+
     def beside(self, features: Features) -> Tensor:
-        """The side network's output for features into which no gradient goes."""
+        """The side network's output for features, in its own dtype."""
         assert self.side is not None
-        return self.side(features.detached())  # type: ignore[no-any-return]
+        return self.side(features.map(partial(in_dtype_of, self.side)))  # type: ignore[no-any-return]
+
+    def outputs(self, pooled: Tensor) -> Tensor:
+        """The head's."""
+        return self.head(in_dtype_of(self.head, pooled))  # type: ignore[no-any-return]
 
     def pooled(self, features: Features, tail: Tail) -> Tensor:
         """What the head reads, (b, d) as a rule, from the features that it asks for."""
         if self.side is None:
             return tail(features.last, features.mask)
-        out: Tensor = self.side(features)
+        out = self.beside(features)
         if self.side.output == "beside":
             return self.side.blend(tail(features.last), out)
         return out if self.side.output == "pooled" else tail(out, features.mask)
@@ -227,7 +241,7 @@ class Reader(nn.Module):
         if self.adapter.side is not None and self.adapter.reads_features:
             features = features.detached()
         pooled = self.adapter.pooled(features, self.tail)
-        return self.adapter.head(pooled) if head else pooled
+        return self.adapter.outputs(pooled) if head else pooled
 
 
 def _left_out(site: Site, config: TunerConfig) -> bool:
