@@ -53,8 +53,9 @@ def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 INTRODUCTION = (
     "Families of module of timm, transformers and torchvision, tried with one small random model each; those that are",
-    "not listed here have not been tried yet.",
-    "Written by `restuning backbones page` from what `restuning backbones check` tried; `make backbones` runs both.",
+    "not listed here have not been tried.",
+    "Written by `restuning backbones page` from what `restuning backbones check` tried, a file for each library and",
+    "kind in `docs/results/backbones`; `make backbones` tries what is not there, and `--family NAME` one anew.",
     "",
     "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward, with the share of the",
     "parameters in the blocks and what follows them (`restuning.backbones.auto`). A method is ✓ if, on a random model,",
