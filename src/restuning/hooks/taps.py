@@ -24,7 +24,9 @@ class Taps:
     between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, request: FeatureRequest, one_shape: bool, maps: bool = False, copied: Sequence[int] = ()) -> None:
+    def __init__(
+        self, request: FeatureRequest, one_shape: bool, maps: bool = False, copied: Sequence[int] = ()
+    ) -> None:
         """
         Args:
             request: layers, tokens, mask, pixels.
