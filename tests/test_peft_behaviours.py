@@ -97,6 +97,14 @@ class Case:
         spec = more.pop("spec", None) or rt.Residual({self.target: lora or rt.Lora(4, 8, 0.0)})
         return rt.adapt(backbone, spec, name=name, anatomy=sites, pool="mean", **more)
 
+    def same(self, a: Tensor, b: Tensor) -> None:
+        """To the bit, but for torch's own attention, whose kernel rounds otherwise than its parts do."""
+        close(a, b) if self.target == "qkv" else torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+    def blocks(self) -> list[int]:
+        """Those that hold a map that is tuned."""
+        return sorted({s.block for s in self.adapt().adapters["default"].sites.values() if s.block is not None})
+
     def batch(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         torch.manual_seed(2)
         return {k: v.to(dtype) if v.is_floating_point() else v for k, v in self.inputs().items()}
@@ -168,7 +176,7 @@ def _(case: Case, folder: Path) -> None:
             with tuned.disable_adapter():
                 tuned(**case.batch())
             bare = rt.adapt(case.backbone(), "linear", pool="mean", anatomy=tuned.sites)
-            assert torch.equal(out, bare(**case.batch()))
+            case.same(out, bare(**case.batch()))
 
 
 @behaviour("output, merged weights and number of parameters are PEFT's own")
@@ -290,8 +298,8 @@ def _(case: Case, folder: Path) -> None:
         with torch.no_grad():
             out = tuned(**case.batch())
             with tuned.disable_adapter():
-                assert torch.equal(tensor_of(tuned(**case.batch())), plain)
-            assert torch.equal(tuned(**case.batch()), out)
+                case.same(tensor_of(tuned(**case.batch())), plain)
+            case.same(tuned(**case.batch()), out)
         shaken(tuned)
 
 
@@ -399,9 +407,9 @@ def _(case: Case, folder: Path) -> None:
 @behaviour("training makes the loss less")
 def _(case: Case, folder: Path) -> None:
     tuned = case.adapt()
-    optimizer = torch.optim.Adam(tuned.adapters.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(tuned.adapters.parameters(), lr=0.01)
     losses = []
-    for _ in range(4):
+    for _ in range(8):
         optimizer.zero_grad()
         loss = (tuned(**case.batch()) - 1).square().mean()
         loss.backward()
@@ -414,9 +422,9 @@ def _(case: Case, folder: Path) -> None:
 def _(case: Case, folder: Path) -> None:
     if case.target == "emb":
         return
-    every = case.adapt().adapters["default"].sites.values()
-    first = case.adapt(spec=rt.Residual({case.target: rt.Lora(2)}, blocks=(0,))).adapters["default"].sites.values()
-    assert [s.reads.path for s in first] == [s.reads.path for s in every if s.block == 0]
+    every, n = case.adapt().adapters["default"].sites.values(), case.blocks()[0]
+    first = case.adapt(spec=rt.Residual({case.target: rt.Lora(2)}, blocks=(n,))).adapters["default"].sites.values()
+    assert [s.reads.path for s in first] == [s.reads.path for s in every if s.block == n]
     path = next(iter(first)).reads.path
     rest = case.adapt(spec=rt.Residual({case.target: rt.Lora(2)}, exclude=(path,))).adapters["default"].sites.values()
     assert [s.reads.path for s in rest] == [s.reads.path for s in every if s.reads.path != path]
@@ -426,13 +434,11 @@ def _(case: Case, folder: Path) -> None:
 def _(case: Case, folder: Path) -> None:
     if case.target == "emb":
         return
-    one, two = (
-        rt.Residual({case.target: rt.Lora(2)}, blocks=(0,)),
-        rt.Residual({case.target: rt.Lora(3, 6)}, blocks=(1,)),
-    )
-    tuned = case.adapt(spec=rt.Mix((one, two)))
+    m, n = case.blocks()[:2]
+    settings = ((m, rt.Lora(2)), (n, rt.Lora(3, 6)))
+    tuned = case.adapt(spec=rt.Mix(tuple(rt.Residual({case.target: lora}, blocks=(i,)) for i, lora in settings)))
     ranks = {s.block: len(tuned.adapters["default"].tuners[k].a) for k, s in tuned.adapters["default"].sites.items()}
-    assert ranks == {0: 2, 1: 3}
+    assert ranks == {m: 2, n: 3}
     tuned.save_pretrained(folder)
     rt.Tuned.from_pretrained(case.backbone(), folder, anatomy=tuned.sites if case.custom else None)
 
