@@ -52,9 +52,13 @@ bench: .venv/ready  ## the recorded tables of docs/results; hours
 	.venv/bin/restuning report runs/small --out docs/results/small
 	.venv/bin/restuning bench memory --backbone resnet50 --batch-size 4 --rounds 1 --method full linear bypass res-tuning lora peft-lora peft-lora-equal --out runs/bench/resnet50
 
+TRIED = docs/results/backbones
 backbones: .venv/ready  ## every family of timm, transformers and torchvision tried, one small model each: docs/backbones.md; an hour
-	.venv/bin/restuning backbones check --out runs/backbones.json
-	.venv/bin/restuning backbones page runs/backbones.json --out docs/backbones.md
+	-.venv/bin/restuning backbones check --library timm --kind image --out $(TRIED)/timm-image.json
+	-.venv/bin/restuning backbones check --library torchvision --kind image --out $(TRIED)/torchvision-image.json
+	-.venv/bin/restuning backbones check --library transformers --kind image --out $(TRIED)/transformers-image.json
+	-.venv/bin/restuning backbones check --library transformers --kind text --out $(TRIED)/transformers-text.json
+	.venv/bin/restuning backbones page $(TRIED)/*.json --out docs/backbones.md
 
 docs: .venv/docs  ## the pages as a site in runs/site
 	$(PY) scripts/make_pages.py

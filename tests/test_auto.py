@@ -211,6 +211,52 @@ def test_of_two_towers_one_must_be_named() -> None:
         rt.adapt(model, "linear", tower="audio")
 
 
+_CLIP_TEXT = {**{k: v for k, v in TEXT.items() if k not in ("image_size", "patch_size")}, "eos_token_id": 2}
+_CLIP_TEXT |= {"bos_token_id": 1, "sep_token_id": 2}
+_SEQUENCES = {
+    f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 2), ("attention_heads", 4))
+}
+_SEQUENCES |= {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64, "d_model": 32, "vocab_size": 50}
+TOWERS: dict[str, tuple[Any, dict[str, str]]] = {
+    "SigLIP": (
+        lambda: hf.SiglipModel(hf.SiglipConfig(text_config=_CLIP_TEXT, vision_config=HF)),
+        {"vision_model": "pixels", "text_model": "words"},
+    ),
+    "BLIP": (
+        lambda: hf.BlipModel(hf.BlipConfig(text_config=_CLIP_TEXT, vision_config=HF, projection_dim=8)),
+        {"vision_model": "pixels", "text_model": "words"},
+    ),
+    "BART": (
+        lambda: hf.BartModel(hf.BartConfig(**_SEQUENCES, pad_token_id=0)),
+        {"encoder": "words", "decoder": "words"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_of_every_kind_of_towers_one_is_asked_for(name: str) -> None:
+    build, towers = TOWERS[name]
+    for tower, reads in towers.items():
+        model = build().eval()
+        with pytest.raises(TowersError) as several:
+            rt.adapt(model, "linear")
+        assert several.value.towers == (*towers,)
+        tuned = rt.adapt(model, "bypass", 3, tower=tower)
+        batch = torch.randn(2, 3, 16, 16) if reads == "pixels" else torch.randint(3, 50, (2, 7))
+        assert tuned(batch).shape == (2, 3)
+
+
+def test_a_model_that_reads_images_into_words_is_its_language_model_unless_a_tower_is_named() -> None:
+    """Gemma 3: the vision tower feeds the stream, which is the language model's."""
+    text = {k: v for k, v in GROUPED.items() if k not in ("image_size", "patch_size")}
+    config = hf.Gemma3Config(text_config={**text, "head_dim": 8}, vision_config=HF, mm_tokens_per_image=4)
+    model, ids = hf.Gemma3Model(config).eval(), torch.randint(3, 50, (2, 7))
+    sites = find_sites(model)
+    assert {path.partition(".")[0] for path in sites.blocks} == {"language_model"}
+    assert rt.adapt(model, "bypass", 3, anatomy=sites)(input_ids=ids).shape == (2, 3)
+    assert rt.adapt(model, "bypass", 3, tower="vision_tower")(torch.randn(2, 3, 16, 16)).shape == (2, 3)
+
+
 def test_an_encoder_and_a_decoder_are_apart() -> None:
     model = hf.T5Model(hf.T5Config(**T5)).eval()
     with pytest.raises(TowersError) as several:

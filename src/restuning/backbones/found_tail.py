@@ -17,8 +17,8 @@ from restuning.errors import SiteError
 @dataclass(frozen=True)
 class FoundTail:
     """What follows the blocks; more: a call that has to count as the last block. checked: against the output. instead:
-    which pooling stands in for the backbone's own, and why; empty: it is the backbone's own. rewritten: whether what
-    follows writes to the last block's output, as nn.ReLU(inplace=True) does."""
+    which pooling stands in for the backbone's own, and why; empty: it is the backbone's own. rewritten: the layers
+    to which what follows writes once more, as nn.ReLU(inplace=True) does."""
 
     norm: tuple[str, ...]
     post: tuple[str, ...]
@@ -29,7 +29,7 @@ class FoundTail:
     checked: bool
     more: Ran | None = None
     instead: str = ""
-    rewritten: bool = False
+    rewritten: tuple[int, ...] = ()
 
 
 def tail_of_blocks(
@@ -42,17 +42,19 @@ def tail_of_blocks(
     kept: dict[str, list[Any]] = {}
     watched = {blocks[-1].path: blocks[-1].module, **{c.path: c.module for c in after}}
 
-    versions: dict[str, tuple[Tensor, int]] = {}
+    versions: dict[str, list[tuple[Tensor, int]]] = {}
 
     def keep(path: str) -> Any:
         def see(m: nn.Module, args: Any, out: Any) -> None:
-            kept.setdefault(path, []).append((args, copied(out)))
+            if path in watched:
+                kept.setdefault(path, []).append((args, copied(out)))
             if (given := next(tensors(out), None)) is not None:
-                versions[path] = given, given._version
+                versions.setdefault(path, []).append((given, given._version))
 
         return see
 
-    handles = [module.register_forward_hook(keep(path)) for path, module in watched.items()]
+    every = {**{ran.path: ran.module for ran in blocks}, **watched}
+    handles = [module.register_forward_hook(keep(path)) for path, module in every.items()]
     try:
         with quiet(backbone):
             out = run(backbone, inputs)
@@ -74,11 +76,19 @@ def tail_of_blocks(
             rest = [c for c in after if c.start > source.end] if more is not seen.root else []
             found = _fitting(h.permute(0, 3, 1, 2) if last else h, rest, targets, prefix, words)
             if found is not None:
-                last_out, version = versions.get(source.path, (h, h._version))
-                return replace(found, more=more, rewritten=last_out._version != version)
+                ends = [*blocks, *([more] if more is not None and more is not seen.root else [])]
+                return replace(found, more=more, rewritten=tuple(_rewritten(ends, versions)))
     raise SiteError(
         f"the pooling of {type(backbone).__name__} is not known: its blocks are found, its output is not made of them"
     )
+
+
+def _rewritten(ends: Sequence[Ran], versions: Mapping[str, Sequence[tuple[Tensor, int]]]) -> Iterator[int]:
+    """The layers x_1 … x_L that were written to after these calls had made them."""
+    for layer, ran in enumerate(ends, 1):
+        x, version = versions[ran.path][-1 if ran.nth is None else ran.nth]
+        if x._version != version:
+            yield layer
 
 
 def _targets(backbone: nn.Module, out: Any, kept: Mapping[str, list[Any]], seen: Trace) -> Iterator[tuple[str, Tensor]]:

@@ -16,13 +16,14 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
 
     Raises SiteError where nothing says of what kind they are.
     """
+    frames: tuple[int, ...] = ()
     like = next((p for p in backbone.parameters() if p.is_floating_point()), torch.empty(0))
     timm, config = getattr(backbone, "pretrained_cfg", None), getattr(backbone, "config", None)
 
     def pixels(channels: int, sizes: Sequence[tuple[int, int]], name: str) -> Iterator[dict[str, Any]]:
         draw = torch.Generator().manual_seed(0)
         for size in dict.fromkeys(sizes):
-            image = torch.randn(BATCH, channels, *size, generator=draw)
+            image = torch.randn(BATCH, *frames, channels, *size, generator=draw)
             yield {name: image.to(like.device, like.dtype)}
 
     if isinstance(timm, Mapping) and "input_size" in timm:
@@ -33,7 +34,9 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
         return
     if config is not None:
         main = getattr(backbone, "main_input_name", "")
-        if main == "pixel_values":
+        if main in ("pixel_values", "pixel_values_videos"):
+            count = getattr(config, "num_frames", None)
+            frames = () if count is None else (int(count),)
             sizes = [_size(getattr(c, "image_size", None)) for c in (config, getattr(config, "backbone_config", None))]
             some = [size for size in sizes if size is not None] or [(64, 64), (224, 224)]
             channels = getattr(config, "num_channels", None) or getattr(config, "in_channels", None) or 3

@@ -69,8 +69,8 @@ class Sites(Sequence[Site]):
     which the first reads x_0. features: the port of every layer x_0 … x_L, as something whose input and output it is.
     port: that of what the head reads. norm, post and pooler: the
     modules before and after pooling, and in its place. points: where the layers x_0 … x_L are seen, if not at the
-    stems' ends. found: of sites that no row of the table has, what a trace says of them. rewritten: whether the
-    backbone writes to the last layer once more, in place.
+    stems' ends. found: of sites that no row of the table has, what a trace says of them. rewritten: the layers
+    to which the backbone writes once more, in place.
     """
 
     anatomy: Anatomy
@@ -88,7 +88,7 @@ class Sites(Sequence[Site]):
     prefix: int
     points: tuple[Point, ...] = ()
     found: Found | None = None
-    rewritten: bool = False
+    rewritten: tuple[int, ...] = ()
 
     @property
     def ops(self) -> tuple[str, ...]:

@@ -289,16 +289,18 @@ def _works(model: nn.Module) -> None:
 def shrunk(kind: Any, sizes: Mapping[str, Any]) -> Any:
     """A configuration of a kind, with those of `sizes` that it has; smaller numbers and lists are left as they are."""
     known, nested = _smaller(kind(), sizes)
-    while True:
-        try:
-            return kind(**known, **nested)
-        except (AttributeError, TypeError, ValueError, NotImplementedError) as error:
-            own = getattr(kind, "attribute_map", {})  # a property cannot be set
-            message = str(error).replace("`", "'")
-            unset = next((k for k in known if f"'{k}'" in message or f"'{own.get(k)}'" in message), None)
-            if unset is None:
-                raise
-            del known[unset]
+    return kind(**known, **nested)
+
+
+def _can_be_set(plain: Any, key: str, value: Any) -> bool:
+    """Whether a configuration is told it, and does not work it out from others."""
+    if not isinstance(getattr(type(plain), key, None), property):
+        return True
+    try:
+        setattr(copy.copy(plain), key, value)
+    except (AttributeError, NotImplementedError):
+        return False
+    return True
 
 
 def _smaller(plain: Any, sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -343,6 +345,7 @@ def _smaller(plain: Any, sizes: Mapping[str, Any]) -> tuple[dict[str, Any], dict
         elif key == "per_layer_config" and isinstance(value, Mapping):
             known[key] = {i: one for i, one in value.items() if int(i) < layers}
     known |= OWN.get(getattr(type(plain), "model_type", ""), {}) if sizes else {}
+    known = {key: value for key, value in known.items() if _can_be_set(plain, own.get(key, key), value)}
     nested: dict[str, Any] = {}
     for key in getattr(type(plain), "sub_configs", {}) or {}:
         inner = has(key)

@@ -301,7 +301,7 @@ def _read_by_classifier(backbone: nn.Module, inputs: Mapping[str, Any], before: 
     read: list[Tensor] = []
 
     def see(m: nn.Module, args: Any, out: Tensor) -> None:
-        if torch.equal(out, before):
+        if out.shape == before.shape and _equal(out, before, loose=True):
             read.append(args[0].clone())
 
     with ExitStack() as stack:

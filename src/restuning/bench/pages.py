@@ -53,8 +53,9 @@ def totals(done: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 INTRODUCTION = (
     "Families of module of timm, transformers and torchvision, tried with one small random model each; those that are",
-    "not listed here have not been tried yet.",
-    "Written by `restuning backbones page` from what `restuning backbones check` tried; `make backbones` runs both.",
+    "not listed here have not been tried.",
+    "Written by `restuning backbones page` from what `restuning backbones check` tried, a file for each library and",
+    "kind in `docs/results/backbones`; `make backbones` tries what is not there, and `--family NAME` one anew.",
     "",
     "`table`: found by a row of `restuning.backbones.families`; `trace`: by one traced forward, with the share of the",
     "parameters in the blocks and what follows them (`restuning.backbones.auto`). A method is ✓ if, on a random model,",
@@ -63,6 +64,13 @@ INTRODUCTION = (
     "gradient, what is saved and loaded gives the same output to the bit (to rounding where a model's own differs from",
     "call to call), and the backbone is after `unload` as it was before. LoRA is on `all-linear`, but for convolutions",
     "whose padding depends on the map.",
+    "",
+    "Fourteen families are tried further, with anatomies found by a trace: a training step, features in memory or",
+    "in a bank, a mixed batch and a compiled pass each (`pytest tests/test_auto.py -k found_family`). GPT-2,",
+    "DistilBERT, T5's encoder, ALBERT, Phi and SegFormer have no row in the table, and PEFT's tests and examples",
+    "use them; BERT, Llama, ViT, CLIP, SigLIP, DINOv2, Swin and ConvNeXt are what its tests, and image projects on",
+    "timm and transformers, begin from. They were chosen by where they are named: download counts were not to be",
+    "had.",
 )
 
 

@@ -25,7 +25,7 @@ class Backbones:
         tuple[str, ...], Option("check; or page FILE …, files that check has written", metavar="WHAT", positional=True)
     ]
     library: Annotated[Literal["timm", "transformers", "torchvision"] | None, Option("(default: all of them)")] = None
-    family: Annotated[tuple[str, ...], Option("these families alone", metavar="NAME")] = ()
+    family: Annotated[tuple[str, ...], Option("these families alone, anew if --out has them", metavar="NAME")] = ()
     kind: Annotated[Literal["image", "text"] | None, Option("families that read images, or texts, alone")] = None
     out: Annotated[str | None, Option("a file written as families are done; those in it are not tried again")] = None
     json: Json = False
@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         every = ", ".join(name for found in known.values() for name in found)
         raise RestuningError(f"unknown family {unknown[0]!r}: expected one of {every}")
     done = read(Path(own.out)) if own.out and Path(own.out).exists() else []
+    done = [one for one in done if one["family"] not in own.family or one["library"] not in known]
     have = {(one["library"], one["family"]) for one in done}
     for library, found in known.items():
         for name, kind in found.items():

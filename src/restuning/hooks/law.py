@@ -22,6 +22,8 @@ from restuning.hooks.points import (
     Hook,
     NamedTuners,
     as_tokens,
+    in_dtype,
+    in_dtype_of,
     in_layout_of,
     in_place_of,
     on_input,
@@ -69,7 +71,7 @@ class SiteSum:
         return self.add_to_output(y)
 
     def add_to_output(self, y: Tensor) -> Tensor:
-        """OP(x) + Σ tuner(x, OP(x)), in the output's own layout."""
+        """OP(x) + Σ tuner(x, OP(x)), in the output's own layout and dtype; summed in the tuners' dtype."""
         self.called = True
         if not all(self.inputs.values()):
             raise SiteError("an operation's output came before its input: the anatomy's points are in the wrong order")
@@ -87,10 +89,11 @@ class SiteSum:
                 if tuner.layout == "patches":
                     appended = sum(a.count for a in self.appended if self.site.block in a.span)
                 pair = [t[:, : t.shape[1] - appended] for t in (x, as_tokens(output))]
+            pair = [in_dtype_of(tuner, t) for t in pair]
             added = tuner(*pair, self._state(name)) if tuner.form == "stateful" else tuner(*pair)
             if added is not None:
                 y = y + in_layout_of(y, F.pad(added, (0, 0, 0, appended)) if appended else added)
-        return y
+        return in_dtype(y, output.dtype)
 
     def _state(self, name: str) -> dict[str, Any]:
         if self.recomputing:
@@ -182,4 +185,8 @@ def _weight(site: Site, backbone: nn.Module) -> Tensor:
 
 
 def _merging(tuners: Sequence[AnyTuner]) -> Callable[[Call], Tensor]:
-    return lambda call: merged(call, [tuner(call) for tuner in tuners])
+    def run(call: Call) -> Tensor:
+        dtype, pieces = call.q.dtype, [tuner(call) for tuner in tuners]
+        return merged(call, [(in_dtype(k, dtype), in_dtype(v, dtype)) for k, v in pieces])
+
+    return run

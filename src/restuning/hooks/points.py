@@ -52,6 +52,19 @@ def pooled_to_grid_of(y: Tensor, x: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(x, (y.shape[2], y.shape[3])) if coarser else x
 
 
+def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Floating-point numbers in a dtype; as they are under autocast, which has rules of its own."""
+    same = x.dtype == dtype or not x.is_floating_point() or torch.is_autocast_enabled(x.device.type)
+    return x if same else x.to(dtype)
+
+
+def in_dtype_of(module: AnyTuner, x: Tensor) -> Tensor:
+    """What a module reads, in the dtype of its parameters: adapters in float32 read features in half precision, and
+    frozen modules in half precision what comes of adapters."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    return x if own is None else in_dtype(x, own)
+
+
 def on_input(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
     """A hook that calls `read` with the tensor at a point. first: before the hooks that are there already."""
     module = backbone.get_submodule(point.path)

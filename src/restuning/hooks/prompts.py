@@ -19,6 +19,8 @@ from restuning.hooks.points import (
     argument,
     before,
     first_tensor,
+    in_dtype,
+    in_dtype_of,
     replace_argument,
     replace_first_tensor,
 )
@@ -49,7 +51,7 @@ def append_tokens(backbone: nn.Module, sites: Sites, appended: AppendedTokens, t
         name, x = argument(m, args, kwargs)
         if m is modules[0]:
             appended.before = x.shape[1]
-            x = torch.cat([x, tuner(x)], 1)
+            x = torch.cat([x, _tokens(tuner, x)], 1)
             appended.count = x.shape[1] - appended.before
         n, total = appended.before, x.shape[1]
         args = tuple(_widened(value, n, total) for value in args)
@@ -88,7 +90,7 @@ def prompts_apart(
                 return merged(Call(call.q, stream.k, stream.v, mask, False, stream.scale), own[-1:])
             args, kwargs = given[0]  # kept: a block may be run again from within
             name, x = argument(block, args, kwargs)
-            tokens = prompts[i] if i in prompts else tuner(x)
+            tokens = prompts[i] if i in prompts else _tokens(tuner, x)
             args = tuple(None if _is_mask(value) else value for value in args)
             kwargs = {key: None if _is_mask(value) else value for key, value in kwargs.items()}
             args, kwargs = replace_argument(args, kwargs, name, tokens)
@@ -112,6 +114,11 @@ def prompts_apart(
         (name,) = as_tuple(sites.anatomy.attention)
         attention = f"{sites.blocks[i]}.{name}"
         yield partial(on_call, backbone.get_submodule(attention), change, recomputing)
+
+
+def _tokens(tuner: AnyTuner, x: Tensor) -> Tensor:
+    """Those that a tuner appends to the stream, in its dtype."""
+    return in_dtype(tuner(in_dtype_of(tuner, x)), x.dtype)
 
 
 def _refuse_rotary(kwargs: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from restuning._types import Tokens
 from restuning.backbones.sites import Sites, layout_of
 from restuning.errors import SiteError
-from restuning.hooks.points import as_tokens
+from restuning.hooks.points import as_tokens, in_dtype_of
 from restuning.side.features import ALL, FIRST, LAST, MEAN, TokenSelection, last, mean_of
 
 POOLS = ("cls", "mean", "cls+mean", "last", "map", "none")
@@ -36,7 +36,7 @@ class Tail:
         elif self.pool == "last":
             x = last(x, mask)[:, 0]
         elif self.pool == "map":
-            x = self.pooler(x)
+            x = self.pooler(in_dtype_of(self.pooler, x))
         elif self.pool == "mean":
             x = self._mean(x, mask)
         elif self.pool == "cls+mean":
@@ -51,6 +51,7 @@ class Tail:
 def _through(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """Tokens (b, n, d) or pooled (b, d), which a module of maps has as (b, d, n, 1)."""
     for module in modules:
+        x = in_dtype_of(module, x)
         if layout_of(module) == "first":
             pooled = as_tokens(module(as_tokens(x).transpose(1, 2).unsqueeze(-1)))
             x = pooled if x.ndim == 3 else pooled.flatten(1)

@@ -1,7 +1,7 @@
 """The backbone's features, taken as its forward runs."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
@@ -24,13 +24,15 @@ class Taps:
     between them would keep an allocator from giving those back.
     """
 
-    def __init__(self, request: FeatureRequest, one_shape: bool, maps: bool = False, copied: int | None = None) -> None:
+    def __init__(
+        self, request: FeatureRequest, one_shape: bool, maps: bool = False, copied: Sequence[int] = ()
+    ) -> None:
         """
         Args:
             request: layers, tokens, mask, pixels.
             one_shape: whether all layers have one shape.
             maps: whether layers are kept whole, as they come.
-            copied: a layer to which the backbone writes once more.
+            copied: layers to which the backbone writes once more.
         """
         self.request, self.one_shape, self.maps, self.copied = request, one_shape, maps, copied
         self.layers: dict[int, Tensor] = {}
@@ -41,7 +43,7 @@ class Taps:
 
     def take(self, layer: int, x: Tensor) -> None:
         """Keep the wanted tokens of one layer."""
-        x = x.clone() if layer == self.copied else x
+        x = x.clone() if layer in self.copied else x
         tokens = self.request.tokens
         if self.maps:
             self.layers[layer] = x
@@ -95,8 +97,7 @@ def tap(backbone: nn.Module, sites: Sites, request: FeatureRequest) -> Iterator[
                 "the backbone is called while another thread has hooks on it: call a restuning.Predictor from threads"
             )
 
-    copied = len(sites.blocks) if sites.rewritten else None
-    taps = Taps(request, sites.uniform, sites.join is not None, copied)
+    taps = Taps(request, sites.uniform, sites.join is not None, sites.rewritten)
     with ExitStack() as stack:
         stack.enter_context(before(backbone, same_thread, first=True))
         if request.tokens.by_mask or request.mask:

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from restuning.backbones.quantised import require_plain
 from restuning.backbones.sites import Site, Sites
 from restuning.errors import CheckpointError, MethodError
 from restuning.hooks.law import attach, group_by_site
-from restuning.hooks.points import backbone_lock
+from restuning.hooks.points import backbone_lock, in_dtype_of
 from restuning.hooks.tail import Tail, head_width, live
 from restuning.methods.spec import Full, Method, grid_of, residuals_of, side_of
 from restuning.model.files import AdapterConfig
@@ -183,16 +184,28 @@ class AdapterModule(nn.Module):
             raise CheckpointError("shared weights are of bypass-query-shared and the like: this method has none")
         self.side.set_shared(state)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have tuners, side network and head in a dtype; trained copies of modules stay in that of what they copy."""
+        for tuner in self.tuners.values():
+            if not isinstance(tuner, CopiedModule):
+                tuner.to(dtype)
+        for part in filter(None, (self.side, self.head)):
+            part.to(dtype)
+
     def beside(self, features: Features) -> Tensor:
-        """The side network's output for features into which no gradient goes."""
+        """The side network's output for features, in its own dtype."""
         assert self.side is not None
-        return self.side(features.detached())  # type: ignore[no-any-return]
+        return self.side(features.map(partial(in_dtype_of, self.side)))  # type: ignore[no-any-return]
+
+    def outputs(self, pooled: Tensor) -> Tensor:
+        """The head's."""
+        return self.head(in_dtype_of(self.head, pooled))  # type: ignore[no-any-return]
 
     def pooled(self, features: Features, tail: Tail) -> Tensor:
         """What the head reads, (b, d) as a rule, from the features that it asks for."""
         if self.side is None:
             return tail(features.last, features.mask)
-        out: Tensor = self.side(features)
+        out = self.beside(features)
         if self.side.output == "beside":
             return self.side.blend(tail(features.last), out)
         return out if self.side.output == "pooled" else tail(out, features.mask)
@@ -200,9 +213,9 @@ class AdapterModule(nn.Module):
     def logits(self, features: Features, tail: Tail) -> Tensor:
         """What the head makes of it; of a side network's parts, a product each."""
         if self.side is None or self.side.output != "pooled" or not isinstance(self.head, nn.Linear):
-            out: Tensor = self.head(self.pooled(features, tail))
-            return out
-        *rest, last = self.side.parts(features)
+            return self.outputs(self.pooled(features, tail))
+        parts = self.side.parts(features.map(partial(in_dtype_of, self.side)))
+        *rest, last = (in_dtype_of(self.head, part) for part in parts)
         weights = torch.split(self.head.weight, [part.shape[-1] for part in (*rest, last)], -1)
         out = F.linear(last, weights[-1], self.head.bias)
         for part, weight in zip(rest, weights[:-1], strict=True):

@@ -61,9 +61,14 @@ class Head:
 
 
 def build_adapter(
-    tuned: "AdapterCollection", name: str, method: str | Method, head: Head, preprocessing: Mapping[str, Any] | None
+    tuned: "AdapterCollection",
+    name: str,
+    method: str | Method,
+    head: Head,
+    preprocessing: Mapping[str, Any] | None,
+    autocast_adapter_dtype: bool = True,
 ) -> tuple[AdapterModule, Reader]:
-    """The modules of a new adapter, on the backbone's device and in its precision.
+    """The modules of a new adapter, on the backbone's device and in its precision, float32 at least.
 
     Args:
         tuned: the backbone and its other adapters.
@@ -71,6 +76,7 @@ def build_adapter(
         method: by name, or as it is.
         head: its outputs.
         preprocessing: of its items, as plain data.
+        autocast_adapter_dtype: False: in half precision on a backbone in half precision.
 
     Raises:
         MethodError, SiteError: see `Tuned.add_adapter`.
@@ -110,7 +116,8 @@ def build_adapter(
         adapter = AdapterModule(tuned.backbone, sites, spec, tail.pool, head.num_classes, config)
     if adapter.inside:
         require_gradient(tuned.backbone, "a tuner inside the backbone")
-    adapter.to(dtype_of(tuned.backbone))
+    own = dtype_of(tuned.backbone)
+    adapter.cast(torch.promote_types(own, torch.float32) if autocast_adapter_dtype else own)
     return adapter, Reader(adapter, tuned.backbone, sites, tail)
 
 

@@ -90,6 +90,7 @@ class AdapterCollection(nn.Module):
         classes: Sequence[str] | None = None,
         preprocessing: Mapping[str, Any] | None = None,
         kind: str = "single-label",
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add an adapter and make it active. Without classes its output is the pooled feature (b, d).
 
@@ -103,6 +104,8 @@ class AdapterCollection(nn.Module):
             classes: their names, saved beside the adapter.
             preprocessing: of its items, saved beside the adapter.
             kind: of task, `single-label`, `multi-label`, `regression` or `per-token`.
+            autocast_adapter_dtype: whether, on a backbone in float16 or bfloat16, the adapter is in float32, and what
+                it reads is cast, as in PEFT; else it is in the backbone's dtype.
 
         Raises:
             MethodError: a name in use or unfit, an unknown method, a class count below 1, a pooling that a kind cannot
@@ -111,7 +114,7 @@ class AdapterCollection(nn.Module):
         """
         self._choice.changed()
         head = Head.of(num_classes, kind, pool, classes)
-        adapter, reader = build_adapter(self, name, method, head, preprocessing)
+        adapter, reader = build_adapter(self, name, method, head, preprocessing, autocast_adapter_dtype)
         self.adapters[name], self._readers[name] = adapter.train(self.training), reader
         self.active_adapters = (name,)
         if adapter.full or len(self.adapters) == 1:  # the first after `unload` finds the backbone as that left it

@@ -44,8 +44,7 @@ class CompiledPass:
             tap(self.backbone, tuned.sites, adapter.request) as taps,
         ):
             pooled = self._graph(kind_of(name, adapter), reader, taps, args, kwargs)
-        out: Tensor = adapter.head(pooled)
-        return out
+        return adapter.outputs(pooled)
 
     def _pass(self, kind: str, reader: Reader, taps: Taps, args: Any, kwargs: Any) -> Tensor:
         """kind: part of the signature, since what is attached is not."""

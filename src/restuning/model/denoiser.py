@@ -58,7 +58,7 @@ def joined(
         for i, adapter in enumerate(sides):
             part = partial(_part, n, i)
             own = taps.features.map(part) if rows else taps.features
-            more.append(adapter.beside(own).to(x.dtype))
+            more.append(adapter.beside(own.detached()).to(x.dtype))
         if rows:
             output = x + torch.cat(more)
         elif apart:
@@ -141,8 +141,8 @@ def output_of(output: Any) -> Tensor:
 class Plug:
     """Hooks on a backbone that make every call of it one of the tuned backbone, until `remove()`.
 
-    What is tuned goes to where the sample is, as pipelines that move their parts about put that, and to the backbone's
-    precision where that was cast since and nothing trains. before: the backbone's state to give back.
+    What is tuned goes to where the sample is, as pipelines that move their parts about put that. before: the backbone's
+    state to give back.
     """
 
     def __init__(self, backbone: nn.Module, tuned: Any, before: Mapping[str, Tensor] | None = None) -> None:
@@ -157,9 +157,6 @@ class Plug:
         sample, own = argument(module, args, kwargs)[1], list(self.tuned.adapters.parameters())
         if any(p.device != sample.device for p in own):
             self.tuned.adapters.to(sample.device)
-        follows = not torch.is_grad_enabled() and not torch.is_autocast_enabled(sample.device.type)
-        if follows and any(p.dtype != sample.dtype for p in own):
-            self.tuned.adapters.to(sample.dtype)
         stack = ExitStack()
         self._running.append((stack, stack.enter_context(self.tuned.acting())))
 

@@ -283,6 +283,7 @@ def load_adapter(
     method: Method | None = None,
     revision: str | None = None,
     subfolder: str = "",
+    autocast_adapter_dtype: bool = True,
 ) -> None:
     """Add a saved adapter; see `Tuned.load_adapter`. All that can be refused is, before anything is changed."""
     folder, active = fetch(path, revision, subfolder), tuned.active_adapters
@@ -308,6 +309,7 @@ def load_adapter(
             classes=config.classes,
             preprocessing=config.preprocessing,
             kind=config.kind,
+            autocast_adapter_dtype=autocast_adapter_dtype,
         )
     except CheckpointError:
         raise

@@ -32,7 +32,8 @@ def kind_of(name: str, adapter: AdapterModule) -> str:
     of its own."""
     spec = json.dumps(adapter.config.spec)
     alone = name if '"own": ' in spec or not adapter.stackable or adapter.full else ""
-    return f"{alone} {adapter.config.pool} {adapter.config.num_classes is None} {spec}"
+    dtypes = sorted({str(p.dtype) for p in adapter.parameters()})
+    return f"{alone} {adapter.config.pool} {adapter.config.num_classes is None} {dtypes} {spec}"
 
 
 @dataclass(frozen=True)

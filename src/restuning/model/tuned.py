@@ -238,6 +238,7 @@ class Tuned(AdapterCollection):
         method: Method | None = None,
         revision: str | None = None,
         subfolder: str = "",
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Add a saved adapter, from a folder or a hub id, and make it active.
 
@@ -247,11 +248,12 @@ class Tuned(AdapterCollection):
             method: needed if it has own tuners.
             revision: on the hub.
             subfolder: of the folder or repository, where the adapter is.
+            autocast_adapter_dtype: see `add_adapter`.
 
         Raises:
             CheckpointError: files that are damaged, foreign, or of another backbone; nothing is changed then.
         """
-        files.load_adapter(self, path, name, method, revision, subfolder)
+        files.load_adapter(self, path, name, method, revision, subfolder, autocast_adapter_dtype)
 
     @classmethod
     def from_pretrained(
@@ -264,11 +266,19 @@ class Tuned(AdapterCollection):
         method: Method | None = None,
         revision: str | None = None,
         subfolder: str = "",
+        autocast_adapter_dtype: bool = True,
     ) -> "Tuned":
         """A saved adapter on its backbone; see `load_adapter`."""
         tuned = cls(backbone, anatomy=anatomy)
         try:
-            tuned.load_adapter(path, name, method=method, revision=revision, subfolder=subfolder)
+            tuned.load_adapter(
+                path,
+                name,
+                method=method,
+                revision=revision,
+                subfolder=subfolder,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
         except Exception:
             tuned.unload()
             raise
@@ -301,6 +311,7 @@ def adapt(
     classes: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     kind: str = "single-label",
+    autocast_adapter_dtype: bool = True,
     anatomy: Anatomy | Sites | None = None,
     tower: str | None = None,
     train_mode: bool = False,
@@ -317,7 +328,16 @@ def adapt(
         backbone = tower_of(backbone, tower)
     tuned = Tuned(backbone, anatomy=anatomy, train_mode=train_mode, backbone_name=backbone_name, memory=memory)
     try:
-        tuned.add_adapter(name, method, num_classes, pool=pool, classes=classes, preprocessing=preprocessing, kind=kind)
+        tuned.add_adapter(
+            name,
+            method,
+            num_classes,
+            pool=pool,
+            classes=classes,
+            preprocessing=preprocessing,
+            kind=kind,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
     except Exception:
         tuned.unload()
         raise

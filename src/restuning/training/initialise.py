@@ -65,7 +65,7 @@ def fisher(tuned: Tuned, adapter: AdapterModule, examples: Examples, seed: int =
             with torch.enable_grad(), tap(backbone, tuned.sites, request) as taps:
                 call, named = arguments((to_device(inputs, device),), {})
                 backbone(*call, **named)
-                logits = adapter.head(tuned.reader(tuned.active()[0]).tail(taps.features.last))
+                logits = adapter.outputs(tuned.reader(tuned.active()[0]).tail(taps.features.last))
                 loss = objective(adapter.config.kind).loss(logits, label.to(device))
             for weight, grad in zip(weights, torch.autograd.grad(loss, weights, allow_unused=True), strict=True):
                 if grad is not None:

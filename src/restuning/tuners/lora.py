@@ -117,7 +117,7 @@ class DoraTuner(LoraTuner):
         weight, bias = self._frozen
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout)
-            y = F.linear(x, weight)
+            y = F.linear(x, weight.to(x.dtype))
         elif bias is not None:
             y = y - bias
         # the length of the rows is taken for a constant in the backward pass, as published (Section 4.3)
