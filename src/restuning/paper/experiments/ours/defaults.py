@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from restuning.errors import RestuningError
 from restuning.features.memory import CachedFeatures, FromFeatures, cache_features
 from restuning.features.stacked import Point, scores
 from restuning.features.stacked import train as train_stack
-from restuning.methods.named import find_method
 from restuning.model.stack import Stack
 from restuning.model.tuned import Tuned, adapt
 from restuning.paper.experiments.measured import Place, once, table
@@ -83,9 +81,9 @@ class Defaults:
     longest: int = 8000
 
     def __post_init__(self) -> None:
-        for value, known in ((self.methods, PLANS), (self.sizes, map(str, SIZES))):
-            if wrong := [name for name in value.split() if name not in (names := list(known))]:
-                raise RestuningError(f"--set of defaults: unknown {wrong[0]!r}, expected of {', '.join(names)}")
+        for value, known in ((self.methods, list(PLANS)), (self.sizes, list(map(str, SIZES)))):
+            if wrong := [name for name in value.split() if name not in known]:
+                raise RestuningError(f"--set of defaults: unknown {wrong[0]!r}, expected of {', '.join(known)}")
 
     def run(self, place: Place) -> Iterator[Record]:
         sizes = [int(size) for size in self.sizes.split()]
@@ -103,8 +101,8 @@ class Defaults:
         parts = [
             f"""# What to train with where nothing is said
 
-{MICRO} on {", ".join(TASKS)}: none of them is among what it was trained on. {len(SEEDS)} seeds ({_names_of_few()}: one),
-each with a draw of its own; batch {BATCH}, the recipe's warm-up and cosine. What validates (430 to 500 pictures) and
+{MICRO} on {", ".join(TASKS)}: none of them is among what it was trained on. {len(SEEDS)} seeds
+({_names_of_few()}: one), each with a draw of its own; batch {BATCH}, the recipe's warm-up and cosine. What validates (430 to 500 pictures) and
 what tests (359 to 900) is the same for all draws. A length is in steps, rounded up to whole epochs."""
         ]
         for method in PLANS:
