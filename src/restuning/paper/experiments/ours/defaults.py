@@ -102,8 +102,9 @@ class Defaults:
             f"""# What to train with where nothing is said
 
 {MICRO} on {", ".join(TASKS)}: none of them is among what it was trained on. {len(SEEDS)} seeds
-({_names_of_few()}: one), each with a draw of its own; batch {BATCH}, the recipe's warm-up and cosine. What validates (430 to 500 pictures) and
-what tests (359 to 900) is the same for all draws. A length is in steps, rounded up to whole epochs."""
+({_names_of_few()}: one), each with a draw of its own; batch {BATCH}, the recipe's warm-up and cosine. What validates
+(430 to 500 pictures) and what tests (359 to 900) is the same for all draws. A length is in steps, rounded up to whole
+epochs."""
         ]
         for method in PLANS:
             if mine := [r for r in records if r["method"] == method]:
