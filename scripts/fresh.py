@@ -53,8 +53,9 @@ for i, label in enumerate(task.train.labels):
 
 def commands(readme: str) -> list[tuple[str, str]]:
     """Name → what is typed, of README.md."""
-    (code,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if 'Path("photos")' in b)
-    (lines,) = (b for b in re.findall(r"```\n(.*?)```", readme, re.S) if b.startswith("restuning train"))
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", readme, re.M | re.S)
+    (code,) = (text for kind, text in blocks if kind == "python" and 'Path("photos")' in text)
+    (lines,) = (text for kind, text in blocks if not kind and text.startswith("restuning train"))
     typed = [("make demo", "make demo"), ("python, the lines of README.md", f"python - <<'END'\n{code}END")]
     return typed + [(line, line) for line in lines.splitlines()] + [("make docs", "make docs")]
 
