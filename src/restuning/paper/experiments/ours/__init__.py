@@ -12,7 +12,6 @@ OWN: dict[str, tuple[str, str, str]] = {
     "bank-formats": ("bank_formats", "BankFormats", "Random batches from a bank of features, by file format"),
     "kept": ("kept", "Kept", "Bytes kept for backward by five methods in four modes on six backbones"),
     "memory-accuracy": ("memory_accuracy", "MemoryAccuracy", "What derivatives in 8 bits cost in accuracy: two tasks"),
-    "defaults": ("defaults", "Defaults", "Rates and lengths for sets of 30 to 5,000 pictures, five methods"),
     "unet": ("unet", "UNet", "What tuning Stable Diffusion's U-Net costs: seven methods, ten tasks"),
     "emoji": ("emoji", "Emoji", "Seven methods on a small text-to-image base (scripts/pretrain_emoji.py)"),
     "tasks": ("tasks", "Tasks", "Ten tasks generated side by side on that base: exact, and on a shared trajectory"),
