@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-.PHONY: setup demo test browser fuzz kill check bench backbones docs extras clean
+.PHONY: setup demo test browser fuzz kill check bench backbones docs extras fresh clean
 
 setup: .venv/demo  ## what the demo needs
 
@@ -66,6 +66,9 @@ docs: .venv/docs  ## the pages as a site in runs/site
 
 extras: setup  ## the wheel alone, and with each extra, in environments of their own: does each do what it is for
 	$(PY) scripts/check_extras.py
+
+fresh:  ## a clone in runs/fresh: set-up, the demo, README's lines on a folder of pictures, the docs, each with its seconds
+	python3 scripts/fresh.py
 
 clean:
 	rm -rf .venv runs

@@ -1,6 +1,6 @@
 """Accelerate's trackers: one loop, whose curves go to TensorBoard, MLflow, Weights & Biases or any other that it knows.
 
-python examples/trackers.py --out runs/trackers --with tensorboard mlflow
+python examples/trackers.py --out runs/trackers --with tensorboard mlflow wandb
 """
 
 import argparse
@@ -26,7 +26,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("MLFLOW_TRACKING_URI", (args.out / "mlruns").absolute().as_uri())
     os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # newer versions prefer a database
-    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_MODE", "offline")  # `wandb sync` sends it later
+    os.environ.setdefault("WANDB_DIR", str(args.out.absolute()))
     backbone = rt.load_backbone("restuning-micro")
     how = preprocessing_of(backbone)
     task = rt.load_task("digits", train_size=args.items, test_size=args.items)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from joblib import parallel_backend
 from PIL import Image
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, cross_val_score
@@ -131,6 +132,47 @@ def test_partial_fit_adds_classes_and_forgets_none(pictures: tuple[list[Image.Im
     assert sum(passed) == len(X) + len(blue)
 
 
+def test_a_loaded_classifier_forgets_nothing(
+    pictures: tuple[list[Image.Image], Any], tmp_path: Path, passed: list[int]
+) -> None:
+    """Saved with what it has seen, it goes on as the one that was never saved does; without, it refuses to forget."""
+    X, y = pictures
+    blue = [Image.new("RGB", (24, 24), (0, 0, 200 + i)) for i in range(10)]
+    tuned = rt.Classifier(epochs=4).fit(X, y)
+    tuned.save(tmp_path / "seen", seen=True)
+    tuned.save(tmp_path / "alone")
+    loaded = rt.Classifier.load(tmp_path / "seen")
+    loaded.save(tmp_path / "again", seen=True)
+    for one in (tuned, loaded, again := rt.Classifier.load(tmp_path / "again")):
+        one.partial_fit(blue[:5], ["blue"] * 5).partial_fit(blue[5:], ["blue"] * 5)
+    assert sum(passed) == len(X) + len(blue)
+    assert np.array_equal(loaded.predict_proba([*X, *blue]), tuned.predict_proba([*X, *blue]))
+    assert np.array_equal(again.predict_proba(X), tuned.predict_proba(X))
+    assert not (tmp_path / "alone/seen.safetensors").exists()
+    alone = rt.Classifier.load(tmp_path / "alone")
+    with pytest.raises(DataError, match="no items of 'dark', 'light'"):
+        alone.partial_fit(blue, ["blue"] * 10)
+    alone.partial_fit([*X, *blue], [*y, *["blue"] * 10])
+    with pytest.raises(RestuningError, match="inside it"):
+        rt.Classifier(method="lora", epochs=1).fit(X[:4], y[:4]).save(tmp_path / "inside", seen=True)
+    for damage in (b"", (tmp_path / "seen/adapter_model.safetensors").read_bytes()):
+        (tmp_path / "seen/seen.safetensors").write_bytes(damage)
+        with pytest.raises(CheckpointError, match="damaged, or of another adapter"):
+            rt.Classifier.load(tmp_path / "seen")
+
+
+def test_threads_train_as_one_does(pictures: tuple[list[Image.Image], Any], passed: list[int]) -> None:
+    X, y = pictures
+    grid = {"method": ["linear", "bypass", rt.Residual({"ffn": rt.Adapter(2)})], "lr": [0.03, 0.01]}
+    found = []
+    for workers in (1, 4):
+        base.CACHE.clear()
+        with parallel_backend("threading"):
+            search = GridSearchCV(rt.Classifier(epochs=1, image_size=16), grid, cv=2, n_jobs=workers, refit=False)
+            found.append(search.fit(X, y).cv_results_["mean_test_score"])
+    assert np.array_equal(*found)
+
+
 def test_a_method_inside_the_backbone_learns_too(pictures: tuple[list[Image.Image], Any]) -> None:
     X, y = pictures
     tuned = rt.Classifier(method=rt.Residual({"ffn": rt.Adapter(4)}), epochs=1, image_size=32).fit(X[:8], y[:8])
@@ -144,8 +186,12 @@ def test_a_regressor_learns_a_target_far_from_zero(pictures: tuple[list[Image.Im
     target = 1000 + 50.0 * (y == "light")
     tuned = rt.Regressor(epochs=20).fit(X, target)
     assert tuned.score(X, target) > 0.5
-    tuned.save(tmp_path)
-    assert np.allclose(rt.Regressor.load(tmp_path).predict(X), tuned.predict(X))
+    tuned.save(tmp_path, seen=True)
+    loaded = rt.Regressor.load(tmp_path)
+    assert np.allclose(loaded.predict(X), tuned.predict(X))
+    for one in (tuned, loaded):
+        one.set_params(epochs=2).partial_fit(X[:4], target[:4] + 100)
+    assert np.allclose(loaded.predict(X), tuned.predict(X))
 
 
 def test_texts(passed: list[int]) -> None:

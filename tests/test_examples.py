@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,19 +19,19 @@ SMALL = {
     "grid_search": (["--items", "60", "--epochs", "2"], "60 pictures, 13 trainings, 60 pictures through the backbone"),
     "texts": (["--epochs", "4"], "next: restuning predict"),
     "lightning_loop": (["--items", "24", "--epochs", "1"], "next: restuning predict"),
-    "trackers": (["--items", "24", "--epochs", "2", "--with", "tensorboard", "mlflow"], "tensorboard, mlflow"),
+    "collator": (["--epochs", "4"], "of 10 are right"),
+    "publish": (["--items", "24"], "next: restuning predict"),
     "from_datasets": (["--items", "24", "--epochs", "1"], "24 rows of 10 classes"),
     "several_tasks": (["--items", "30", "--epochs", "2"], "3 tasks, 1 pass of the backbone"),
 }
 
 
-ASKS = {"text_to_image"}
-"""What cannot run without data of its own, and has a test of its own."""
+OWN_TESTS = {"text_to_image", "trackers"}
 
 
 def test_all_are_tried() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL) | ASKS
-    for name in (*SMALL, *ASKS):
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(SMALL) | OWN_TESTS
+    for name in (*SMALL, *OWN_TESTS):
         assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 60, name
         assert f"examples/{name}.py" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
@@ -82,16 +83,56 @@ def test_lightning_goes_on_from_a_checkpoint_of_the_adapter_alone(
     assert all(torch.equal(value, expected[name]) for name, value in new.tuned.adapters.state_dict().items())
 
 
-def test_what_trackers_wrote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read by the trackers' own readers."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def log_records(data: bytes) -> Iterator[bytes]:
+    """Of a log in LevelDB's format after its header: checksum (4 bytes), length (2), kind (1), data; 32 KiB a block."""
+    at, part = 7, b""  # in its block
+    while data:
+        room = 32768 - at
+        if room < 7:
+            data, at = data[room:], 0
+            continue
+        length, kind = int.from_bytes(data[4:6], "little"), data[6]
+        part, data, at = part + data[7 : 7 + length], data[7 + length :], (at + 7 + length) % 32768
+        if kind in (1, 4):  # whole, or its last part
+            yield part
+            part = b""
 
-    argv = ["trackers", "--items", "24", "--epochs", "2", "--with", "tensorboard", "--out", str(tmp_path)]
+
+def test_what_trackers_wrote(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Read by the trackers' own readers, as far as they have any."""
+    import mlflow
+    import wandb
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for name in ("WANDB_MODE", "WANDB_DIR", "MLFLOW_TRACKING_URI", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(name, "")  # as it was, afterwards
+        monkeypatch.delenv(name)
+    trackers = ["tensorboard", "mlflow", "wandb"]
+    argv = ["trackers", "--items", "24", "--epochs", "2", "--with", *trackers, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     runpy.run_path(str(EXAMPLES / "trackers.py"), run_name="__main__")
+    wandb.teardown()
+    assert "tensorboard, mlflow, wandb" in capsys.readouterr().out
+    assert list(tmp_path.rglob("adapter_model.safetensors"))
     events = EventAccumulator(str(tmp_path / "digits"))
     events.Reload()
-    assert [point.step for point in events.Scalars("loss")] == [0, 1]
+    curve = [(point.step, pytest.approx(point.value, rel=1e-5)) for point in events.Scalars("loss")]
+    assert [step for step, _ in curve] == [0, 1]
+
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "loss")] == curve
+
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    found = []
+    for record in map(Record.FromString, log_records(file.read_bytes()[7:])):
+        for item in record.history.item:
+            if "loss" in (item.key, *item.nested_key):
+                found.append((record.history.step.num, json.loads(item.value_json)))
+    assert found == curve
 
 
 def test_a_pipeline_is_tuned_and_is_what_it_was(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from threading import RLock
 
 import torch
 
@@ -12,14 +13,15 @@ from restuning.training.evaluate import Examples, by_length, loader, padded, to_
 
 
 class ContentCache:
-    """Features of single items in memory, the oldest forgotten beyond a limit.
+    """Features of single items in memory, the oldest forgotten beyond a limit. Any number of threads may ask: one
+    computes, and the others wait.
 
     Args:
         limit: bytes.
     """
 
     def __init__(self, limit: int) -> None:
-        self.limit, self.bytes = limit, 0
+        self.limit, self.bytes, self.lock = limit, 0, RLock()
         self.rows: dict[Hashable, Features] = {}
 
     def features(
@@ -41,13 +43,14 @@ class ContentCache:
         """
         request = widened(tuned)
         keys = [(backbone, request, digest) for digest in digests]
-        missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self.rows}.values())
-        if missing:
-            self._compute(tuned, request, [keys[i] for i in missing], examples(missing), batch_size)
-        found = Features.joined([self.rows[key] for key in keys], padded)
-        while self.bytes > self.limit:
-            oldest = self.rows.pop(next(iter(self.rows)))
-            self.bytes -= sum(x.nbytes for x in oldest.tensors())
+        with self.lock:
+            missing = list({key: i for i, key in reversed(list(enumerate(keys))) if key not in self.rows}.values())
+            if missing:
+                self._compute(tuned, request, [keys[i] for i in missing], examples(missing), batch_size)
+            found = Features.joined([self.rows[key] for key in keys], padded)
+            while self.bytes > self.limit:
+                oldest = self.rows.pop(next(iter(self.rows)))
+                self.bytes -= sum(x.nbytes for x in oldest.tensors())
         return found
 
     @torch.no_grad()
@@ -67,8 +70,9 @@ class ContentCache:
 
     def clear(self) -> None:
         """Forget everything."""
-        self.rows.clear()
-        self.bytes = 0
+        with self.lock:
+            self.rows.clear()
+            self.bytes = 0
 
 
 def widened(tuned: Tuned) -> FeatureRequest:

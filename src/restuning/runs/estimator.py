@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import RLock
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,9 +26,11 @@ from restuning.methods.named import find_method
 from restuning.methods.spec import Full, Method
 from restuning.model.tuned import Tuned
 from restuning.runs.load import load_tuned, transform_of
+from restuning.runs.seen import SEEN, read_seen, write_seen
 from restuning.runs.settings import RUN, Run
+from restuning.side.features import Features
 from restuning.training.config import TrainConfig
-from restuning.training.evaluate import Examples, predict_logits
+from restuning.training.evaluate import Examples, padded, predict_logits
 from restuning.training.initialise import initialise, needs_data
 from restuning.training.loop import fit
 from restuning.utils.files import as_json, atomic_write
@@ -51,6 +54,8 @@ CACHE = ContentCache(LIMIT)
 """Features of all estimators in this process, by content; `CACHE.clear()` forgets them."""
 _BACKBONES: OrderedDict[tuple[Any, ...], nn.Module] = OrderedDict()
 _BACKBONES_AT_MOST = 2
+_ALONE = RLock()
+"""Of all threads one computes at a time: backbones, their hooks and the global generator are shared."""
 
 
 class Estimator(BaseEstimator):  # type: ignore[misc]
@@ -59,7 +64,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     kind: ClassVar[str]
     model_: Any  # a Tuned; a linear map where X is rows of numbers
     reading_: Reading
-    seen_: tuple[Any, Any]
+    seen_: tuple[Any, Any]  # items and labels
+    earlier_: tuple[Features, Any]  # features and labels, of a folder
 
     def __init__(
         self,
@@ -83,18 +89,23 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     # ---- what both are asked
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, *, seen: bool = False) -> None:
         """Write the folder that `restuning predict` and `load` read: the adapter, its classes, how items are read.
 
         Args:
             folder: made if it is not there.
+            seen: the features of what it was trained on are written too, so that `partial_fit` of what `load` gives
+                forgets none of it.
 
         Raises:
-            RestuningError: fitted on rows of numbers, so that there is no backbone.
+            RestuningError: fitted on rows of numbers, so that there is no backbone; or features are asked for of a
+                method that has none.
         """
         check_is_fitted(self, "model_")
         if not isinstance(self.model_, Tuned):
             raise RestuningError("fitted on rows of numbers: there is no backbone, and no adapter to save")
+        if seen and not self.model_.reads_features:
+            raise RestuningError("seen is for methods beside the backbone: this one tunes inside it")
         folder, params = Path(folder), self.get_params()
         if not isinstance(self.method, str | Mapping):
             params["method"] = to_dict(self.method)
@@ -103,6 +114,9 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             run = Run("python", self.method if isinstance(self.method, str) else params["method"], self.backbone)
             atomic_write(folder / RUN, as_json(replace(run, weights=self.weights).to_dict()))
         atomic_write(folder / ESTIMATOR, as_json({"format": FORMAT, "params": params, "labels": self._labels()}))
+        (folder / SEEN).unlink(missing_ok=True)
+        if seen and (known := self._known()) is not None:
+            write_seen(folder, *known)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -130,12 +144,13 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         made = cls(**{"backbone": tuned.backbone_name, "method": config.method or dict(config.spec), **known})
         made.model_, made.reading_ = tuned.eval(), transform_of(folder, config.preprocessing)
         made._take_labels(record.get("labels") or list(config.classes or range(config.num_classes or 0)))
+        if (known := read_seen(folder, tuned)) is not None:
+            made.earlier_ = known[0], made._from_targets(known[1])
         return made
 
     def __getstate__(self) -> dict[str, Any]:
         """An adapter is carried as its files, and its backbone by name."""
-        state = dict(super().__getstate__())
-        state.pop("seen_", None)
+        state = {k: v for k, v in super().__getstate__().items() if k not in ("seen_", "earlier_")}
         if isinstance(state.get("model_"), Tuned):
             with tempfile.TemporaryDirectory() as folder:
                 self.save(folder)
@@ -160,6 +175,12 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     def _take_labels(self, labels: Sequence[Any]) -> None:
         raise NotImplementedError
 
+    def _to_targets(self, y: Any) -> Tensor:
+        raise NotImplementedError
+
+    def _from_targets(self, targets: Any) -> Any:
+        raise NotImplementedError
+
     # ---- data
 
     def _data(self, X: Any, reset: bool) -> Any:
@@ -178,19 +199,33 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         return data, check_array(y, ensure_2d=False, dtype="numeric") if checks else column_or_1d(y, warn=True)
 
     def _also_seen(self, data: Any, y: Any) -> tuple[Any, Any]:
-        """With those of earlier calls."""
+        """With those of earlier calls; labels of those, too, of which a folder had the features, first."""
         if hasattr(self, "seen_"):
             before, labels = self.seen_
             data = before + data if isinstance(data, list) else np.concatenate([before, data])
             y = np.concatenate([labels, y])
         self.seen_ = data, y
-        return data, y
+        return data, np.concatenate([self.earlier_[1], y]) if hasattr(self, "earlier_") else y
+
+    def _known(self) -> tuple[Features, Tensor] | None:
+        """Features of all that it was trained on, as far as it is there, and their targets."""
+        parts = [self.earlier_] if hasattr(self, "earlier_") else []
+        if hasattr(self, "seen_"):
+            parts.append((self._features(self.seen_[0]), self.seen_[1]))
+        if not parts:
+            return None
+        y = np.concatenate([labels for _, labels in parts])
+        return Features.joined([features for features, _ in parts], padded), self._to_targets(y)
 
     # ---- training
 
     def _train(self, data: Any, targets: Tensor, classes: Sequence[str]) -> None:
         """Fit a new model, or go on with the one that is there. A head trains on standardised rows and targets, and
         takes the standardisation into its weights at the end."""
+        with _ALONE:
+            self._train_alone(data, targets, classes)
+
+    def _train_alone(self, data: Any, targets: Tensor, classes: Sequence[str]) -> None:
         settings = {name: int(getattr(self, name)) for name in ("epochs", "batch_size", "seed")}
         config = TrainConfig(**settings, lr=float(self.lr), weight_decay=float(self.weight_decay))  # type: ignore[arg-type]
         going_on, rows = hasattr(self, "model_"), isinstance(data, np.ndarray)
@@ -213,7 +248,10 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             mean, std = of_inputs
             examples: Any = TensorDataset((torch.tensor(data) - mean) / std, scaled)
         elif self.model_.reads_features:
-            module, examples = FromFeatures(self.model_), CachedFeatures(self._features(data), scaled)
+            features = self._features(data)
+            if hasattr(self, "earlier_"):
+                features = Features.joined([self.earlier_[0], features], padded)
+            module, examples = FromFeatures(self.model_), CachedFeatures(features, scaled)
         else:
             examples = self._examples(data, scaled.tolist(), cache=True)
         fit(module, examples, None, config, objective=objective(self.kind), progress=False)
@@ -222,6 +260,9 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _add_adapter(self, given: list[Any], targets: Tensor, classes: Sequence[str]) -> None:
         module = self._load_backbone()
+        torch.manual_seed(
+            int(self.seed)
+        )  # a backbone that was loaded for it has drawn numbers, one that was there none
         self.reading_ = reading_of(module, self.image_size, max_length=self.max_length)
         self.model_ = Tuned(module, backbone_name=self.backbone)
         settings: dict[str, Any] = {"pool": self.pool, "classes": classes, "kind": self.kind}
@@ -259,11 +300,12 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         if isinstance(data, np.ndarray):
             found: Tensor = self.model_(torch.tensor(data))
             return found
-        labels, size = [0] * len(data), int(self.batch_size)
-        if not self.model_.reads_features:
-            return predict_logits(self.model_, self._examples(data, labels), size)[0].double()
-        examples = CachedFeatures(self._features(data), torch.tensor(labels))
-        return predict_logits(FromFeatures(self.model_), examples, 256)[0].double()
+        with _ALONE:
+            labels, size = [0] * len(data), int(self.batch_size)
+            if not self.model_.reads_features:
+                return predict_logits(self.model_, self._examples(data, labels), size)[0].double()
+            examples = CachedFeatures(self._features(data), torch.tensor(labels))
+            return predict_logits(FromFeatures(self.model_), examples, 256)[0].double()
 
     def _head(self) -> nn.Linear:
         head: nn.Linear = self.model_ if isinstance(self.model_, nn.Linear) else self.model_.adapter("default").head
@@ -277,12 +319,13 @@ def shared_backbone(name: str, weights: str | None, image_size: int | None) -> n
         name, weights, image_size: as `load_backbone` has them.
     """
     key = (name, weights, image_size)
-    if key not in _BACKBONES:
-        _BACKBONES[key] = load_backbone(*key)
-    _BACKBONES.move_to_end(key)
-    while len(_BACKBONES) > _BACKBONES_AT_MOST:
-        _BACKBONES.popitem(last=False)
-    return _BACKBONES[key]
+    with _ALONE:
+        if key not in _BACKBONES:
+            _BACKBONES[key] = load_backbone(*key)
+        _BACKBONES.move_to_end(key)
+        while len(_BACKBONES) > _BACKBONES_AT_MOST:
+            _BACKBONES.popitem(last=False)
+        return _BACKBONES[key]
 
 
 def _given(X: Any) -> list[Any] | None:

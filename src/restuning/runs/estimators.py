@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from restuning.errors import MissingExtra
+from restuning.errors import CheckpointError, DataError, MissingExtra
 from restuning.runs.estimator import Estimator
 
 try:
@@ -63,24 +63,37 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> Self:
         """Go on with the model that is there, on these items and on those of earlier calls; the head grows by what
-        labels are new. (Of a loaded model the earlier items are not there: those of all classes are needed then.)
+        labels are new. A loaded model has the earlier items where it was saved with `seen=True`.
 
         Args:
             X: n items.
             y: n labels.
             classes: labels that are to come.
+
+        Raises:
+            DataError: a loaded model without its earlier items, and none of a class of theirs: it would forget it.
         """
         going_on = hasattr(self, "model_")
         data, y = self._pairs(X, y, reset=not going_on)
         check_classification_targets(y)
+        if going_on and not (hasattr(self, "seen_") or hasattr(self, "earlier_")):
+            self._need_all(y)
         found = np.unique(y) if classes is None else np.union1d(y, classes)
         if going_on:
             self._grow(np.union1d(self.classes_, found))
         else:
             self.classes_ = found
         data, y = self._also_seen(data, y)
-        self._train(data, torch.from_numpy(np.searchsorted(self.classes_, y)), self._names())
+        self._train(data, self._to_targets(y), self._names())
         return self
+
+    def _need_all(self, y: Any) -> None:
+        if len(lost := np.setdiff1d(self.classes_, y)):
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise DataError(
+                f"no items of {', '.join(map(repr, lost[:3].tolist()))}{more}, which a loaded model would forget: "
+                "expected some of every class, or a folder of save(…, seen=True)"
+            )
 
     def _grow(self, classes: Any) -> None:
         """A head of these classes, of which the rows of those that it had stay."""
@@ -128,6 +141,14 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
     def _take_labels(self, labels: Sequence[Any]) -> None:
         self.classes_ = np.asarray(labels)
 
+    def _to_targets(self, y: Any) -> Tensor:
+        return torch.from_numpy(np.searchsorted(self.classes_, y))
+
+    def _from_targets(self, targets: Any) -> Any:
+        if targets.ndim != 1 or targets.dtype.kind != "i" or set(targets) - set(range(len(self.classes_))):
+            raise CheckpointError(f"labels of seen items: expected indices of {len(self.classes_)} classes")
+        return self.classes_[targets]
+
 
 class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
     """A frozen backbone with a method on it as a scikit-learn regressor, of one target or several.
@@ -170,7 +191,8 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         return self.partial_fit(X, y)
 
     def partial_fit(self, X: Any, y: Any) -> Self:
-        """Go on with the model that is there, on these items and on those of earlier calls.
+        """Go on with the model that is there, on these items and on those of earlier calls. A loaded model has these
+        where it was saved with `seen=True`; else it goes on from its weights alone.
 
         Args:
             X: n items.
@@ -179,7 +201,7 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         data, y = self._pairs(X, y, reset=not hasattr(self, "model_"), multi_output=True, y_numeric=True)
         data, y = self._also_seen(data, y)
         self.flat_ = y.ndim == 1
-        targets = torch.tensor(np.asarray(y, np.float64).reshape(len(y), -1))
+        targets = self._to_targets(y)
         if not isinstance(data, np.ndarray):
             targets = targets.float()
         self._train(data, targets, [f"target {i}" for i in range(targets.shape[1])])
@@ -204,3 +226,11 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
 
     def _take_labels(self, labels: Sequence[Any]) -> None:
         self.flat_ = len(labels) == 1
+
+    def _to_targets(self, y: Any) -> Tensor:
+        return torch.tensor(np.asarray(y, np.float64).reshape(len(y), -1))
+
+    def _from_targets(self, targets: Any) -> Any:
+        if targets.ndim != 2 or targets.dtype.kind != "f":
+            raise CheckpointError("targets of seen items: expected numbers (n, k)")
+        return targets[:, 0] if self.flat_ else targets
