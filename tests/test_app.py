@@ -17,7 +17,8 @@ from restuning.app import look
 from restuning.app.features import Engine, FeatureStore, engine
 from restuning.app.handlers import Handlers
 from restuning.app.home import Home
-from restuning.app.project import OWN, Project, from_files, from_folder
+from restuning.app.given import from_files, from_folder
+from restuning.app.project import OWN, Project
 from restuning.app.training import folds_of
 from restuning.app.views import View
 from restuning.app.workbench import Workbench
@@ -142,8 +143,8 @@ def test_a_project_is_what_folder_reads(tmp_path: Path) -> None:
     project.add([*pictures(3), ("loose.png", picture((9, 9, 9), 1), None)])
     task = rt.load_task(f"folder:{project.path}")
     assert task.classes == project.classes() == tuple(sorted(COLOURS))
-    assert len(task.train) + len(task.test) == 9 == len(project.pictures(labelled=True))
-    assert [p.label for p in project.pictures()].count(None) == 1
+    assert len(task.train) + len(task.test) == 9 == len(project.items(labelled=True))
+    assert [p.label for p in project.items()].count(None) == 1
     other = Project(tmp_path / "q")  # and back
     other.add(from_folder(project.path))
     assert other.counts() == project.counts()
@@ -152,7 +153,7 @@ def test_a_project_is_what_folder_reads(tmp_path: Path) -> None:
 def test_labels_are_moves_between_folders(tmp_path: Path) -> None:
     project = Project(tmp_path / "p")
     project.add(pictures(3))
-    key = project.pictures()[0].key
+    key = project.items()[0].key
     project.mark_right([key])
     assert project.label([key], "new class") == 1 and project.counts() == {
         "amber": 2,
@@ -205,7 +206,7 @@ def test_names_of_files_stay_inside(tmp_path: Path) -> None:
     project = Project(tmp_path / "p")
     names = ["../../x.png", "<img src=x onerror=alert(1)>.png", ".hidden.png", "a\nb.png", "x.png"]
     assert project.add([(n, picture((5, 5, 5), i), "c") for i, n in enumerate(names)]).count == 5
-    assert all(p.path.parent == project.path / "c" for p in project.pictures())
+    assert all(p.path.parent == project.path / "c" for p in project.items())
 
 
 def test_split_folders_and_damaged_state_are_refused(tmp_path: Path) -> None:
@@ -251,7 +252,7 @@ def test_another_task_on_the_same_pictures_takes_no_pass(
     counting = Counting(made.engine, monkeypatch)
     other = Workbench(Project(tmp_path / "second"))
     assert made.project.copy_to(other.project) == 24
-    keys = [p.key for p in other.project.pictures()]
+    keys = [p.key for p in other.project.items()]
     other.project.label(keys[::2], "even")
     other.project.label(keys[1::2], "odd")
     assert not list(other.compute())
@@ -392,14 +393,14 @@ def test_what_the_page_is_asked_wrongly_is_a_line_on_it(tmp_path: Path) -> None:
     on.home.new("p")
     asked = {"act": "label", "keys": ["nothing"], "label": "", "page": 0, "what": ""}
     assert "no class is chosen" in on.act("p", View(), asked)[0]
-    assert "no picture is picked" in on.act("p", View(), {**asked, "keys": []})[0]
+    assert "nothing is picked" in on.act("p", View(), {**asked, "keys": []})[0]
     assert "has not been trained" in on.act("p", View("mistakes"), {**asked, "act": "use", "what": "linear"})[0]
     assert (
-        "cannot be named here" in on.add("p", None, "", folder=str(tmp_path))
-        and on.home.bench("p").project.pictures() == []
+        "cannot be named here" in next(on.add("p", None, "", folder=str(tmp_path)))
+        and on.home.bench("p").project.items() == []
     )
     assert (
-        "no project" in on.add("../p", None, "")
+        "no project" in next(on.add("../p", None, ""))
         and "no project" in on.opened("<b>")[0]
         and "<b>" not in on.opened("<b>")[0]
     )
