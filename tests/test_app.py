@@ -15,9 +15,9 @@ from PIL import Image
 import restuning as rt
 from restuning.app import look
 from restuning.app.features import Engine, FeatureStore, engine
+from restuning.app.given import from_files, from_folder
 from restuning.app.handlers import Handlers
 from restuning.app.home import Home
-from restuning.app.given import from_files, from_folder
 from restuning.app.project import OWN, Project
 from restuning.app.training import folds_of
 from restuning.app.views import View

@@ -1,5 +1,6 @@
 """The page in a real Chromium: what a stranger does, and what the page shows after every step."""
 
+import csv
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -23,10 +25,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import restuning as rt
+from restuning.runs.predict import predict
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SLOW = 180_000
 """Milliseconds that a step may take on a busy machine; nothing waits longer than it must."""
+PERMISSIONS = ["camera", "clipboard-read", "clipboard-write"]
 MARKUP = "<img src=x onerror=window.hacked=1> ${window.hacked=2} {{this}}"
 
 
@@ -44,7 +48,8 @@ def chromium() -> str:
 def browser() -> Iterator[Browser]:
     path = chromium()
     with sync_playwright() as p:
-        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-ui-for-media-stream"]
+        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
+        flags += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
         made = p.chromium.launch(executable_path=path, args=flags)
         yield made
         made.close()
@@ -53,7 +58,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A page that fails its test where a script fails, or where anything is asked of another host."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, permissions=PERMISSIONS)
     context.set_default_timeout(SLOW)
     expect.set_options(timeout=SLOW)
     made, wrong = context.new_page(), list[str]()
@@ -220,10 +225,10 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
     assert count(page) == said, "a cell opens its pictures"
     page.get_by_label("Map").check()
-    expect(page.locator("#map circle")).to_have_count(150)
+    expect(page.locator("#map canvas")).to_have_attribute("aria-label", re.compile("a map of 150 pictures"))
     shots(page, "map")
-    page.locator("#map svg.map").scroll_into_view_if_needed()
-    box = page.locator("#map svg.map").bounding_box()
+    page.locator("#map canvas").scroll_into_view_if_needed()
+    box = page.locator("#map canvas").bounding_box()
     assert box is not None
     x, y, side = box["x"], box["y"], box["width"]
     page.mouse.move(x + 12, y + 12)
@@ -297,7 +302,7 @@ def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, app:
     tab(page, "Look")
     for what in ("Confusion", "Map", "Labels that may be wrong"):
         page.get_by_label(what).check()
-        expect(page.locator("#map svg.map" if what == "Map" else "#look-gallery h3").first).to_be_visible()
+        expect(page.locator("#map canvas" if what == "Map" else "#look-gallery h3").first).to_be_visible()
     tab(page, "Try")
     page.locator("#image input[type=file]").first.set_input_files(folder / MARKUP / "1.png")
     expect(page.locator("#answers .rt-best b").first).to_have_text(MARKUP)
@@ -306,13 +311,169 @@ def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, app:
     assert page.evaluate("window.hacked") is None
 
 
+def test_texts_of_a_table_take_the_same_path(page: Page, app: Served, tmp_path: Path) -> None:
+    with open(tmp_path / "reviews.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *reviews(96), (MARKUP, "negative")])
+    make(page, app.url, "reviews")
+    page.locator("#files input[type=file]").set_input_files(tmp_path / "reviews.csv")
+    expect(page.locator("#summary")).to_contain_text("97 texts in 2 classes")
+    expect(page.locator("#pictures-gallery .rt-text").first).to_be_visible()
+    task = rt.load_task(f"folder:{app.home / 'reviews'}")
+    assert task.classes == ("negative", "positive") and isinstance(task.test.item(0), tuple), (
+        "the command line reads it"
+    )
+    train(page)
+    expect(page.locator("#backbone input")).to_have_value(re.compile("all-MiniLM-L6-v2"))
+    expect(page.locator("#scores tbody tr")).to_have_count(3)
+    shots(page, "texts-train")
+
+    tab(page, "Look")
+    page.get_by_label("Confusion").check()
+    cell = page.locator("#matrix .rt-matrix button").first
+    said = int(cell.inner_text())
+    cell.click()
+    expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
+    assert count(page) == said
+    page.get_by_label("Map").check()
+    expect(page.locator("#map canvas")).to_have_attribute("aria-label", re.compile("a map of 97 texts"))
+    page.get_by_label("Mistakes").check()
+    expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+    shots(page, "texts-mistakes")
+    first = page.locator("#look-gallery .rt-card").first
+    key, to = first.locator("input.pick").get_attribute("value"), first.locator("button[data-act=label]").first
+    to.click()
+    expect(page.locator("#changed")).to_contain_text("trained again")
+    label = app.home / "reviews" / str(to.get_attribute("data-label"))
+    assert key in {blake2b(p.read_bytes(), digest_size=16).hexdigest() for p in label.iterdir()}
+
+    tab(page, "Try")
+    page.locator("#text textarea").fill("a wonderful, warm and funny film")
+    page.locator("#text button").click()
+    best = page.locator("#answers .rt-best b").first
+    expect(best).to_have_text(re.compile("negative|positive"))
+    tab(page, "Take away")
+    expect(page.locator("#taken")).to_contain_text("curl -F text=")
+    adapter = app.home / "reviews" / ".restuning" / "adapter"
+    assert "pipeline_tag: text-classification" in (adapter / "README.md").read_text()
+    (row,) = predict([adapter], "a wonderful, warm and funny film")
+    assert row["top"][0]["class"] == best.inner_text(), "the command line answers as the page does"
+    assert page.evaluate("window.hacked") is None
+
+
+def reviews(count: int) -> list[tuple[str, str]]:
+    """Sentences of SST-2 where they are, else made ones."""
+    file = DATA / "text" / "SST-2" / "dev.tsv"
+    if file.exists():
+        rows = [line.split("\t") for line in file.read_text().splitlines()[1 : count + 1]]
+        return [(text, ("negative", "positive")[int(label)]) for text, label in rows]
+    good, bad = ("warm", "funny", "wonderful", "bright"), ("dull", "slow", "tedious", "bleak")
+    words = [(word, name) for pair in zip(good, bad, strict=True) for word, name in zip(pair, NAMES, strict=True)]
+    return [(f"{words[i % 8][0]} film, number {i}", words[i % 8][1]) for i in range(count)]
+
+
+NAMES = ("positive", "negative")
+
+
+def test_the_camera_and_the_clipboard_are_answered(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "seen", colours(tmp_path / "given"))
+    train(page)
+    tab(page, "Try")
+    page.locator("#image").get_by_label("Capture from camera").click()
+    page.locator("#image").get_by_text("Click to Access Webcam").click()
+    expect(page.locator("#image video")).to_be_visible()
+    page.wait_for_function("document.querySelector('#image video').videoWidth > 0")
+    page.locator("#image").get_by_label("capture photo").click()
+    answer = page.locator("#answers .rt-answer").filter(has_text="seen")
+    expect(answer).to_contain_text("Unlike anything in training")  # Chromium's green test picture
+
+    page.locator("#image").get_by_label("Remove Image").click()
+    expect(answer).to_have_count(0)
+    copied = """async colour => {
+        const canvas = new OffscreenCanvas(32, 32), pen = canvas.getContext('2d')
+        pen.fillStyle = colour
+        pen.fillRect(0, 0, 32, 32)
+        await navigator.clipboard.write([new ClipboardItem({'image/png': canvas.convertToBlob()})])
+    }"""
+    page.evaluate(copied, "rgb(40 60 210)")
+    page.locator("#image").get_by_label("Paste from clipboard").click()
+    expect(answer.locator(".rt-best b")).to_have_text("blue")
+
+
+def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "curve", colours(tmp_path / "given"))
+    tab(page, "Train")
+    page.get_by_role("button", name="Settings").click()
+    slide(page, "#epochs", 100)
+    seen = """() => { window.seen = []; new MutationObserver(() => {
+        const text = document.querySelector('#progress').innerText
+        if (document.querySelector('#progress .rt-curve polyline')) window.seen.push(text)
+    }).observe(document.querySelector('#progress'), {subtree: true, childList: true}) }"""
+    page.evaluate(seen)
+    page.locator("#go").click()
+    expect(page.locator("#progress")).to_contain_text("Trained")
+    told = page.evaluate("window.seen")
+    assert told and all(re.search(r"Training [\w-]+: step \d+ of 100", text) for text in told), told[:3]
+
+
+def slide(page: Page, name: str, value: int) -> None:
+    """A slider's number, typed."""
+    page.locator(f"{name} input[type=number]").fill(str(value))
+    page.locator(f"{name} input[type=number]").press("Enter")
+
+
+def test_tuning_inside_runs_in_the_background_and_shows_how_far_it_is(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "inside", colours(tmp_path / "given"))
+    train(page)
+    page.get_by_role("button", name="Tune inside the backbone").click()
+    told = page.locator("#inside-told")
+    expect(told).to_contain_text(re.compile(r"20 epochs of about 3 passes each: some \d+ s on this machine"))
+    slide(page, "#inside-epochs", 30)
+    page.locator("#inside-go").click()
+    expect(told).to_contain_text(re.compile(r"\d+ of 30 epochs, \d+ s left"))
+    expect(told.locator("progress")).to_be_visible()
+    page.locator("#inside-stop").click()
+    expect(told).to_contain_text("Stopped after")
+    done = int(told.inner_text().split()[2])
+    page.reload()
+    tab(page, "Train")
+    page.get_by_role("button", name="Tune inside the backbone").click()
+    expect(told).to_contain_text("Stopped after")
+    slide(page, "#inside-epochs", 30)
+    page.locator("#inside-go").click()
+    expect(told).to_contain_text(re.compile(r"res-tuning inside: [\d.]+ % on \d pictures"))
+    log = (app.home / ".inside" / "inside.log").read_text()
+    assert log.count("epoch 1/30 ") == 1 and f"epoch {done + 1}/30 " in log, "it went on where it was stopped"
+    adapter = app.home / ".inside" / "inside"
+    (row,) = predict([adapter], str(tmp_path / "given" / "blue" / "0.png"))
+    assert row["top"][0]["class"] in ("amber", "blue")
+
+
+def test_a_zip_a_graph_and_a_push_from_the_page(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "away", colours(tmp_path / "given"))
+    train(page)
+    tab(page, "Take away")
+    page.locator("#pack").click()
+    with page.expect_download() as download:
+        page.locator("#zipped").click()
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json"} <= set(names)
+    page.locator("#graph").click()
+    expect(page.locator("#took")).to_contain_text("Exported to")
+    assert (app.home / "away" / ".restuning" / "exported-torch-export" / "model.pt2").exists()
+    page.get_by_role("button", name="Push to the hub").click()
+    for repo, why in (("nowhere", "expected owner/name"), ("me/away", "the hub did not take me/away: ")):
+        page.locator("#repo input, #repo textarea").fill(repo)
+        page.locator("#push").click()
+        expect(page.locator("#took")).to_contain_text(why)
+
+
 def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: Served, tmp_path: Path) -> None:
     make(page, app.url, "narrow", colours(tmp_path / "given"))
     train(page)
     wrong: dict[tuple[int, str], object] = {}
     for width in (1400, 400):
         page.set_viewport_size({"width": width, "height": 900})
-        for name in ("Pictures", "Train", "Look", "Try", "Take away"):
+        for name in ("Data", "Train", "Look", "Try", "Take away"):
             _reach(page, name)
             page.wait_for_timeout(500)  # animations end
             for found in Axe().run(page).response["violations"]:

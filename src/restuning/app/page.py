@@ -23,8 +23,11 @@ BACKBONES = (MICRO, "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_p
 """What the list offers; any other name that `restuning.load_backbone` knows can be typed."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 HEAD = (
-    '<header class="rt-head"><h1>restuning</h1>'
-    "<p>From a folder of pictures, or a table of texts, to a task. Nothing leaves this machine.</p></header>"
+    '<header class="rt-head"><svg viewBox="0 0 42 42" aria-hidden="true"><rect width="42" height="42" rx="11" '
+    'fill="#1f4fd1"/><path d="M8 27h26" stroke="#fff" stroke-width="3.2" stroke-linecap="round"/><path d="M11 27c3-17 '
+    '17-17 20 0" fill="none" stroke="#9fc0ff" stroke-width="3.2" stroke-linecap="round"/></svg>'
+    "<div><h1>restuning</h1>"
+    "<p>From a folder of pictures, or a table of texts, to a task. Nothing leaves this machine.</p></div></header>"
 )
 KINDS = [
     ("Mistakes", "mistakes"),
