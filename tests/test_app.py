@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import sys
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from restuning.app.features import Engine, FeatureStore, engine
 from restuning.app.given import from_files, from_folder
 from restuning.app.handlers import Handlers
 from restuning.app.home import Home
+from restuning.app.inside import Inside
 from restuning.app.project import OWN, Project
 from restuning.app.training import folds_of
 from restuning.app.views import View
@@ -25,6 +28,7 @@ from restuning.app.workbench import Workbench
 from restuning.cli.main import main
 from restuning.errors import CheckpointError, DataError, RestuningError
 from restuning.training.calibrate import calibration_error, reliability
+from restuning.training.logging import Epoch
 
 MARKUP = "<img src=x onerror=alert(1)>"
 COLOURS = {"amber": (230, 150, 30), "blue": (40, 60, 210), "green": (30, 170, 60)}
@@ -406,6 +410,57 @@ def test_what_the_page_is_asked_wrongly_is_a_line_on_it(tmp_path: Path) -> None:
     )
     (tmp_path / "not.png").write_bytes(b"<script>")
     assert "Refused: not.png cannot be read" in on.ask("p", str(tmp_path / "not.png"))
+
+
+def test_a_push_gives_the_hub_the_adapter_and_its_card(made: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    pushed: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+            pushed["repo"] = repo, private
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> str:
+            pushed["files"] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    on = Handlers(Home(made.project.path.parent))
+    assert "Pushed: https://hub/me/colours" in list(on.push("colours", " me/colours ", True))[-1]
+    assert pushed["repo"] == ("me/colours", True)
+    assert pushed["files"] == {p.name: p.read_bytes() for p in made.adapter.iterdir() if p.is_file()}
+    card = huggingface_hub.ModelCard(pushed["files"]["README.md"].decode()).data  # the hub's own reader
+    assert (card.library_name, card.pipeline_tag) == ("restuning", "image-classification")
+    pushed.clear()
+    for local, repo in ((True, "../x/y"), (True, ""), (False, "me/colours")):
+        assert "Refused" in list(Handlers(on.home, local).push("colours", repo, True))[-1]
+    assert not pushed
+
+
+def test_a_map_by_umap_says_what_is_missing(made: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    on = Handlers(Home(made.project.path.parent))
+    assert (
+        "needs the package &#39;umap-learn&#39;: pip install &#39;restuning[app]&#39;"
+        in on.look("colours", "map", "umap")[1]
+    )
+
+
+def test_what_tuning_inside_takes_and_how_far_it_is(tmp_path: Path) -> None:
+    project = Project(tmp_path / "p")
+    project.add(pictures(10))
+    run = Inside(Workbench(project))
+    assert run.cost(20) is None and run.tuning().state == "none"
+    project.update(seconds=0.5)
+    assert run.cost(20) == pytest.approx(20 * 3 * 24 * 0.5)  # 24 of 30 are trained on
+    log = [Epoch(i, 2.0 / (i + 1), 50.0, None, 0.1, 3.0).text(20) for i in range(5)]
+    run.out.parent.mkdir()
+    run.log.write_text("\n".join(["an opening line", *log]))
+    (run.out.parent / "p.json").write_text(json.dumps({"told": {"epochs": 20}, "pid": 0}))
+    tuning = run.tuning()
+    assert (tuning.state, tuning.epochs, tuning.left) == ("stopped", 20, pytest.approx(45.0))
+    assert tuning.losses == pytest.approx([2.0, 1.0, 0.6667, 0.5, 0.4])
 
 
 # ---- pages and numbers from the command line

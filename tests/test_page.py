@@ -10,9 +10,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
 from io import BytesIO
@@ -492,3 +493,75 @@ def _reach(page: Page, name: str) -> None:
         page.locator(".overflow-dropdown button", has_text=name).click()
         return
     found.first.click()
+
+
+@pytest.mark.large
+def test_five_thousand_pictures_of_150_classes_stay_usable(page: Page, tmp_path: Path) -> None:
+    """Every view has a bounded number of elements, and a click is answered in a small part of what training takes.
+    PAGE_TIMES names a file for what was measured."""
+    generator = np.random.default_rng(0)
+    looks = generator.integers(0, 255, (150, 4, 4, 3))
+    for i in range(5000):
+        folder = tmp_path / "given" / f"class {i % 150:03} <b onclick=window.hacked=1>"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(looks[i % 150], np.ones((8, 8, 1))) + generator.integers(-90, 90, (32, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / f"{i}.png")
+    times, nodes = dict[str, float](), dict[str, int]()
+
+    def timed(name: str, click: Callable[[], object], then: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        click()
+        then()
+        times[name] = time.perf_counter() - start
+        nodes[name] = page.evaluate("document.querySelectorAll('*').length")
+
+    context = page.context
+    context.set_default_timeout(20 * SLOW)
+    expect.set_options(timeout=20 * SLOW)
+    with served("app", str(tmp_path / "home"), "--port", "0") as app:
+        look, gallery = page.locator("#look-gallery h3"), page.locator("#pictures-gallery h3")
+        timed("add", lambda: make(page, app.url, "many", tmp_path / "given"),
+              lambda: expect(page.locator("#summary")).to_contain_text("5000 pictures in 150 classes"))  # fmt: skip
+        expect(page.locator("#checks .rt-chips li")).to_have_count(151)
+        timed("features and training", lambda: train(page), lambda: None)
+        timed("reload", page.reload, lambda: expect(page.locator("#checks .rt-chips li")).to_have_count(151))
+        timed("a class", page.locator("#checks button[data-act=show]").nth(77).click,
+              lambda: expect(gallery).to_contain_text("class 077"))  # fmt: skip
+        tab(page, "Look")
+        timed("confusion", page.get_by_label("Confusion").check,
+              lambda: expect(page.locator("#matrix svg.rt-heat")).to_be_visible())  # fmt: skip
+        timed("a pair", page.locator("#matrix .rt-pairs button").first.click,
+              lambda: expect(look).to_contain_text("taken for"))  # fmt: skip
+        canvas = page.locator("#map canvas")
+        timed("map", page.get_by_label("Map").check,
+              lambda: expect(canvas).to_have_attribute("aria-label", re.compile("of 5000 ")))  # fmt: skip
+        timed("labels that may be wrong", page.get_by_label("Labels that may be wrong").check,
+              lambda: expect(look).to_contain_text("Labels that may be wrong"))  # fmt: skip
+        timed("mistakes", page.get_by_label("Mistakes").check, lambda: expect(look).to_contain_text("Mistakes"))
+        timed("the next page", page.locator("#look-gallery button[data-act=page]").last.click,
+              lambda: expect(page.locator("#look-gallery .rt-pages")).to_contain_text("page 2"))  # fmt: skip
+        timed("relabel", page.locator("#look-gallery button[data-act=label][data-key]").first.click,
+              lambda: expect(page.locator("#changed")).to_contain_text("trained again"))  # fmt: skip
+        assert page.evaluate("window.hacked") is None
+    whole = times["features and training"]
+    rows = [{"what": k, "seconds": round(times[k], 2), "of features and training": round(times[k] / whole, 3),
+             "elements": nodes[k]} for k in times]  # fmt: skip
+    if "PAGE_TIMES" in os.environ:
+        Path(os.environ["PAGE_TIMES"]).write_text(json.dumps(rows, indent=1))
+    assert max(nodes.values()) < 4000, nodes
+    answered = {k: v / whole for k, v in times.items() if k not in ("add", "features and training", "relabel")}
+    assert max(answered.values()) < 0.25, rows
+
+
+@pytest.mark.large
+def test_a_map_by_umap_keeps_what_is_alike_together(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "umap", colours(tmp_path / "given"))
+    train(page)
+    tab(page, "Look")
+    page.get_by_label("Map").check()
+    page.locator("#map").get_by_role("button", name="UMAP").click()
+    expect(page.locator("#map button[aria-pressed=true]").nth(1)).to_have_text("UMAP")
+    dots = json.loads(str(page.locator("#map canvas").get_attribute("data-dots")))
+    at = {k: np.array([dot[:2] for dot in dots if dot[3] == k]) for k in (0, 1)}
+    apart = np.linalg.norm(at[0].mean(0) - at[1].mean(0))
+    assert apart > np.linalg.norm(at[0] - at[0].mean(0), axis=1).mean(), "two colours are two groups"

@@ -17,7 +17,7 @@ from restuning.app.given import from_files, from_folder
 from restuning.app.home import Home
 from restuning.app.inside import Inside
 from restuning.app.project import Added
-from restuning.app.take import finished, take, task_name
+from restuning.app.take import finished, take, task_name, write_card
 from restuning.app.views import View
 from restuning.app.workbench import Workbench
 from restuning.backbones.load import MICRO
@@ -254,6 +254,7 @@ class Handlers:
         finished(bench)
         if bench.about() is None:
             raise DataError(f"project {name} has no adapter yet: train first")
+        write_card(bench)
         return bench
 
 
