@@ -5,7 +5,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -24,6 +24,16 @@ from restuning.backbones.load import MICRO
 from restuning.data.decode import decode
 from restuning.errors import DataError, RestuningError
 from restuning.model import publish
+
+PARTS: dict[str, Callable[[Workbench], str]] = {
+    "summary": views.summary,
+    "checks": views.checks,
+    "items": lambda bench: views.gallery(bench, View()),
+    "scores": views.scores,
+    "looked": lambda bench: views.gallery(bench, View("mistakes")) if bench.result else "",
+    "taken": take,
+}
+"""What the page shows of a project, in its order."""
 
 
 class Handlers:
@@ -53,18 +63,22 @@ class Handlers:
         except RestuningError:
             return "pictures"
 
-    def opened(self, name: str) -> tuple[str, ...]:
-        """(summary, checks, gallery, scores, look, take) of a project."""
-        if not name:
-            hint = views.progress("Make a project: give it a name, then give it pictures, or a table of texts.")
-            return hint, "", "", "", "", ""
+    def opened(self, name: str, *parts: str) -> tuple[str, ...]:
+        """Parts of what the page shows of a project.
+
+        Args:
+            name: of the project.
+            parts: keys of PARTS; none: all of them.
+        """
+        parts = parts or tuple(PARTS)
         try:
+            if not name:
+                hint = "Make a project: give it a name, then give it pictures, or a table of texts."
+                return views.progress(hint), *[""] * (len(parts) - 1)
             bench = self.home.bench(name)
-            looked = views.gallery(bench, View("mistakes")) if bench.result else ""
-            shown = views.gallery(bench, View())
-            return views.summary(bench), views.checks(bench), shown, views.scores(bench), looked, take(bench)
+            return tuple(PARTS[part](bench) for part in parts)
         except RestuningError as error:
-            return views.refusal(error), "", "", "", "", ""
+            return views.refusal(error), *[""] * (len(parts) - 1)
 
     def add(self, name: str, paths: list[str] | None, label: str, folder: str = "") -> Iterator[str]:
         """Add uploaded files, or a folder of this machine; how many are in, and what became of them, as a line."""
@@ -85,9 +99,9 @@ class Handlers:
             if act == "page":
                 return "", replace(view, page=int(data["page"]))
             if act in ("show", "alike"):
-                return "", View(f"alike:{keys[0]}" if act == "alike" else str(data["what"]))
+                return "", View(f"alike:{keys[0]}" if act == "alike" else str(data["what"]), how=view.how)
             if act == "lasso":
-                return "", View("keys", keys=tuple(keys))
+                return "", View("keys", keys=tuple(keys), how=view.how)
             if act == "use":
                 if bench.result is None or data["what"] not in bench.result.held:
                     raise DataError(f"{data['what']} has not been trained on these labels: train first")

@@ -2,6 +2,7 @@
 `views`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -211,21 +212,22 @@ def build(home: Home, local: bool = True) -> Any:
             line = ""
             for line in on.add(name, paths, own, path):
                 yield (gr.skip(), line, *[gr.skip()] * 6)
-            yield (None, line, *on.opened(name)[:3], on.backbone(name), *read_by(name))
+            yield (None, line, *on.opened(name, "summary", "checks", "items"), on.backbone(name), *read_by(name))
 
         def in_pictures(name: str, view: View, event: gr.EventData) -> tuple[Any, ...]:
             line, view = on.act(name, view, event._data)
-            return (view, line, *_shown(on, name, view), *on.opened(name)[:2])
+            return (view, line, *_shown(on, name, view), *on.opened(name, "summary", "checks"))
 
         def in_look(name: str, view: View, mode: str, event: gr.EventData) -> tuple[Any, ...]:
             data = event._data
             if data["act"] == "map":
-                return view, "", gr.skip(), on.look(name, "map", str(data["what"]))[0], "", gr.skip(), gr.skip()
+                shown_map, refused = on.look(name, "map", str(data["what"]))
+                view = replace(view, how=str(data["what"])) if shown_map else view
+                return view, refused, gr.skip(), shown_map or gr.skip(), "", gr.skip(), gr.skip()
             line, view = on.act(name, view, data)
-            above = on.look(name, mode)[0] if line else None
-            confusion = gr.skip() if above is None or mode != "confusion" else above
-            shown_map = gr.skip() if above is None or mode != "map" else above
-            return view, line, confusion, shown_map, *_shown(on, name, view), on.opened(name)[0], on.opened(name)[3]
+            above = on.look(name, mode, view.how)[0] if line else None
+            confusion, around = (gr.skip() if above is None or mode != own else above for own in ("confusion", "map"))
+            return view, line, confusion, around, *_shown(on, name, view), *on.opened(name, "summary", "scores")
 
         def look(name: str, mode: str) -> tuple[Any, ...]:
             above, below = on.look(name, mode) if name else ("", "")
@@ -238,7 +240,7 @@ def build(home: Home, local: bool = True) -> Any:
                 finished(home.bench(name))
             except RestuningError as error:
                 line = views.refusal(error)
-            return (line, *_of(on.opened(name), 0, 3, 4, 5))
+            return (line, *on.opened(name, "summary", "scores", "looked", "taken"))
 
         def packed(name: str) -> tuple[Any, str]:
             path, line = on.packed(name)
@@ -270,7 +272,7 @@ def build(home: Home, local: bool = True) -> Any:
             )
             labelled.then(look, [project, what], above_and_below)
         running = go.click(on.train, [project, backbone, weights, epochs, lr], [progress, scores])
-        running.then(lambda name: _of(on.opened(name), 0, 3, 5), project, [summary, scores, taken])
+        running.then(lambda name: on.opened(name, "summary", "scores", "taken"), project, [summary, scores, taken])
         running.then(look, [project, what], above_and_below)
         stop.click(lambda: views.progress("Cancelled; what was computed is kept."), None, progress, cancels=[running])
         scores.click(use, project, [progress, summary, scores, looked, taken])
@@ -300,7 +302,3 @@ def _shown(on: Handlers, name: str, view: View) -> tuple[str]:
         return (views.gallery(on.home.bench(name), view),)
     except RestuningError as error:
         return (views.refusal(error),)
-
-
-def _of(parts: tuple[str, ...], *which: int) -> tuple[str, ...]:
-    return tuple(parts[i] for i in which)

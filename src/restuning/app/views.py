@@ -38,11 +38,12 @@ JINJA = Environment(
 @dataclass(frozen=True)
 class View:
     """What a gallery shows. what: `all`, `unlabelled`, `class:NAME`, `mistakes`, `wrong`, `cell:I:J`, `alike:KEY` or
-    `keys`; page: from 0; keys: those of `keys`."""
+    `keys`; page: from 0; keys: those of `keys`; how: of the map above it."""
 
     what: str = "all"
     page: int = 0
     keys: tuple[str, ...] = ()
+    how: str = "pca"
 
 
 def rendered(template: str, **values: Any) -> str:
