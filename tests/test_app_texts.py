@@ -12,6 +12,7 @@ from PIL import Image
 from test_text import WORDS, rows, save_model
 
 import restuning as rt
+from restuning.app import views
 from restuning.app.answers import Answers
 from restuning.app.given import from_files, from_folder
 from restuning.app.handlers import Handlers
@@ -20,6 +21,7 @@ from restuning.app.project import Project
 from restuning.app.take import lines
 from restuning.app.views import View, gallery
 from restuning.app.workbench import Workbench
+from restuning.backbones.load import MINILM, describe_backbone
 from restuning.cli.main import main
 from restuning.errors import DataError
 from restuning.runs.predict import predict
@@ -145,6 +147,12 @@ def test_a_project_is_of_pictures_or_of_texts(made: Workbench, tmp_path: Path) -
     assert Project(made.project.path).kind == "texts"
     with pytest.raises(DataError, match="reads pictures, and this project is of texts"):
         made.choose_backbone("restuning-micro")
+
+
+def test_the_text_encoder_of_the_list_costs_what_it_says() -> None:
+    module = describe_backbone(MINILM)
+    millions, limit = sum(p.numel() for p in module.parameters()) / 1e6, module.config.max_position_embeddings
+    assert views.priced(MINILM) == f"{MINILM}: {millions:.1f} M parameters, texts of up to {limit} tokens"
 
 
 def test_texts_in_files_are_trained_on_from_the_command_line(

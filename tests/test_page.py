@@ -471,17 +471,21 @@ def test_a_zip_a_graph_and_a_push_from_the_page(page: Page, app: Served, tmp_pat
 def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: Served, tmp_path: Path) -> None:
     make(page, app.url, "narrow", colours(tmp_path / "given"))
     train(page)
-    wrong: dict[tuple[int, str], object] = {}
-    for width in (1400, 400):
+    wrong: dict[tuple[str, int, str], object] = {}
+    for scheme, width in (("light", 1400), ("light", 400), ("dark", 1400)):
         page.set_viewport_size({"width": width, "height": 900})
+        if scheme == "dark":
+            page.emulate_media(color_scheme="dark")
+            page.reload()
+            expect(page.locator("#summary")).to_contain_text("held out")
         for name in ("Data", "Train", "Look", "Try", "Take away"):
             _reach(page, name)
             page.wait_for_timeout(500)  # animations end
             for found in Axe().run(page).response["violations"]:
                 if found["impact"] in ("serious", "critical"):
-                    wrong[width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
+                    wrong[scheme, width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
             if (wide := page.evaluate("document.scrollingElement.scrollWidth")) > width:
-                wrong[width, f"{name}, too wide"] = wide
+                wrong[scheme, width, f"{name}, too wide"] = wide
     assert not wrong, wrong
 
 

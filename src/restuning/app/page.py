@@ -277,7 +277,7 @@ def build(home: Home, local: bool = True) -> Any:
         stop.click(lambda: views.progress("Cancelled; what was computed is kept."), None, progress, cancels=[running])
         scores.click(use, project, [progress, summary, scores, looked, taken])
         running.then(tuning, [project, inside_epochs], tuned)
-        inside_epochs.release(tuning, [project, inside_epochs], tuned)
+        inside_epochs.change(tuning, [project, inside_epochs], tuned)
         ticking.tick(tuning, [project, inside_epochs], tuned)
         for part, act in ((inside_go, "start"), (inside_stop, "stop")):
             part.click(partial(tuning, act=act), [project, inside_epochs], tuned)

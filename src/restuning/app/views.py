@@ -18,6 +18,7 @@ from restuning.app.workbench import Workbench
 from restuning.backbones.load import describe_backbone, reading_of
 from restuning.data import Preprocess
 from restuning.errors import DataError, RestuningError
+from restuning.utils.hub import MINILM
 
 TOLD = 60
 """Problems that are shown at once."""
@@ -57,7 +58,9 @@ def uri(data: bytes, kind: str = "jpeg") -> str:
 
 
 def priced(backbone: str) -> str:
-    """A backbone's name with what it costs: parameters and pixels."""
+    """A backbone's name with what it costs: parameters, and pixels or tokens."""
+    if backbone == MINILM:  # transformers takes seconds to import
+        return f"{MINILM}: 22.7 M parameters, texts of up to 512 tokens"
     try:
         module = describe_backbone(backbone)
         how = reading_of(module)
