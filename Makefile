@@ -1,5 +1,5 @@
 PY := .venv/bin/python
-.PHONY: setup demo test browser fuzz kill check bench backbones docs extras fresh clean
+.PHONY: setup demo test large browser fuzz kill check bench backbones docs extras fresh clean
 
 setup: .venv/demo  ## what the demo needs
 
@@ -22,6 +22,9 @@ demo: setup  ## linear probing, bypass and res-tuning on small tasks: a table, a
 
 test: .venv/ready browser  ## a process for each core
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
+
+large: .venv/ready browser  ## the tests that take minutes: the page with 5,000 pictures of 150 classes, UMAP
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m large
 
 browser: .venv/ready  ## a Chromium for the page's tests, where there is none: Debian's, or Playwright's
 	@which chromium chromium-browser google-chrome google-chrome-stable | grep -q . \

@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+import sys
 import zipfile
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,15 +17,18 @@ from PIL import Image
 import restuning as rt
 from restuning.app import look
 from restuning.app.features import Engine, FeatureStore, engine
+from restuning.app.given import from_files, from_folder
 from restuning.app.handlers import Handlers
 from restuning.app.home import Home
-from restuning.app.project import OWN, Project, from_files, from_folder
+from restuning.app.inside import Inside
+from restuning.app.project import OWN, Project
 from restuning.app.training import folds_of
 from restuning.app.views import View
 from restuning.app.workbench import Workbench
 from restuning.cli.main import main
 from restuning.errors import CheckpointError, DataError, RestuningError
 from restuning.training.calibrate import calibration_error, reliability
+from restuning.training.logging import Epoch
 
 MARKUP = "<img src=x onerror=alert(1)>"
 COLOURS = {"amber": (230, 150, 30), "blue": (40, 60, 210), "green": (30, 170, 60)}
@@ -142,8 +147,8 @@ def test_a_project_is_what_folder_reads(tmp_path: Path) -> None:
     project.add([*pictures(3), ("loose.png", picture((9, 9, 9), 1), None)])
     task = rt.load_task(f"folder:{project.path}")
     assert task.classes == project.classes() == tuple(sorted(COLOURS))
-    assert len(task.train) + len(task.test) == 9 == len(project.pictures(labelled=True))
-    assert [p.label for p in project.pictures()].count(None) == 1
+    assert len(task.train) + len(task.test) == 9 == len(project.items(labelled=True))
+    assert [p.label for p in project.items()].count(None) == 1
     other = Project(tmp_path / "q")  # and back
     other.add(from_folder(project.path))
     assert other.counts() == project.counts()
@@ -152,7 +157,7 @@ def test_a_project_is_what_folder_reads(tmp_path: Path) -> None:
 def test_labels_are_moves_between_folders(tmp_path: Path) -> None:
     project = Project(tmp_path / "p")
     project.add(pictures(3))
-    key = project.pictures()[0].key
+    key = project.items()[0].key
     project.mark_right([key])
     assert project.label([key], "new class") == 1 and project.counts() == {
         "amber": 2,
@@ -205,7 +210,7 @@ def test_names_of_files_stay_inside(tmp_path: Path) -> None:
     project = Project(tmp_path / "p")
     names = ["../../x.png", "<img src=x onerror=alert(1)>.png", ".hidden.png", "a\nb.png", "x.png"]
     assert project.add([(n, picture((5, 5, 5), i), "c") for i, n in enumerate(names)]).count == 5
-    assert all(p.path.parent == project.path / "c" for p in project.pictures())
+    assert all(p.path.parent == project.path / "c" for p in project.items())
 
 
 def test_split_folders_and_damaged_state_are_refused(tmp_path: Path) -> None:
@@ -251,7 +256,7 @@ def test_another_task_on_the_same_pictures_takes_no_pass(
     counting = Counting(made.engine, monkeypatch)
     other = Workbench(Project(tmp_path / "second"))
     assert made.project.copy_to(other.project) == 24
-    keys = [p.key for p in other.project.pictures()]
+    keys = [p.key for p in other.project.items()]
     other.project.label(keys[::2], "even")
     other.project.label(keys[1::2], "odd")
     assert not list(other.compute())
@@ -392,19 +397,70 @@ def test_what_the_page_is_asked_wrongly_is_a_line_on_it(tmp_path: Path) -> None:
     on.home.new("p")
     asked = {"act": "label", "keys": ["nothing"], "label": "", "page": 0, "what": ""}
     assert "no class is chosen" in on.act("p", View(), asked)[0]
-    assert "no picture is picked" in on.act("p", View(), {**asked, "keys": []})[0]
+    assert "nothing is picked" in on.act("p", View(), {**asked, "keys": []})[0]
     assert "has not been trained" in on.act("p", View("mistakes"), {**asked, "act": "use", "what": "linear"})[0]
     assert (
-        "cannot be named here" in on.add("p", None, "", folder=str(tmp_path))
-        and on.home.bench("p").project.pictures() == []
+        "cannot be named here" in next(on.add("p", None, "", folder=str(tmp_path)))
+        and on.home.bench("p").project.items() == []
     )
     assert (
-        "no project" in on.add("../p", None, "")
+        "no project" in next(on.add("../p", None, ""))
         and "no project" in on.opened("<b>")[0]
         and "<b>" not in on.opened("<b>")[0]
     )
     (tmp_path / "not.png").write_bytes(b"<script>")
     assert "Refused: not.png cannot be read" in on.ask("p", str(tmp_path / "not.png"))
+
+
+def test_a_push_gives_the_hub_the_adapter_and_its_card(made: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    pushed: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, repo: str, private: bool, exist_ok: bool) -> None:
+            pushed["repo"] = repo, private
+
+        def upload_folder(self, repo_id: str, folder_path: str) -> str:
+            pushed["files"] = {p.name: p.read_bytes() for p in Path(folder_path).iterdir()}
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    on = Handlers(Home(made.project.path.parent))
+    assert "Pushed: https://hub/me/colours" in list(on.push("colours", " me/colours ", True))[-1]
+    assert pushed["repo"] == ("me/colours", True)
+    assert pushed["files"] == {p.name: p.read_bytes() for p in made.adapter.iterdir() if p.is_file()}
+    card = huggingface_hub.ModelCard(pushed["files"]["README.md"].decode()).data  # the hub's own reader
+    assert (card.library_name, card.pipeline_tag) == ("restuning", "image-classification")
+    pushed.clear()
+    for local, repo in ((True, "../x/y"), (True, ""), (False, "me/colours")):
+        assert "Refused" in list(Handlers(on.home, local).push("colours", repo, True))[-1]
+    assert not pushed
+
+
+def test_a_map_by_umap_says_what_is_missing(made: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "umap", None)
+    on = Handlers(Home(made.project.path.parent))
+    assert (
+        "needs the package &#39;umap-learn&#39;: pip install &#39;restuning[app]&#39;"
+        in on.look("colours", "map", "umap")[1]
+    )
+
+
+def test_what_tuning_inside_takes_and_how_far_it_is(tmp_path: Path) -> None:
+    project = Project(tmp_path / "p")
+    project.add(pictures(10))
+    run = Inside(Workbench(project))
+    assert run.cost(20) is None and run.tuning().state == "none"
+    project.update(seconds=0.5)
+    assert run.cost(20) == pytest.approx(20 * 3 * 24 * 0.5)  # 24 of 30 are trained on
+    log = [Epoch(i, 2.0 / (i + 1), 50.0, None, 0.1, 3.0).text(20) for i in range(5)]
+    run.out.parent.mkdir()
+    run.log.write_text("\n".join(["an opening line", *log]))
+    (run.out.parent / "p.json").write_text(json.dumps({"told": {"epochs": 20}, "pid": 0}))
+    tuning = run.tuning()
+    assert (tuning.state, tuning.epochs, tuning.left) == ("stopped", 20, pytest.approx(45.0))
+    assert tuning.losses == pytest.approx([2.0, 1.0, 0.6667, 0.5, 0.4])
 
 
 # ---- pages and numbers from the command line

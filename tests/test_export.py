@@ -19,7 +19,7 @@ from restuning.runs import export as module
 from restuning.runs.export import Graph
 from restuning.runs.predict import predict
 
-VIT = ("bypass", "prefix", "vpt-shallow", "convpass")
+VIT = ("bypass", "bypass-query", "prefix", "vpt-shallow", "convpass")
 
 
 def tuned_and_inputs(name: str, method: str, **options: Any) -> tuple[rt.Tuned, dict[str, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """The page in a real Chromium: what a stranger does, and what the page shows after every step."""
 
+import csv
 import json
 import os
 import re
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.request
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 
@@ -23,10 +26,12 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 import restuning as rt
+from restuning.runs.predict import predict
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 SLOW = 180_000
 """Milliseconds that a step may take on a busy machine; nothing waits longer than it must."""
+PERMISSIONS = ["camera", "clipboard-read", "clipboard-write"]
 MARKUP = "<img src=x onerror=window.hacked=1> ${window.hacked=2} {{this}}"
 
 
@@ -44,7 +49,8 @@ def chromium() -> str:
 def browser() -> Iterator[Browser]:
     path = chromium()
     with sync_playwright() as p:
-        flags = ["--no-sandbox", "--disable-dev-shm-usage", "--use-fake-ui-for-media-stream"]
+        flags = ["--no-sandbox", "--disable-dev-shm-usage"]
+        flags += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
         made = p.chromium.launch(executable_path=path, args=flags)
         yield made
         made.close()
@@ -53,7 +59,7 @@ def browser() -> Iterator[Browser]:
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
     """A page that fails its test where a script fails, or where anything is asked of another host."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000})
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, permissions=PERMISSIONS)
     context.set_default_timeout(SLOW)
     expect.set_options(timeout=SLOW)
     made, wrong = context.new_page(), list[str]()
@@ -220,10 +226,10 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
     assert count(page) == said, "a cell opens its pictures"
     page.get_by_label("Map").check()
-    expect(page.locator("#map circle")).to_have_count(150)
+    expect(page.locator("#map canvas")).to_have_attribute("aria-label", re.compile("a map of 150 pictures"))
     shots(page, "map")
-    page.locator("#map svg.map").scroll_into_view_if_needed()
-    box = page.locator("#map svg.map").bounding_box()
+    page.locator("#map canvas").scroll_into_view_if_needed()
+    box = page.locator("#map canvas").bounding_box()
     assert box is not None
     x, y, side = box["x"], box["y"], box["width"]
     page.mouse.move(x + 12, y + 12)
@@ -297,7 +303,7 @@ def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, app:
     tab(page, "Look")
     for what in ("Confusion", "Map", "Labels that may be wrong"):
         page.get_by_label(what).check()
-        expect(page.locator("#map svg.map" if what == "Map" else "#look-gallery h3").first).to_be_visible()
+        expect(page.locator("#map canvas" if what == "Map" else "#look-gallery h3").first).to_be_visible()
     tab(page, "Try")
     page.locator("#image input[type=file]").first.set_input_files(folder / MARKUP / "1.png")
     expect(page.locator("#answers .rt-best b").first).to_have_text(MARKUP)
@@ -306,20 +312,180 @@ def test_names_with_markup_and_hostile_pictures_execute_nothing(page: Page, app:
     assert page.evaluate("window.hacked") is None
 
 
+def test_texts_of_a_table_take_the_same_path(page: Page, app: Served, tmp_path: Path) -> None:
+    with open(tmp_path / "reviews.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("text", "label"), *reviews(96), (MARKUP, "negative")])
+    make(page, app.url, "reviews")
+    page.locator("#files input[type=file]").set_input_files(tmp_path / "reviews.csv")
+    expect(page.locator("#summary")).to_contain_text("97 texts in 2 classes")
+    expect(page.locator("#pictures-gallery .rt-text").first).to_be_visible()
+    task = rt.load_task(f"folder:{app.home / 'reviews'}")
+    assert task.classes == ("negative", "positive") and isinstance(task.test.item(0), tuple), (
+        "the command line reads it"
+    )
+    train(page)
+    expect(page.locator("#backbone input")).to_have_value(re.compile("all-MiniLM-L6-v2"))
+    expect(page.locator("#scores tbody tr")).to_have_count(3)
+    shots(page, "texts-train")
+
+    tab(page, "Look")
+    page.get_by_label("Confusion").check()
+    cell = page.locator("#matrix .rt-matrix button").first
+    said = int(cell.inner_text())
+    cell.click()
+    expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
+    assert count(page) == said
+    page.get_by_label("Map").check()
+    expect(page.locator("#map canvas")).to_have_attribute("aria-label", re.compile("a map of 97 texts"))
+    page.get_by_label("Mistakes").check()
+    expect(page.locator("#look-gallery h3")).to_contain_text("Mistakes")
+    shots(page, "texts-mistakes")
+    first = page.locator("#look-gallery .rt-card").first
+    key, to = first.locator("input.pick").get_attribute("value"), first.locator("button[data-act=label]").first
+    to.click()
+    expect(page.locator("#changed")).to_contain_text("trained again")
+    label = app.home / "reviews" / str(to.get_attribute("data-label"))
+    assert key in {blake2b(p.read_bytes(), digest_size=16).hexdigest() for p in label.iterdir()}
+
+    tab(page, "Try")
+    page.locator("#text textarea").fill("a wonderful, warm and funny film")
+    page.locator("#text button").click()
+    best = page.locator("#answers .rt-best b").first
+    expect(best).to_have_text(re.compile("negative|positive"))
+    tab(page, "Take away")
+    expect(page.locator("#taken")).to_contain_text("curl -F text=")
+    adapter = app.home / "reviews" / ".restuning" / "adapter"
+    assert "pipeline_tag: text-classification" in (adapter / "README.md").read_text()
+    (row,) = predict([adapter], "a wonderful, warm and funny film")
+    assert row["top"][0]["class"] == best.inner_text(), "the command line answers as the page does"
+    assert page.evaluate("window.hacked") is None
+
+
+def reviews(count: int) -> list[tuple[str, str]]:
+    """Sentences of SST-2 where they are, else made ones."""
+    file = DATA / "text" / "SST-2" / "dev.tsv"
+    if file.exists():
+        rows = [line.split("\t") for line in file.read_text().splitlines()[1 : count + 1]]
+        return [(text, ("negative", "positive")[int(label)]) for text, label in rows]
+    good, bad = ("warm", "funny", "wonderful", "bright"), ("dull", "slow", "tedious", "bleak")
+    words = [(word, name) for pair in zip(good, bad, strict=True) for word, name in zip(pair, NAMES, strict=True)]
+    return [(f"{words[i % 8][0]} film, number {i}", words[i % 8][1]) for i in range(count)]
+
+
+NAMES = ("positive", "negative")
+
+
+def test_the_camera_and_the_clipboard_are_answered(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "seen", colours(tmp_path / "given"))
+    train(page)
+    tab(page, "Try")
+    page.locator("#image").get_by_label("Capture from camera").click()
+    page.locator("#image").get_by_text("Click to Access Webcam").click()
+    expect(page.locator("#image video")).to_be_visible()
+    page.wait_for_function("document.querySelector('#image video').videoWidth > 0")
+    page.locator("#image").get_by_label("capture photo").click()
+    answer = page.locator("#answers .rt-answer").filter(has_text="seen")
+    expect(answer).to_contain_text("Unlike anything in training")  # Chromium's green test picture
+
+    page.locator("#image").get_by_label("Remove Image").click()
+    expect(answer).to_have_count(0)
+    copied = """async colour => {
+        const canvas = new OffscreenCanvas(32, 32), pen = canvas.getContext('2d')
+        pen.fillStyle = colour
+        pen.fillRect(0, 0, 32, 32)
+        await navigator.clipboard.write([new ClipboardItem({'image/png': canvas.convertToBlob()})])
+    }"""
+    page.evaluate(copied, "rgb(40 60 210)")
+    page.locator("#image").get_by_label("Paste from clipboard").click()
+    expect(answer.locator(".rt-best b")).to_have_text("blue")
+
+
+def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "curve", colours(tmp_path / "given"))
+    tab(page, "Train")
+    page.get_by_role("button", name="Settings").click()
+    slide(page, "#epochs", 100)
+    seen = """() => { window.seen = []; new MutationObserver(() => {
+        const text = document.querySelector('#progress').innerText
+        if (document.querySelector('#progress .rt-curve polyline')) window.seen.push(text)
+    }).observe(document.querySelector('#progress'), {subtree: true, childList: true}) }"""
+    page.evaluate(seen)
+    page.locator("#go").click()
+    expect(page.locator("#progress")).to_contain_text("Trained")
+    told = page.evaluate("window.seen")
+    assert told and all(re.search(r"Training [\w-]+: step \d+ of 100", text) for text in told), told[:3]
+
+
+def slide(page: Page, name: str, value: int) -> None:
+    """A slider's number, typed."""
+    page.locator(f"{name} input[type=number]").fill(str(value))
+    page.locator(f"{name} input[type=number]").press("Enter")
+
+
+def test_tuning_inside_runs_in_the_background_and_shows_how_far_it_is(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "inside", colours(tmp_path / "given"))
+    train(page)
+    page.get_by_role("button", name="Tune inside the backbone").click()
+    told = page.locator("#inside-told")
+    expect(told).to_contain_text(re.compile(r"20 epochs of about 3 passes each: some \d+ s on this machine"))
+    slide(page, "#inside-epochs", 30)
+    page.locator("#inside-go").click()
+    expect(told).to_contain_text(re.compile(r"\d+ of 30 epochs, \d+ s left"))
+    expect(told.locator("progress")).to_be_visible()
+    page.locator("#inside-stop").click()
+    expect(told).to_contain_text("Stopped after")
+    done = int(told.inner_text().split()[2])
+    page.reload()
+    tab(page, "Train")
+    page.get_by_role("button", name="Tune inside the backbone").click()
+    expect(told).to_contain_text("Stopped after")
+    slide(page, "#inside-epochs", 30)
+    page.locator("#inside-go").click()
+    expect(told).to_contain_text(re.compile(r"res-tuning inside: [\d.]+ % on \d pictures"))
+    log = (app.home / ".inside" / "inside.log").read_text()
+    assert log.count("epoch 1/30 ") == 1 and f"epoch {done + 1}/30 " in log, "it went on where it was stopped"
+    adapter = app.home / ".inside" / "inside"
+    (row,) = predict([adapter], str(tmp_path / "given" / "blue" / "0.png"))
+    assert row["top"][0]["class"] in ("amber", "blue")
+
+
+def test_a_zip_a_graph_and_a_push_from_the_page(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "away", colours(tmp_path / "given"))
+    train(page)
+    tab(page, "Take away")
+    page.locator("#pack").click()
+    with page.expect_download() as download:
+        page.locator("#zipped").click()
+    names = zipfile.ZipFile(download.value.path()).namelist()
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json"} <= set(names)
+    page.locator("#graph").click()
+    expect(page.locator("#took")).to_contain_text("Exported to")
+    assert (app.home / "away" / ".restuning" / "exported-torch-export" / "model.pt2").exists()
+    page.get_by_role("button", name="Push to the hub").click()
+    for repo, why in (("nowhere", "expected owner/name"), ("me/away", "the hub did not take me/away: ")):
+        page.locator("#repo input, #repo textarea").fill(repo)
+        page.locator("#push").click()
+        expect(page.locator("#took")).to_contain_text(why)
+
+
 def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: Served, tmp_path: Path) -> None:
     make(page, app.url, "narrow", colours(tmp_path / "given"))
     train(page)
-    wrong: dict[tuple[int, str], object] = {}
-    for width in (1400, 400):
+    wrong: dict[tuple[str, int, str], object] = {}
+    for scheme, width in (("light", 1400), ("light", 400), ("dark", 1400)):
         page.set_viewport_size({"width": width, "height": 900})
-        for name in ("Pictures", "Train", "Look", "Try", "Take away"):
+        if scheme == "dark":
+            page.emulate_media(color_scheme="dark")
+            page.reload()
+            expect(page.locator("#summary")).to_contain_text("held out")
+        for name in ("Data", "Train", "Look", "Try", "Take away"):
             _reach(page, name)
             page.wait_for_timeout(500)  # animations end
             for found in Axe().run(page).response["violations"]:
                 if found["impact"] in ("serious", "critical"):
-                    wrong[width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
+                    wrong[scheme, width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
             if (wide := page.evaluate("document.scrollingElement.scrollWidth")) > width:
-                wrong[width, f"{name}, too wide"] = wide
+                wrong[scheme, width, f"{name}, too wide"] = wide
     assert not wrong, wrong
 
 
@@ -331,3 +497,75 @@ def _reach(page: Page, name: str) -> None:
         page.locator(".overflow-dropdown button", has_text=name).click()
         return
     found.first.click()
+
+
+@pytest.mark.large
+def test_five_thousand_pictures_of_150_classes_stay_usable(page: Page, tmp_path: Path) -> None:
+    """Every view has a bounded number of elements, and a click is answered in a small part of what training takes.
+    PAGE_TIMES names a file for what was measured."""
+    generator = np.random.default_rng(0)
+    looks = generator.integers(0, 255, (150, 4, 4, 3))
+    for i in range(5000):
+        folder = tmp_path / "given" / f"class {i % 150:03} <b onclick=window.hacked=1>"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.kron(looks[i % 150], np.ones((8, 8, 1))) + generator.integers(-90, 90, (32, 32, 3))
+        Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / f"{i}.png")
+    times, nodes = dict[str, float](), dict[str, int]()
+
+    def timed(name: str, click: Callable[[], object], then: Callable[[], object]) -> None:
+        start = time.perf_counter()
+        click()
+        then()
+        times[name] = time.perf_counter() - start
+        nodes[name] = page.evaluate("document.querySelectorAll('*').length")
+
+    context = page.context
+    context.set_default_timeout(20 * SLOW)
+    expect.set_options(timeout=20 * SLOW)
+    with served("app", str(tmp_path / "home"), "--port", "0") as app:
+        look, gallery = page.locator("#look-gallery h3"), page.locator("#pictures-gallery h3")
+        timed("add", lambda: make(page, app.url, "many", tmp_path / "given"),
+              lambda: expect(page.locator("#summary")).to_contain_text("5000 pictures in 150 classes"))  # fmt: skip
+        expect(page.locator("#checks .rt-chips li")).to_have_count(151)
+        timed("features and training", lambda: train(page), lambda: None)
+        timed("reload", page.reload, lambda: expect(page.locator("#checks .rt-chips li")).to_have_count(151))
+        timed("a class", page.locator("#checks button[data-act=show]").nth(77).click,
+              lambda: expect(gallery).to_contain_text("class 077"))  # fmt: skip
+        tab(page, "Look")
+        timed("confusion", page.get_by_label("Confusion").check,
+              lambda: expect(page.locator("#matrix svg.rt-heat")).to_be_visible())  # fmt: skip
+        timed("a pair", page.locator("#matrix .rt-pairs button").first.click,
+              lambda: expect(look).to_contain_text("taken for"))  # fmt: skip
+        canvas = page.locator("#map canvas")
+        timed("map", page.get_by_label("Map").check,
+              lambda: expect(canvas).to_have_attribute("aria-label", re.compile("of 5000 ")))  # fmt: skip
+        timed("labels that may be wrong", page.get_by_label("Labels that may be wrong").check,
+              lambda: expect(look).to_contain_text("Labels that may be wrong"))  # fmt: skip
+        timed("mistakes", page.get_by_label("Mistakes").check, lambda: expect(look).to_contain_text("Mistakes"))
+        timed("the next page", page.locator("#look-gallery button[data-act=page]").last.click,
+              lambda: expect(page.locator("#look-gallery .rt-pages")).to_contain_text("page 2"))  # fmt: skip
+        timed("relabel", page.locator("#look-gallery button[data-act=label][data-key]").first.click,
+              lambda: expect(page.locator("#changed")).to_contain_text("trained again"))  # fmt: skip
+        assert page.evaluate("window.hacked") is None
+    whole = times["features and training"]
+    rows = [{"what": k, "seconds": round(times[k], 2), "of features and training": round(times[k] / whole, 3),
+             "elements": nodes[k]} for k in times]  # fmt: skip
+    if "PAGE_TIMES" in os.environ:
+        Path(os.environ["PAGE_TIMES"]).write_text(json.dumps(rows, indent=1))
+    assert max(nodes.values()) < 4000, nodes
+    answered = {k: v / whole for k, v in times.items() if k not in ("add", "features and training", "relabel")}
+    assert max(answered.values()) < 0.25, rows
+
+
+@pytest.mark.large
+def test_a_map_by_umap_keeps_what_is_alike_together(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "umap", colours(tmp_path / "given"))
+    train(page)
+    tab(page, "Look")
+    page.get_by_label("Map").check()
+    page.locator("#map").get_by_role("button", name="UMAP").click()
+    expect(page.locator("#map button[aria-pressed=true]").nth(1)).to_have_text("UMAP")
+    dots = json.loads(str(page.locator("#map canvas").get_attribute("data-dots")))
+    at = {k: np.array([dot[:2] for dot in dots if dot[3] == k]) for k in (0, 1)}
+    apart = np.linalg.norm(at[0].mean(0) - at[1].mean(0))
+    assert apart > np.linalg.norm(at[0] - at[0].mean(0), axis=1).mean(), "two colours are two groups"

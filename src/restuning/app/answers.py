@@ -1,4 +1,4 @@
-"""Every task of the home on one picture, from one forward."""
+"""Every task of the home on one picture or text, from one forward."""
 
 import threading
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """A task's answer: the likeliest classes with their calibrated probabilities, and whether the picture is unlike
+    """A task's answer: the likeliest classes with their calibrated probabilities, and whether the item is unlike
     all that the task was trained on, at a false-alarm rate."""
 
     task: str
@@ -37,19 +37,19 @@ class Answers:
         self.home, self._lock = home, threading.Lock()
         self._of: dict[str, tuple[Predictor, dict[str, tuple[str, int]]]] = {}
 
-    def answer(self, project: str, image: "Image", top: int = 5) -> list[Answer]:
+    def answer(self, project: str, item: "Image | str", top: int = 5) -> list[Answer]:
         """Of every task that shares the project's backbone, the project's own first.
 
         Args:
             project: by name.
-            image: RGB.
+            item: a picture, RGB, or a text.
             top: how many classes at most.
         """
         engine = self.home.bench(project).engine
         predictor, tasks = self._predictor(engine)
         if project in tasks:
             tasks = {project: tasks[project], **tasks}
-        logits = predictor.predict(engine.how(image)[None].to(engine.device), [FROZEN, *(t for t, _ in tasks.values())])
+        logits = predictor.predict(engine.inputs([engine.read(item)]), [FROZEN, *(t for t, _ in tasks.values())])
         found = []
         for name, (task, _) in tasks.items():
             classes = predictor.adapter_config(task).classes or ()

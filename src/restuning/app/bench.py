@@ -57,7 +57,7 @@ def _bench(settings: Bench, home: Home, name: str, items: Items, classes: tuple[
 
     bench.project.add(pictures())
     few = [c for c, n in bench.project.counts().items() if n < 4]
-    bench.project.remove([p.key for p in bench.project.pictures() if p.label in few])
+    bench.project.remove([p.key for p in bench.project.items() if p.label in few])
     for name in few:
         (bench.project.path / name).rmdir()
     bench.choose_backbone(settings.backbone, None if settings.weights == "pretrained" else settings.weights)
@@ -71,12 +71,13 @@ def _costs(settings: Bench) -> Measured:
         home = Home(Path(folder))
         bench = _bench(settings, home, "first", task.train, tuple(task.classes))
         pictures, answers = bench.labelled(), Answers(home)
-        images = [bench.store.image(p) for p in pictures]
-        pixels = torch.stack([bench.engine.how(image) for image in images])
+        images = [bench.store.content(p) for p in pictures]
+        pixels = bench.engine.inputs([bench.engine.read(image) for image in images])
+        assert isinstance(pixels, Tensor)
         second = home.bench(home.new("second"))
         bench.project.copy_to(second.project)
         for i, name in enumerate(("even", "odd")):
-            second.project.label([p.key for p in second.project.pictures()][i::2], name)
+            second.project.label([p.key for p in second.project.items()][i::2], name)
         bench.train()
         bench.finish()
         classes = bench.project.classes()

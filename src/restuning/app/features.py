@@ -1,11 +1,11 @@
-"""Features of pictures by their content, computed once and kept on disk: what was computed is never computed again."""
+"""Features of items by their content, computed once and kept on disk: what was computed is never computed again."""
 
 import hashlib
 import json
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from restuning.app.project import Picture, quick_write
-from restuning.app.recipes import RECIPES, Recipe
+from restuning.app.given import read_text_of
+from restuning.app.project import Item, quick_write
+from restuning.app.recipes import KINDS, RECIPES, Recipe
 from restuning.backbones.load import reading_of
-from restuning.data import Preprocess
+from restuning.data import Preprocess, Texts, Tokenise, Tokenised
 from restuning.data.decode import decode
+from restuning.data.folder import TEXT, TEXT_BYTES
 from restuning.errors import CheckpointError, DataError, MethodError, RestuningError, line
+from restuning.model.predictor import Inputs
 from restuning.model.tuned import Tuned
 from restuning.runs.estimator import shared_backbone
 from restuning.side.features import FeatureRequest, Features
@@ -31,9 +34,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SHARD = 32
-"""Pictures of one pass, and of one file: what a killed process loses at most."""
+"""Items of one pass, and of one file: what a killed process loses at most."""
 MOST_KEPT = 2 * 2**20
-"""Bytes that the features of a picture may take for a method."""
+"""Bytes that the features of an item may take for a method."""
 THUMBNAIL = 160
 FROZEN = "frozen"
 """The adapter without a head: the backbone's own pooled features."""
@@ -43,7 +46,7 @@ class Engine:
     """A frozen backbone and the recipes that train on it. Threads take `lock` for what changes its adapters.
 
     Args:
-        backbone: a name that `restuning.load_backbone` knows, of one that reads images.
+        backbone: a name that `restuning.load_backbone` knows.
         weights: a file of them; None: its own.
     """
 
@@ -51,9 +54,9 @@ class Engine:
         self.backbone, self.weights, self.lock = backbone, weights, threading.RLock()
         module = shared_backbone(backbone, weights, None)
         how = reading_of(module)
-        if not isinstance(how, Preprocess):
-            raise RestuningError(f"{backbone} reads texts: expected a backbone of images")
-        self.how = how
+        self.tokenizer = how.load() if isinstance(how, Tokenise) else None
+        self.how = how = replace(how, max_length=how.limit) if isinstance(how, Tokenise) else how  # longer ones are cut
+        self.kind = "texts" if isinstance(how, Tokenise) else "pictures"
         self.tuned = Tuned(module, backbone_name=backbone)
         if torch.cuda.is_available():
             self.tuned.cuda()
@@ -62,9 +65,13 @@ class Engine:
         self.views: list[FeatureRequest] = []
         self._view_of: dict[str, int] = {}
         self._names = iter(range(10**9))
-        self.tuned.add_adapter(FROZEN, "linear", preprocessing=how.to_dict())
-        for name, recipe in reversed(RECIPES.items()):  # those that read most come first
-            self._accept(name, recipe)
+        names = KINDS[self.kind]
+        self.probing = names[0]
+        """Linear probing, which reads what the backbone itself pools."""
+        pool = RECIPES[self.probing].pool
+        self.tuned.add_adapter(FROZEN, "linear", pool=pool, preprocessing=how.to_dict())
+        for name in reversed(names):  # those that read most come first
+            self._accept(name, RECIPES[name])
         self.tuned.set_adapter(FROZEN)
         self.key = hashlib.sha256(
             repr((backbone, self.tuned.fingerprint, how.to_dict(), self.views)).encode()
@@ -75,9 +82,9 @@ class Engine:
         return next(self.tuned.parameters()).device
 
     def _accept(self, name: str, recipe: Recipe) -> None:
-        """Keep a recipe whose method fits, and what has to be kept of a picture for it."""
+        """Keep a recipe whose method fits, and what has to be kept of an item for it."""
         try:
-            self.tuned.add_adapter(name, recipe.method, 2)
+            self.tuned.add_adapter(name, recipe.method, 2, pool=recipe.pool)
         except RestuningError as error:
             self.refused[name] = line(error)
             return
@@ -91,9 +98,9 @@ class Engine:
                 self._view_of[name] = i
                 break
         else:
-            side = 3 * self.how.size[0] * self.how.size[1]
+            side = 3 * self.how.size[0] * self.how.size[1] if isinstance(self.how, Preprocess) else MOST_KEPT
             if request.tokens.tokens == "all" and 4 * side * len(request.layers) > MOST_KEPT:
-                self.refused[name] = "its features of a picture are too large to keep"
+                self.refused[name] = "what it reads of an item is too much to keep"
                 return
             self.views.append(request)
             self._view_of[name] = len(self.views) - 1
@@ -103,15 +110,34 @@ class Engine:
         """One for an adapter that nobody else has."""
         return f"{of}-{next(self._names)}"
 
+    def read(self, content: "Image | str") -> Tensor | str:
+        """A picture as its pixels (3, h, w); a text as it is. Raises DataError for what this backbone does not read."""
+        if isinstance(self.how, Tokenise) and isinstance(content, str):
+            return content
+        if isinstance(self.how, Tokenise) or isinstance(content, str):
+            raise DataError(f"{self.backbone} reads {self.kind}: expected one of these")
+        return self.how(content)
+
+    def inputs(self, items: Sequence[Tensor | str]) -> Inputs:
+        """What `read` gave, as a batch: pixels (b, 3, h, w), or named tensors (b, n), on the device."""
+        pixels = [item for item in items if isinstance(item, Tensor)]
+        if not isinstance(self.how, Tokenise):
+            return torch.stack(pixels).to(self.device)
+        texts = Texts([(str(item),) for item in items], [0] * len(items), [""] * len(items))
+        found = Tokenised(texts, self.how, self.tokenizer)
+        return {k: v.to(self.device) for k, v in found.collate([found[i] for i in range(len(items))])[0].items()}
+
     @torch.no_grad()
-    def live(self, pixels: Tensor) -> list[Features]:
-        """One pass of the backbone, (b, 3, h, w): what every view holds, on the CPU."""
+    def live(self, inputs: Inputs) -> list[Features]:
+        """One pass of the backbone over what `inputs` gave: what every view holds, on the CPU."""
         from restuning.model.passes import features_of
 
         request = FeatureRequest.of_all(self.views)
+        args, named = ((), inputs) if isinstance(inputs, Mapping) else ((inputs,), {})
         with self.lock:
-            features = features_of(self.tuned, {}, request, True, (pixels.to(self.device),), {})
-        return [features.select(v.tokens, v.layers).map(lambda x: x.to("cpu", copy=True)) for v in self.views]
+            features = features_of(self.tuned, {}, request, True, args, named)
+        views = [features.select(v.tokens, v.layers).map(lambda x: x.to("cpu", copy=True)) for v in self.views]
+        return [replace(view, mask=None) for view in views]  # no padding is left in them
 
     def view(self, recipe: str) -> int:
         """Which of the views a recipe reads."""
@@ -128,7 +154,7 @@ def engine(backbone: str, weights: str | None) -> Engine:
 
 @dataclass(frozen=True)
 class Progress:
-    """Of a pass over pictures: how many are done, of how many, and the seconds that are left."""
+    """Of a pass over items: how many are done, of how many, and the seconds that are left."""
 
     done: int
     total: int
@@ -136,7 +162,7 @@ class Progress:
 
 
 class FeatureStore:
-    """Features of pictures in a folder, files of `SHARD` pictures each, by backbone.
+    """Features of items in a folder, files of `SHARD` items each, by backbone.
 
     Args:
         own: the folder that a project keeps what it computes in.
@@ -172,30 +198,31 @@ class FeatureStore:
             except Exception as error:  # safetensors has errors of its own
                 raise CheckpointError(f"{path} is damaged: {line(error)}; remove it to compute it again") from error
 
-    def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
+    def missing(self, items: Sequence[Item]) -> list[Item]:
         """Those whose features are not there and that were not found to be unreadable."""
-        return [p for p in pictures if p.key not in self.rows and p.key not in self.bad]
+        return [p for p in items if p.key not in self.rows and p.key not in self.bad]
 
-    def compute(self, pictures: Sequence[Picture]) -> Iterator[Progress]:
+    def compute(self, items: Sequence[Item]) -> Iterator[Progress]:
         """One pass over those that are missing; leaving the loop early loses nothing of what was computed."""
-        missing, start = self.missing(pictures), time.perf_counter()
+        missing, start = self.missing(items), time.perf_counter()
         for at in range(0, len(missing), SHARD):
-            keys, pixels = [], []
-            for picture in self.missing(missing[at : at + SHARD]):  # another thread may have been here
+            keys, read = list[str](), list[Tensor | str]()
+            for item in self.missing(missing[at : at + SHARD]):  # another thread may have been here
                 try:
-                    image = self.image(picture)
-                    pixels.append(self.engine.how(image))
-                    self._thumbnail(picture.key, image)
-                    keys.append(picture.key)
+                    content = self.content(item)
+                    read.append(self.engine.read(content))
+                    if not isinstance(content, str):
+                        self._thumbnail(item.key, content)
+                    keys.append(item.key)
                 except DataError as error:
-                    self.bad[picture.key] = line(error)
+                    self.bad[item.key] = line(error)
             if keys:
-                self._write(keys, self.engine.live(torch.stack(pixels)))
+                self._write(keys, self.engine.live(self.engine.inputs(read)))
             done = min(at + SHARD, len(missing))
             yield Progress(done, len(missing), (time.perf_counter() - start) / done * (len(missing) - done))
 
     def features(self, recipe: str, keys: Sequence[str]) -> Features:
-        """What a recipe's method reads, of these pictures."""
+        """What a recipe's method reads, of these items."""
         with self._lock:
             if self._views is None:
                 joined = [Features.joined([p[i] for p in self._parts], padded) for i in range(len(self.engine.views))]
@@ -203,20 +230,24 @@ class FeatureStore:
             rows = torch.tensor([self.rows[key] for key in keys])
             return self._views[self.engine.view(recipe)].rows(rows)
 
-    def thumbnail(self, picture: Picture) -> bytes:
-        """A small JPEG of it, made anew by the decoder: no byte of the file itself. Raises DataError."""
-        path = self.thumbnails / f"{picture.key}.jpg"
+    def thumbnail(self, item: Item) -> bytes:
+        """A small JPEG of a picture, made anew by the decoder: no byte of the file itself. Raises DataError."""
+        path = self.thumbnails / f"{item.key}.jpg"
         if not path.exists():
-            self._thumbnail(picture.key, self.image(picture))
+            image = self.content(item)
+            assert not isinstance(image, str)
+            self._thumbnail(item.key, image)
         return path.read_bytes()
 
-    def image(self, picture: Picture) -> "Image":
-        """It, RGB. Raises DataError where it cannot be decoded."""
+    def content(self, item: Item) -> "Image | str":
+        """A picture, RGB, or a text. Raises DataError where it cannot be decoded."""
         try:
-            with open_regular(str(picture.path)) as file:
-                return decode(file, picture.path.name)
+            with open_regular(str(item.path)) as file:
+                if item.path.suffix.lower() == TEXT:
+                    return read_text_of(file.read(TEXT_BYTES + 1), item.path.name)
+                return decode(file, item.path.name)
         except OSError as error:
-            raise DataError(f"{picture.path.name} cannot be read: {error.strerror}") from error
+            raise DataError(f"{item.path.name} cannot be read: {error.strerror}") from error
 
     # ---- inside
 

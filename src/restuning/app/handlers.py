@@ -1,10 +1,11 @@
 """What the page's events do, without Gradio: project and inputs in, HTML out."""
 
 import queue
-import subprocess
-import sys
+import re
+import shutil
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -12,14 +13,27 @@ from typing import Any
 
 from restuning.app import views
 from restuning.app.answers import Answers
+from restuning.app.given import from_files, from_folder
 from restuning.app.home import Home
-from restuning.app.project import Added, from_files, from_folder
-from restuning.app.take import finished, take
+from restuning.app.inside import Inside
+from restuning.app.project import Added
+from restuning.app.take import finished, take, task_name, write_card
 from restuning.app.views import View
 from restuning.app.workbench import Workbench
 from restuning.backbones.load import MICRO
 from restuning.data.decode import decode
 from restuning.errors import DataError, RestuningError
+from restuning.model import publish
+
+PARTS: dict[str, Callable[[Workbench], str]] = {
+    "summary": views.summary,
+    "checks": views.checks,
+    "items": lambda bench: views.gallery(bench, View()),
+    "scores": views.scores,
+    "looked": lambda bench: views.gallery(bench, View("mistakes")) if bench.result else "",
+    "taken": take,
+}
+"""What the page shows of a project, in its order."""
 
 
 class Handlers:
@@ -32,6 +46,8 @@ class Handlers:
 
     def __init__(self, home: Home, local: bool = True) -> None:
         self.home, self.local, self.answers = home, local, Answers(home)
+        self._inside: dict[str, Inside] = {}
+        self._made = tempfile.TemporaryDirectory(prefix="restuning-")
 
     def backbone(self, name: str) -> str:
         """The backbone of a project; the bundled one where there is none."""
@@ -40,29 +56,41 @@ class Handlers:
         except RestuningError:
             return MICRO
 
-    def opened(self, name: str) -> tuple[str, ...]:
-        """(summary, checks, gallery, scores, look, take) of a project."""
-        if not name:
-            hint = views.progress("Make a project: give it a name, then give it pictures.")
-            return hint, "", "", "", "", ""
+    def kind(self, name: str) -> str:
+        """Whether a project is of pictures or of texts."""
         try:
-            bench = self.home.bench(name)
-            looked = views.gallery(bench, View("mistakes")) if bench.result else ""
-            shown = views.gallery(bench, View())
-            return views.summary(bench), views.checks(bench), shown, views.scores(bench), looked, take(bench)
-        except RestuningError as error:
-            return views.refusal(error), "", "", "", "", ""
+            return self.home.bench(name).project.kind
+        except RestuningError:
+            return "pictures"
 
-    def add(self, name: str, paths: list[str] | None, label: str, folder: str = "") -> str:
-        """Add uploaded files, or a folder of this machine; what became of them, as a line."""
+    def opened(self, name: str, *parts: str) -> tuple[str, ...]:
+        """Parts of what the page shows of a project.
+
+        Args:
+            name: of the project.
+            parts: keys of PARTS; none: all of them.
+        """
+        parts = parts or tuple(PARTS)
+        try:
+            if not name:
+                hint = "Make a project: give it a name, then give it pictures, or a table of texts."
+                return views.progress(hint), *[""] * (len(parts) - 1)
+            bench = self.home.bench(name)
+            return tuple(PARTS[part](bench) for part in parts)
+        except RestuningError as error:
+            return views.refusal(error), *[""] * (len(parts) - 1)
+
+    def add(self, name: str, paths: list[str] | None, label: str, folder: str = "") -> Iterator[str]:
+        """Add uploaded files, or a folder of this machine; how many are in, and what became of them, as a line."""
         try:
             bench, wanted = self.home.bench(name), label.strip() or None
             if folder and not self.local:
                 raise DataError("folders of the server cannot be named here: give the pictures, or a zip")
             given = from_folder(Path(folder.strip())) if folder else from_files([Path(p) for p in paths or []], wanted)
-            return views.progress(_told(bench.project.add(given)))
+            for added in bench.project.adding(given):
+                yield views.progress(_told(added))
         except RestuningError as error:
-            return views.refusal(error)
+            yield views.refusal(error)
 
     def act(self, name: str, view: View, data: dict[str, Any]) -> tuple[str, View]:
         """What a button of a gallery, of the checks, the confusion matrix or the map asks for: (a line, the view)."""
@@ -71,16 +99,16 @@ class Handlers:
             if act == "page":
                 return "", replace(view, page=int(data["page"]))
             if act in ("show", "alike"):
-                return "", View(f"alike:{keys[0]}" if act == "alike" else str(data["what"]))
+                return "", View(f"alike:{keys[0]}" if act == "alike" else str(data["what"]), how=view.how)
             if act == "lasso":
-                return "", View("keys", keys=tuple(keys))
+                return "", View("keys", keys=tuple(keys), how=view.how)
             if act == "use":
                 if bench.result is None or data["what"] not in bench.result.held:
                     raise DataError(f"{data['what']} has not been trained on these labels: train first")
                 bench.project.update(method=str(data["what"]))
                 return views.progress(f"{data['what']} is in use."), view
             if not keys:
-                raise DataError("no picture is picked: pick some first")
+                raise DataError("nothing is picked: pick some first")
             if act == "right":
                 bench.project.mark_right(keys)
                 return views.progress(f"{len(keys)} marked as right."), view
@@ -103,7 +131,7 @@ class Handlers:
             yield views.progress(f"Loading {backbone} …"), ""
             bench.choose_backbone(backbone.strip(), weights.strip() or None)
             for p in bench.compute():
-                text = f"Features: {p.done} of {p.total} pictures, {p.left:.0f} s left"
+                text = f"Features: {p.done} of {p.total} {bench.project.kind}, {p.left:.0f} s left"
                 yield views.progress(text, 100 * p.done / p.total), ""
             yield from self._train(bench, {"epochs": epochs or None, "lr": lr or None})
         except RestuningError as error:
@@ -147,15 +175,17 @@ class Handlers:
         except RestuningError as error:
             return "", views.refusal(error)
 
-    def ask(self, name: str, path: str | None) -> str:
-        """Every task's answer to a picture."""
-        if not path:
+    def ask(self, name: str, path: str | None, text: str = "") -> str:
+        """Every task's answer to a picture, or to a text."""
+        if not path and not text.strip():
             return views.answers([])
         try:
-            with open(path, "rb") as file:
-                image = decode(BytesIO(file.read()), Path(path).name)
+            item: Any = text.strip()
+            if path:
+                with open(path, "rb") as file:
+                    item = decode(BytesIO(file.read()), Path(path).name)
             finished(self.home.bench(name))
-            found = self.answers.answer(name, image)
+            found = self.answers.answer(name, item)
             return views.answers(found, "No task of this backbone is trained yet: train first.")
         except (RestuningError, OSError) as error:
             return views.progress(f"Refused: {error}")
@@ -165,27 +195,81 @@ class Handlers:
         try:
             bench, made = self.home.bench(name), self.home.new(new)
             count = bench.project.copy_to(self.home.bench(made).project)
-            return made, views.progress(f"{made}: {count} pictures without a class; their features are there already.")
+            return made, views.progress(
+                f"{made}: {count} {bench.project.kind} without a class; their features are there already."
+            )
         except RestuningError as error:
             return name, views.refusal(error)
 
-    def inside(self, name: str) -> str:
-        """Start `restuning train` on the project, in a process of its own, or say how far it is."""
+    def inside(self, name: str, act: str = "", epochs: float = 0) -> tuple[str, bool]:
+        """Tuning inside the backbone: (what it costs, or how far it is, whether it runs).
+
+        Args:
+            name: of the project.
+            act: `start` or `stop`; empty: neither.
+            epochs: of the run that is started.
+        """
         try:
-            bench = self.home.bench(name)
-            log, out = bench.project.own / "inside.log", bench.project.own / "inside"
-            if not log.exists():
-                command = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{bench.project.path}"]
-                command += ["--method", "res-tuning", "--backbone", bench.project.backbone, "--out", str(out)]
-                if bench.project.state["weights"]:
-                    command += ["--weights", str(bench.project.state["weights"])]
-                with open(log, "wb") as file:
-                    subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-                return views.progress("Started: res-tuning inside the backbone, 50 epochs, each about three passes.")
-            text = log.read_text(errors="replace").replace("\r", "\n").strip().splitlines()
-            return views.progress(text[-1][:300] if text else "It runs.")
+            run = self._inside.setdefault(name, Inside(self.home.bench(name)))
+            if act == "start":
+                run.start(int(epochs))
+            elif act == "stop":
+                run.stop()
+            tuning = run.tuning()
+            return views.inside(run, tuning, run.cost(int(epochs)), int(epochs)), tuning.state == "running"
         except (RestuningError, OSError) as error:
-            return views.progress(f"Refused: {error}")
+            return views.progress(f"Refused: {error}"), False
+
+    def packed(self, name: str) -> tuple[str | None, str]:
+        """The adapter's folder as a zip to take away: (its path, a line)."""
+        try:
+            bench = self._trained(name)
+            made = shutil.make_archive(str(Path(self._made.name) / task_name(name)), "zip", bench.adapter)
+            return made, ""
+        except (RestuningError, OSError) as error:
+            return None, views.progress(f"Refused: {error}")
+
+    def export(self, name: str, format: str) -> Iterator[str]:
+        """One graph of backbone and adapter, in a folder of the project."""
+        from restuning.runs.export import export
+
+        try:
+            bench = self._trained(name)
+            out = bench.project.own / f"exported-{format}"
+            yield views.progress(f"Exporting {format} …")
+            shutil.rmtree(out, ignore_errors=True)
+            about = export(bench.adapter, out, format, bench.project.state["weights"])
+            differ = about["checked"]["largest_difference"]
+            yield views.progress(
+                f"Exported to {out / about['file']}; it differs from the model by {differ:.0e} at most."
+            )
+        except (RestuningError, OSError) as error:
+            yield views.progress(f"Refused: {error}")
+
+    def push(self, name: str, repo: str, private: bool) -> Iterator[str]:
+        """The adapter and its card on the Hugging Face hub, with the token that this machine has."""
+        try:
+            if not self.local:
+                raise DataError("the token of the server is not for others: push from the machine itself")
+            if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo.strip()):
+                raise DataError(f"no repository is called {repo.strip()[:80]!r}: expected owner/name")
+            bench = self._trained(name)
+            yield views.progress(f"Pushing to {repo.strip()} …")
+
+            def save(folder: Path) -> None:
+                shutil.copytree(bench.adapter, folder, dirs_exist_ok=True)
+
+            yield views.progress(f"Pushed: {publish.push(repo.strip(), save, private=private)}")
+        except (RestuningError, OSError) as error:
+            yield views.progress(f"Refused: {error}")
+
+    def _trained(self, name: str) -> Workbench:
+        bench = self.home.bench(name)
+        finished(bench)
+        if bench.about() is None:
+            raise DataError(f"project {name} has no adapter yet: train first")
+        write_card(bench)
+        return bench
 
 
 def _told(added: Added) -> str:

@@ -3,9 +3,9 @@
 import threading
 from pathlib import Path
 
+from restuning.app.given import READ
 from restuning.app.project import OWN, Project, checked
 from restuning.app.workbench import Workbench
-from restuning.data.decode import SUFFIXES
 from restuning.errors import DataError
 
 
@@ -53,4 +53,4 @@ def _is_project(path: Path) -> bool:
     if path.name.startswith("."):
         return False
     inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    return any(file.suffix.lower() in SUFFIXES for folder in inside for file in list(folder.iterdir())[:3])
+    return any(file.suffix.lower() in READ for folder in inside for file in list(folder.iterdir())[:3])

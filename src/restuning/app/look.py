@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,8 @@ from torch.nn import functional as F
 
 from restuning.errors import DataError, MissingExtra
 
-MAPS = ("pca", "t-sne")
+MAPS = {"pca": "PCA", "t-sne": "t-SNE", "umap": "UMAP"}
+"""Kinds of maps, and how they are written."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,12 @@ def places(features: Tensor, how: str = "pca") -> Tensor:
 
     Args:
         features: (n, d), n at least 2.
-        how: `pca`, the two directions of most variance; `t-sne` (van der Maaten and Hinton 2008).
+        how: `pca`, the two directions of most variance; `t-sne` (van der Maaten and Hinton 2008); `umap` (McInnes et
+            al. 2018). The last two begin from the first.
 
     Raises:
         DataError: an unknown kind of map, or fewer than two items.
+        MissingExtra: umap-learn is not installed.
     """
     if how not in MAPS or len(features) < 2:
         raise DataError(f"map {how!r} of {len(features)}: expected {' or '.join(MAPS)}, and two items or more")
@@ -95,15 +99,27 @@ def places(features: Tensor, how: str = "pca") -> Tensor:
     axes = vectors[:, -2:].flip(1)
     axes = axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
     at = rows @ axes
-    if how == "t-sne" and len(at) > 5:
-        from sklearn.manifold import TSNE
-
-        start = (at / at[:, 0].std().clamp(min=1e-6) * 1e-4).numpy()
-        made = TSNE(2, perplexity=min(30.0, len(at) / 4), init=start, random_state=0).fit_transform(rows.numpy())
-        at = torch.from_numpy(made)
+    if how != "pca" and len(at) > 5:
+        at = torch.from_numpy((_tsne if how == "t-sne" else _umap)(rows, at / at[:, 0].std().clamp(min=1e-6)))
     low, high = at.amin(0), at.amax(0)
     found: Tensor = (at - low) / (high - low).clamp(min=1e-9)
     return found
+
+
+def _tsne(rows: Tensor, start: Tensor) -> Any:
+    from sklearn.manifold import TSNE
+
+    made = TSNE(2, perplexity=min(30.0, len(rows) / 4), init=(start * 1e-4).numpy(), random_state=0)
+    return made.fit_transform(rows.numpy())
+
+
+def _umap(rows: Tensor, start: Tensor) -> Any:
+    try:
+        from umap import UMAP
+    except ImportError as error:
+        raise MissingExtra("umap-learn", "app") from error
+    made = UMAP(n_neighbors=min(15, len(rows) - 1), init=start.numpy(), random_state=0, n_jobs=1)
+    return made.fit_transform(rows.numpy())
 
 
 def alike(features: Tensor, to: Tensor, most: int = 24) -> list[int]:

@@ -5,33 +5,40 @@ import json
 import os
 import secrets
 import shutil
-import zipfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from restuning.app.given import kept, read_text_of
 from restuning.backbones.load import MICRO
 from restuning.data.decode import SUFFIXES, decode
-from restuning.data.folder import JUNK, NAMED
+from restuning.data.folder import NAMED, TEXT
 from restuning.errors import CheckpointError, DataError, RestuningError
 from restuning.utils.files import PARTIAL, as_json, atomic_write
+from restuning.utils.hub import MINILM
 from restuning.utils.reading import open_regular, read_json
 
 OWN, UNLABELLED, REMOVED = ".restuning", ".unlabelled", ".removed"
 STATE, FORMAT = "project.json", "restuning-project/1"
 FEW = 5
-"""A class with fewer pictures has too few, and the page tells so."""
-MOST_BYTES, MOST_PICTURES = 64 * 2**20, 20_000
-"""Of one picture that is added, and of pictures that are added at once."""
+"""A class with fewer items has too few, and the page tells so."""
+MOST = 20_000
+"""Items that are added at once."""
+KINDS = {"pictures": SUFFIXES, "texts": frozenset([TEXT])}
+"""What a project is of, and how its files end."""
+BACKBONES = {"pictures": MICRO, "texts": MINILM}
+"""What a project begins with."""
+TOLD = 200
+"""Items after which those who wait are told how many are in."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture of a project. key: tells it by its content; label: its class; None: it has none yet."""
+class Item:
+    """A picture or a text of a project. key: tells it by its content; label: its class; None: it has none yet."""
 
     path: Path
     key: str
@@ -40,7 +47,7 @@ class Picture:
 
 @dataclass
 class Added:
-    """What became of pictures that were given: how many are in, which were there, and why others were refused."""
+    """What became of items that were given: how many are in, which were there, and why others were refused."""
 
     count: int = 0
     there: list[str] = field(default_factory=list)
@@ -48,7 +55,8 @@ class Added:
 
 
 class Project:
-    """Pictures by class in a folder. A label is the folder that a picture is in, so that nothing else has to agree.
+    """Pictures, or texts, by class in a folder. A label is the folder that an item is in, so that nothing else has to
+    agree.
 
     Args:
         path: the folder; it is made if it is not there.
@@ -67,8 +75,16 @@ class Project:
         if split:
             raise RestuningError(f"{path} is split already ({', '.join(split)}): expected class/file, as a copy has it")
         self._keys: dict[Path, tuple[tuple[int, int], str]] = {}
+        self._seen: tuple[float, list[Item]] = 0.0, []
         self.own.mkdir(exist_ok=True)
         self.state = self._read()
+        if self.state["kind"] is None and (found := self._kind()):
+            self._begin(found)
+
+    @property
+    def kind(self) -> str:
+        """`pictures` or `texts`; pictures where it is empty."""
+        return str(self.state["kind"] or "pictures")
 
     @property
     def name(self) -> str:
@@ -87,30 +103,30 @@ class Project:
 
     def classes(self) -> tuple[str, ...]:
         """The class folders, sorted as `folder:` sorts them."""
-        return tuple(sorted(p.name for p in self.path.iterdir() if p.is_dir() and _kept(p.name)))
+        return tuple(sorted(p.name for p in self.path.iterdir() if p.is_dir() and kept(p.name)))
 
-    def pictures(self, labelled: bool = False) -> list[Picture]:
+    def items(self, labelled: bool = False) -> list[Item]:
         """Those of all classes, and (unless `labelled`) those without; one of the same content is one, the first."""
-        found: dict[str, Picture] = {}
+        found: dict[str, Item] = {}
         for picture in self._all(labelled):
             found.setdefault(picture.key, picture)
         return list(found.values())
 
     def counts(self) -> dict[str, int]:
         """Pictures of every class."""
-        have = Counter(p.label for p in self.pictures(labelled=True))
+        have = Counter(p.label for p in self.items(labelled=True))
         return {name: have[name] for name in self.classes()}
 
-    def problems(self, bad: Mapping[str, str] = {}) -> list[tuple[str, list[Picture]]]:
-        """What is wrong with the data, a line and the pictures that it is about.
+    def problems(self, bad: Mapping[str, str] = {}) -> list[tuple[str, list[Item]]]:
+        """What is wrong with the data, a line and the items that it is about.
 
         Args:
-            bad: pictures that cannot be read, by key, and why.
+            bad: items that cannot be read, by key, and why.
         """
-        by_key: dict[str, list[Picture]] = {}
+        by_key: dict[str, list[Item]] = {}
         for picture in self._all(False):
             by_key.setdefault(picture.key, []).append(picture)
-        found: list[tuple[str, list[Picture]]] = []
+        found: list[tuple[str, list[Item]]] = []
         for reason, ps in [(bad[key], ps) for key, ps in by_key.items() if key in bad]:
             found.append((f"cannot be read: {ps[0].path.name}: {reason}", []))
         for ps in by_key.values():
@@ -137,15 +153,31 @@ class Project:
         (self.path / name).mkdir(exist_ok=True)
 
     def add(self, files: Iterable[tuple[str, bytes, str | None]]) -> Added:
-        """Add pictures, (name, bytes, class) each; what cannot be decoded, and what is there already, stays out."""
-        added, there = Added(), {p.key: p for p in self._all(False)}
-        for i, (name, data, label) in enumerate(files):
+        """Add items, (name, bytes, class) each; what cannot be decoded, and what is there already, stays out."""
+        added = Added()
+        for added in self.adding(files):  # noqa: B007  the last is what became of them all
+            pass
+        return added
+
+    def adding(self, files: Iterable[tuple[str, bytes, str | None]]) -> Iterator[Added]:
+        """The same, which tells how far it is."""
+        added, there = Added(), {p.key for p in self._all(False)}
+        for i, (name, data, label) in enumerate(files, 1):
+            if i % TOLD == 0:
+                self._seen = 0.0, []
+                yield added
             shown = PurePosixPath(name.replace("\\", "/")).name
-            if i >= MOST_PICTURES:
-                added.refused.append(f"{shown} and what follows: {MOST_PICTURES} at a time are read")
+            if i > MOST:
+                added.refused.append(f"{shown} and what follows: {MOST} at a time are read")
                 break
             try:
-                decode(BytesIO(data), shown)
+                kind = "texts" if shown.lower().endswith(TEXT) else "pictures"
+                if self.state["kind"] not in (kind, None):
+                    raise DataError(f"{shown}: this project is of {self.kind}: make another one for {kind}")
+                if kind == "texts":
+                    read_text_of(data, shown)
+                else:
+                    decode(BytesIO(data), shown)
                 if label is not None:
                     self.add_class(label)
             except DataError as error:
@@ -155,22 +187,24 @@ class Project:
             if key in there:
                 added.there.append(shown)
                 continue
+            if self.state["kind"] is None:
+                self._begin(kind)
             folder = self.path / (UNLABELLED if label is None else label.strip())
             folder.mkdir(exist_ok=True)
-            path = _free(folder, shown)
-            quick_write(path, data)
-            there[key] = Picture(path, key, label)
+            quick_write(_free(folder, shown), data)
+            there.add(key)
             added.count += 1
-        return added
+        self._seen = 0.0, []
+        yield added
 
     def label(self, keys: Sequence[str], label: str | None) -> int:
-        """Move pictures to a class, or to those without one; returns how many were moved."""
+        """Move items to a class, or to those without one; returns how many were moved."""
         if label is not None:
             self.add_class(label)
         return self._move(keys, UNLABELLED if label is None else label.strip())
 
     def remove(self, keys: Sequence[str]) -> int:
-        """Move pictures out of the project, to a hidden folder in it, from where they can be had again."""
+        """Move items out of the project, to a hidden folder in it, from where they can be had again."""
         return self._move(keys, REMOVED)
 
     def mark_right(self, keys: Sequence[str]) -> None:
@@ -183,13 +217,13 @@ class Project:
         atomic_write(self.own / STATE, as_json(self.state))
 
     def copy_to(self, other: "Project") -> int:
-        """Give another project all pictures, unlabelled, and the features that are there: it needs no pass of the
+        """Give another project all items, unlabelled, and the features that are there: it needs no pass of the
         backbone."""
         folder = other.path / UNLABELLED
         folder.mkdir(exist_ok=True)
-        pictures = self.pictures()
-        for picture in pictures:
-            _link(picture.path, _free(folder, picture.path.name))
+        items = self.items()
+        for item in items:
+            _link(item.path, _free(folder, item.path.name))
         for part in ("features", "thumbnails"):
             for file in (self.own / part).rglob("*"):
                 if file.is_file() and not file.name.endswith((".tmp", ".lock")):
@@ -197,10 +231,25 @@ class Project:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     if not target.exists():
                         _link(file, target)
-        other.update(backbone=self.state["backbone"], weights=self.state["weights"])
-        return len(pictures)
+        other._seen = 0.0, []
+        other.update(backbone=self.backbone, weights=self.state["weights"], kind=self.state["kind"])
+        return len(items)
 
     # ---- inside
+
+    def _begin(self, kind: str) -> None:
+        """What it is of is known: the first item came."""
+        own = self.state["backbone"]
+        self.update(kind=kind, backbone=BACKBONES[kind] if own in BACKBONES.values() else own)
+
+    def _kind(self) -> str | None:
+        for at, inside, names in os.walk(self.path):
+            inside[:] = sorted(name for name in inside if kept(name) or name == UNLABELLED)
+            for suffix in (Path(name).suffix.lower() for name in names if Path(at) != self.path and kept(name)):
+                for kind, suffixes in KINDS.items():
+                    if suffix in suffixes:
+                        return kind
+        return None
 
     def _move(self, keys: Sequence[str], folder: str) -> int:
         wanted, target, moved = set(keys), self.path / folder, 0
@@ -208,19 +257,29 @@ class Project:
         for picture in [p for p in self._all(False) if p.key in wanted and p.path.parent != target]:
             picture.path.rename(_free(target, picture.path.name))
             moved += 1
+        self._seen = 0.0, []
         if set(self.state["right"]) & wanted:
             self.update(right=[key for key in self.state["right"] if key not in wanted])
         return moved
 
-    def _all(self, labelled: bool) -> Iterator[Picture]:
+    def _all(self, labelled: bool) -> list[Item]:
+        """Walking the folder takes a tenth of the time at most: what was seen holds for ten times as long as that took,
+        or until something is changed here."""
+        until, items = self._seen
+        if (start := time.monotonic()) >= until:
+            items = list(self._walked())
+            self._seen = start + 11 * (time.monotonic() - start), items
+        return [item for item in items if item.label is not None] if labelled else items
+
+    def _walked(self) -> Iterator[Item]:
         folders: list[tuple[Path, str | None]] = [(self.path / name, name) for name in self.classes()]
-        for folder, label in folders + ([] if labelled else [(self.path / UNLABELLED, None)]):
+        for folder, label in [*folders, (self.path / UNLABELLED, None)]:
             for at, inside, names in os.walk(folder):
-                inside[:] = sorted(filter(_kept, inside))
-                for name in sorted(filter(_kept, names)):
+                inside[:] = sorted(filter(kept, inside))
+                for name in sorted(filter(kept, names)):
                     path = Path(at) / name
-                    if path.suffix.lower() in SUFFIXES and (key := self._key(path)):
-                        yield Picture(path, key, label)
+                    if path.suffix.lower() in KINDS[self.kind] and (key := self._key(path)):
+                        yield Item(path, key, label)
 
     def _key(self, path: Path) -> str:
         """Of the file's content; read again where its size or time is another."""
@@ -236,13 +295,15 @@ class Project:
             return ""
 
     def _read(self) -> dict[str, Any]:
-        start: dict[str, Any] = {"format": FORMAT, "backbone": MICRO, "weights": None, "right": [], "method": None}
+        start: dict[str, Any] = dict.fromkeys(("weights", "method", "kind", "seconds"))
+        start |= {"format": FORMAT, "backbone": MICRO, "right": []}
         path = self.own / STATE
         if not path.exists():
             return start
         try:
             state = read_json(path)
             good = isinstance(state, dict) and state.get("format") == FORMAT and isinstance(state.get("right"), list)
+            good = good and state.get("kind") in (None, *KINDS)
         except (OSError, ValueError, json.JSONDecodeError):
             good = False
         if not good:
@@ -259,55 +320,9 @@ def checked(name: str, what: str) -> str:
     """
     name = name.strip()
     strange = not name or len(name.encode()) > 100 or any(c in name for c in "/\\\0") or not name.isprintable()
-    if strange or not _kept(name) or name.lower() in NAMED:
+    if strange or not kept(name) or name.lower() in NAMED:
         raise DataError(f"no {what} can be called {name[:40]!r}: expected a short name without / that is no split's")
     return name
-
-
-def from_folder(path: Path) -> Iterator[tuple[str, bytes, str | None]]:
-    """The pictures of a folder of this machine: the folder that one is in is its class; those on top have none."""
-    if not path.is_dir():
-        raise DataError(f"no such folder: {path}")
-    for at, inside, names in os.walk(path):
-        inside[:] = sorted(filter(_kept, inside))
-        label = None if Path(at) == path or Path(at).name.lower() in NAMED else Path(at).name
-        for name in sorted(filter(_kept, names)):
-            file = Path(at) / name
-            if file.suffix.lower() in SUFFIXES and file.stat().st_size <= MOST_BYTES:
-                with suppress(RestuningError, OSError), open_regular(str(file)) as opened:
-                    yield name, opened.read(), label
-
-
-def from_files(paths: Sequence[Path], label: str | None = None) -> Iterator[tuple[str, bytes, str | None]]:
-    """Pictures, and zips of them, whose folders are classes. Nothing of a zip is written but what is decoded."""
-    for path in paths:
-        if path.suffix.lower() == ".zip":
-            yield from _from_zip(path, label)
-        elif path.stat().st_size > MOST_BYTES:
-            yield path.name, b"", label
-        else:
-            yield path.name, path.read_bytes(), label
-
-
-def _from_zip(path: Path, label: str | None) -> Iterator[tuple[str, bytes, str | None]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
-                if entry.is_dir() or not parts or not all(map(_kept, parts)) or ".." in parts:
-                    continue
-                if Path(parts[-1]).suffix.lower() not in SUFFIXES or entry.file_size > MOST_BYTES:
-                    continue
-                with archive.open(entry) as file:
-                    data = file.read(MOST_BYTES + 1)
-                folder = parts[-2] if len(parts) > 1 and parts[-2].lower() not in NAMED else None
-                yield parts[-1], data[: MOST_BYTES + 1], label or folder
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path.name} cannot be read as a zip: {error}") from error
-
-
-def _kept(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in JUNK
 
 
 def _digest(data: bytes) -> str:

@@ -21,6 +21,7 @@ class Recipe:
         lr: learning rate, of AdamW.
         batch_size: of a step.
         fixed: whether a person has set the epochs.
+        pool: how tokens are pooled; None: as the backbone does.
     """
 
     about: str
@@ -29,6 +30,7 @@ class Recipe:
     lr: float
     batch_size: int = 64
     fixed: bool = False
+    pool: str | None = None
 
     def epochs_for(self, examples: int) -> int:
         """More where there are few examples."""
@@ -37,7 +39,18 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     "linear": Recipe("a head on the last layer", "linear", 15, 0.02),
+    "linear-mean": Recipe("a head on the mean of the tokens", "linear", 15, 0.02, pool="mean"),
     "bypass": Recipe("a path past all layers", "bypass", 8, 0.03, 128),
+    "bypass-mean": Recipe("a path past all layers, on the mean of the tokens", "bypass-mean", 8, 0.03, 128),
     "bypass-query": Recipe("queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2), 5, 0.015),
+    "bypass-query-mean": Recipe(
+        "queries on the means of all layers", BypassQuery(width=32, stages=2, queries=4, grid=1), 5, 0.015
+    ),
 }
 """Name → recipe, the cheapest first."""
+KINDS = {
+    "pictures": ("linear", "bypass", "bypass-query"),
+    # a text has too many tokens to keep them all
+    "texts": ("linear-mean", "bypass-mean", "bypass-query-mean"),
+}
+"""What is trained of a project's kind; the first of them is linear probing."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from restuning.app.views import rendered
 from restuning.app.workbench import Workbench
+from restuning.data import Tokenise
 from restuning.errors import DataError
 from restuning.utils.files import atomic_write
 
@@ -13,19 +14,25 @@ CARD = "README.md"
 
 def lines(bench: Workbench) -> list[tuple[str, str]]:
     """(title, commands) that serve the adapter, ask it, and train on the same pictures."""
-    folder, name = bench.adapter, _task(bench.project.name)
+    folder, name = bench.adapter, task_name(bench.project.name)
     data = f"folder:{bench.project.path}"
     serve = f"restuning serve {shlex.quote(f'{name}={folder}')} --port 8000"
-    curl = f"curl -F image=@picture.jpg -F tasks={name} -F top=3 http://127.0.0.1:8000/v1/predict"
+    texts = bench.project.kind == "texts"
+    item = "'a text to tell the class of'" if texts else "picture.jpg"
+    field = f"text={item}" if texts else f"image=@{item}"
+    curl = f"curl -F {field} -F tasks={name} -F top=3 http://127.0.0.1:8000/v1/predict"
     python = (
         "import restuning as rt\n\n"
         f"classifier = rt.Classifier.load({str(folder)!r})\n"
-        "print(classifier.predict(['picture.jpg']))"
+        f"print(classifier.predict([{item if texts else repr(item)}]))"
     )
     own = shlex.quote(str(folder))
-    some = shlex.quote(str(bench.project.path / (bench.project.classes() or ("",))[0]))
+    first = next((p.path for p in bench.project.items(labelled=True)), bench.project.path)
+    some = shlex.quote(str(first if texts else first.parent))
     backbone = bench.project.backbone
-    inside = f"--method res-tuning --backbone {shlex.quote(backbone)} --out runs/inside"
+    how = bench.engine.how
+    cut = f" --max-length {how.max_length}" if isinstance(how, Tokenise) else ""
+    inside = f"--method res-tuning --backbone {shlex.quote(backbone)}{cut} --out runs/inside"
     push = (
         "import restuning as rt\n\n"
         f"tuned = rt.Tuned.from_pretrained(rt.load_backbone({backbone!r}), {str(folder)!r})\n"
@@ -35,15 +42,18 @@ def lines(bench: Workbench) -> list[tuple[str, str]]:
         ("Serve it", serve),
         ("Ask the server", curl),
         ("In Python", python),
-        ("On the command line", f"restuning predict {own} picture.jpg --top 3"),
+        ("On the command line", f"restuning predict {own} {item} --top 3"),
         ("One graph for onnxruntime", f"restuning export {own} --out exported --inputs {some}"),
-        ("Tune inside the backbone, on the same pictures", f"restuning train --data {shlex.quote(data)} {inside}"),
+        (
+            f"Tune inside the backbone, on the same {bench.project.kind}",
+            f"restuning train --data {shlex.quote(data)} {inside}",
+        ),
         ("Push to the hub", push),
     ]
 
 
 def finished(bench: Workbench) -> None:
-    """The adapter and its card written, trained anew where labels, pictures or the method in use have changed since."""
+    """The adapter and its card written, trained anew where labels, items or the method in use have changed since."""
     with bench.lock:
         about = bench.about()
         if bench.result is not None and (about is None or about.get("trained_on") != bench.signature()):
@@ -59,13 +69,14 @@ def write_card(bench: Workbench) -> Path:
     rows = [
         f"| {name} | {mean:.1f} | {spread:.1f} | {folds} |" for name, (mean, spread, folds) in about["held_out"].items()
     ]
-    counts = bench.project.counts()
+    counts, kind = bench.project.counts(), bench.project.kind
+    tag = "text-classification" if kind == "texts" else "image-classification"
     before, after = about["calibration_error"]
     threshold, alarms = about["novelty"]
     text = f"""---
 library_name: restuning
-pipeline_tag: image-classification
-tags: [restuning, parameter-efficient-fine-tuning, image-classification]
+pipeline_tag: {tag}
+tags: [restuning, parameter-efficient-fine-tuning, {tag}]
 license: other
 ---
 
@@ -75,25 +86,26 @@ A `{about["method"]}` adapter on the frozen backbone `{_plain(bench.project.back
 
 ## Data
 
-{about["pictures"]} pictures in {len(counts)} classes: {", ".join(f"{_plain(n)} ({c})" for n, c in counts.items())}.
+{about["pictures"]} {kind} in {len(counts)} classes: {", ".join(f"{_plain(n)} ({c})" for n, c in counts.items())}.
 
 ## Numbers
 
 Held-out accuracy in percent, mean and standard deviation over folds, each trained with a seed of its own; the adapter
-itself was then trained on all pictures.
+itself was then trained on all {kind}.
 
 | method | mean | standard deviation | folds |
 |---|--:|--:|--:|
 {chr(10).join(rows)}
 
-Expected calibration error on held-out pictures: {before:.3f} before, {after:.3f} after division by temperature
-{about["temperature"]:.2f}, which is in the head's weights. Pictures farther than {threshold:.3f} (1 − cosine) from all
-training pictures are unlike anything in training; {100 * alarms:.1f} % of the training pictures are.
+Expected calibration error on held-out {kind}: {before:.3f} before, {after:.3f} after division by temperature
+{about["temperature"]:.2f}, which is in the head's weights. {kind.capitalize()} farther than
+{threshold:.3f} (1 − cosine) from all training {kind} are unlike anything in training; {100 * alarms:.1f} % of the
+training {kind} are.
 
 ## Limits
 
-It knows these classes and no others, and gives one of them to every picture. The numbers hold for pictures that are
-taken as those of the project were.
+It knows these classes and no others, and gives one of them to whatever it is asked. The numbers hold for {kind} that
+come from where those of the project do.
 
 ## Licence
 
@@ -111,10 +123,10 @@ def take(bench: Workbench) -> str:
         return rendered("take", about=None)
     mean, spread, folds = about["held_out"][about["method"]]
     score = f"{mean:.1f} ± {spread:.1f} % over {folds} folds"
-    return rendered("take", about=about, score=score, folder=bench.adapter, lines=lines(bench))
+    return rendered("take", about=about, score=score, folder=bench.adapter, lines=lines(bench), kind=bench.project.kind)
 
 
-def _task(name: str) -> str:
+def task_name(name: str) -> str:
     """A task's name in a server's addresses: letters, digits, - and _."""
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in name).strip("-")[:64] or "task"
 

@@ -130,7 +130,9 @@ def _stack(
             torch.manual_seed(SEED + i)
             made.append(engine.name("training"))
             how = engine.how.to_dict()
-            engine.tuned.add_adapter(made[-1], recipe.method, classes, classes=names, preprocessing=how)
+            engine.tuned.add_adapter(
+                made[-1], recipe.method, classes, pool=recipe.pool, classes=names, preprocessing=how
+            )
         engine.tuned.set_adapter(active)
         return Stack([engine.tuned.reader(name) for name in made]), made
 

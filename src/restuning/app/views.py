@@ -1,6 +1,8 @@
 """What the page shows of a project, as HTML. Everything that a person named is escaped by jinja."""
 
 import base64
+import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +11,23 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader  # torch needs it, so it is there
 
 from restuning.app.answers import Answer
+from restuning.app.inside import PASSES, Inside, Tuning
 from restuning.app.look import MAPS, named, worst_pairs
-from restuning.app.project import FEW, Picture
+from restuning.app.project import FEW, Item
 from restuning.app.workbench import Workbench
 from restuning.backbones.load import describe_backbone, reading_of
 from restuning.data import Preprocess
 from restuning.errors import DataError, RestuningError
+from restuning.utils.hub import MINILM
 
+TOLD = 60
+"""Problems that are shown at once."""
 PAGE = 24
 """Pictures of a gallery that are shown at once."""
+CELLS = 1000
+"""Cells of a larger one that are drawn at most, beside its diagonal."""
+EXCERPT = 280
+"""Characters of a text that a card shows."""
 SMALL = 25
 """Classes up to which a confusion matrix has numbers."""
 ASSETS = Path(__file__).parent / "assets"
@@ -29,11 +39,12 @@ JINJA = Environment(
 @dataclass(frozen=True)
 class View:
     """What a gallery shows. what: `all`, `unlabelled`, `class:NAME`, `mistakes`, `wrong`, `cell:I:J`, `alike:KEY` or
-    `keys`; page: from 0; keys: those of `keys`."""
+    `keys`; page: from 0; keys: those of `keys`; how: of the map above it."""
 
     what: str = "all"
     page: int = 0
     keys: tuple[str, ...] = ()
+    how: str = "pca"
 
 
 def rendered(template: str, **values: Any) -> str:
@@ -47,16 +58,15 @@ def uri(data: bytes, kind: str = "jpeg") -> str:
 
 
 def priced(backbone: str) -> str:
-    """A backbone's name with what it costs: parameters and pixels."""
+    """A backbone's name with what it costs: parameters, and pixels or tokens."""
+    if backbone == MINILM:  # transformers takes seconds to import
+        return f"{MINILM}: 22.7 M parameters, texts of up to 512 tokens"
     try:
         module = describe_backbone(backbone)
         how = reading_of(module)
         millions = sum(p.numel() for p in module.parameters()) / 1e6
-        return (
-            f"{backbone}: {millions:.1f} M parameters, {how.size[0]} pixels"
-            if isinstance(how, Preprocess)
-            else backbone
-        )
+        read = f"{how.size[0]} pixels" if isinstance(how, Preprocess) else f"texts of up to {how.limit} tokens"
+        return f"{backbone}: {millions:.1f} M parameters, {read}"
     except RestuningError:
         return backbone
 
@@ -85,7 +95,8 @@ def listed(bench: Workbench, view: View) -> tuple[str, str, Sequence[str]]:
         return "Nothing is trained yet", "", []
     if what == "mistakes" and result is not None:
         keys = [result.keys[i] for i in bench.mistakes()]
-        return "Mistakes", "held-out pictures that are taken for another class, the most confident first", keys
+        about = f"held-out {bench.project.kind} that are taken for another class, the most confident first"
+        return "Mistakes", about, keys
     if what == "wrong" and result is not None:
         order, flagged = bench.wrong_labels()
         about = f"the likeliest wrong one first; confident learning doubts {flagged} of them"
@@ -95,46 +106,59 @@ def listed(bench: Workbench, view: View) -> tuple[str, str, Sequence[str]]:
         best, y = bench.probabilities().argmax(-1), result.labels
         keys = [key for key, b, t in zip(result.keys, best.tolist(), y.tolist(), strict=True) if (t, b) == (i, j)]
         return f"{result.classes[i]} taken for {result.classes[j]}", "", keys
-    pictures = {p.key: p for p in bench.project.pictures()}
+    pictures = {p.key: p for p in bench.project.items()}
     if what == "alike":
-        return "Most alike", "by the backbone's features; the first is the picture itself", bench.alike(rest)
+        return (
+            "Most alike",
+            f"by the backbone's features, to the {bench.project.kind[:-1]} that comes first",
+            bench.alike(rest),
+        )
     if what == "keys":
         return "What was drawn around", "", [key for key in view.keys if key in pictures]
     if what == "unlabelled":
-        return "Without a class", "pick pictures and label them", [k for k, p in pictures.items() if p.label is None]
+        return (
+            "Without a class",
+            f"pick {bench.project.kind} and label them",
+            [k for k, p in pictures.items() if p.label is None],
+        )
     if what == "class":
         return rest, "", [key for key, p in pictures.items() if p.label == rest]
-    return "All pictures", "", list(pictures)
+    return f"All {bench.project.kind}", "", list(pictures)
 
 
 def gallery(bench: Workbench, view: View) -> str:
     """A page of pictures with what can be done to them."""
     title, about, keys = listed(bench, view)
-    pictures = {p.key: p for p in bench.project.pictures()}
+    pictures = {p.key: p for p in bench.project.items()}
     keys = [key for key in keys if key in pictures]
     pages = max(1, -(-len(keys) // PAGE))
     page = min(max(view.page, 0), pages - 1)
     taken = predictions(bench)
     cards = [_card(bench, pictures[key], taken) for key in keys[page * PAGE : (page + 1) * PAGE]]
     empty = (
-        "No mistakes: every held-out picture is taken for what it is." if view.what == "mistakes" else "No pictures."
+        f"No mistakes: all held-out {bench.project.kind} are taken for what they are."
+        if view.what == "mistakes" and bench.result
+        else f"No {bench.project.kind}."
     )
     return rendered(
         "gallery", title=title, about=about, total=len(keys), cards=cards, classes=bench.project.classes(), page=page,
-        pages=pages, empty=empty,
+        pages=pages, empty=empty, kind=bench.project.kind,
     )  # fmt: skip
 
 
-def thumbnail(bench: Workbench, picture: Picture) -> str:
-    """Its address; empty for a picture that cannot be read."""
+def shown(bench: Workbench, item: Item) -> dict[str, str]:
+    """A picture's thumbnail as `uri`, or the beginning of a `text`; empty for what cannot be read."""
     try:
-        return uri(bench.store.thumbnail(picture))
+        if bench.project.kind == "pictures":
+            return {"uri": uri(bench.store.thumbnail(item))}
+        text = str(bench.store.content(item))
+        return {"text": text[:EXCERPT] + "…" * (len(text) > EXCERPT)}
     except DataError as error:
-        bench.store.bad[picture.key] = str(error)
-        return ""
+        bench.store.bad[item.key] = str(error)
+        return {}
 
 
-def _card(bench: Workbench, picture: Picture, taken: Mapping[str, tuple[str, float, bool]]) -> dict[str, Any]:
+def _card(bench: Workbench, picture: Item, taken: Mapping[str, tuple[str, float, bool]]) -> dict[str, Any]:
     best, sure, wrong = taken.get(picture.key, ("", 0.0, False))
     if wrong and best == picture.label:  # it was relabelled since
         wrong = False
@@ -142,7 +166,7 @@ def _card(bench: Workbench, picture: Picture, taken: Mapping[str, tuple[str, flo
         "key": picture.key,
         "name": picture.path.name,
         "label": picture.label,
-        "uri": thumbnail(bench, picture),
+        **shown(bench, picture),
         "taken": best,
         "sure": f"{sure:.0f}",
         "wrong": wrong,
@@ -151,14 +175,16 @@ def _card(bench: Workbench, picture: Picture, taken: Mapping[str, tuple[str, flo
 
 def checks(bench: Workbench) -> str:
     """Counts of the classes and what is wrong with the data."""
-    pictures = bench.project.pictures()
+    pictures = bench.project.items()
     problems = bench.project.problems(bench.store.bad)
     return rendered(
         "checks",
         counts=sorted(bench.project.counts().items()),
         unlabelled=sum(p.label is None for p in pictures),
         total=len(pictures),
-        problems=[(text, thumbnail(bench, about[0]) if about else "") for text, about in problems],
+        problems=[(text, shown(bench, about[0]) if about else {}) for text, about in problems[:TOLD]],
+        more=max(0, len(problems) - TOLD),
+        kind=bench.project.kind,
     )
 
 
@@ -177,16 +203,49 @@ def scores(bench: Workbench) -> str:
     return rendered(
         "scores", rows=rows, folds=max(len(h.scores) for h in result.held.values()), pictures=len(result.keys),
         classes=len(result.classes), fresh=bench.fresh(), calibration=calibration, method=bench.method, refused=refused,
-        few=FEW, recipes=len(recipes),
+        few=FEW, recipes=len(recipes), kind=bench.project.kind,
     )  # fmt: skip
 
 
 def progress(text: str, share: float | None = None, losses: Sequence[float] = ()) -> str:
     """What goes on, with a bar and the loss so far."""
-    curve, top = "", max(losses, default=1.0) or 1.0
-    if len(losses) > 1:
-        curve = " ".join(f"{300 * i / (len(losses) - 1):.1f},{58 - 56 * x / top:.1f}" for i, x in enumerate(losses))
-    return rendered("progress", text=text, share=None if share is None else round(share), curve=curve)
+    return rendered("progress", text=text, share=None if share is None else round(share), curve=_curve(losses))
+
+
+def inside(run: Inside, tuning: Tuning, cost: float | None, epochs: int) -> str:
+    """What tuning inside the backbone costs, or how far it is."""
+    kind, done, line = run.bench.project.kind, len(tuning.losses), ""
+    if tuning.state == "running":
+        left = "" if tuning.left is None else f", {_time(tuning.left)} left"
+        text = f"Tuning inside the backbone: {done} of {tuning.epochs} epochs{left}" if done else "It starts …"
+    elif tuning.state == "stopped":
+        text = f"Stopped after {done} of {tuning.epochs} epochs; it goes on from there if nothing has changed."
+    elif tuning.state == "failed":
+        text = f"Failed: {tuning.last}"
+    elif tuning.state == "finished":
+        text = f"res-tuning inside: {tuning.score:.1f} % on {tuning.tested} {kind} that it was not trained on."
+        line = f"restuning serve {shlex.quote(f'inside={run.out}')} --port 8000"
+    else:
+        text = "res-tuning inside: what it costs is known once features are computed."
+        if cost is not None:
+            text = (
+                f"res-tuning inside: {epochs} epochs of about {PASSES} passes each: some {_time(cost)} on this machine."
+            )
+    share = round(100 * done / tuning.epochs) if tuning.epochs and tuning.state in ("running", "stopped") else None
+    return rendered("inside", text=text, share=share, curve=_curve(tuning.losses), line=line)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _curve(losses: Sequence[float]) -> str:
+    """Points of a polyline, 300 wide and 60 high."""
+    if len(losses) < 2:
+        return ""
+    losses = losses[:: -(-len(losses) // 300)]
+    top = max(losses) or 1.0
+    return " ".join(f"{300 * i / max(len(losses) - 1, 1):.1f},{58 - 56 * x / top:.1f}" for i, x in enumerate(losses))
 
 
 def confusion(bench: Workbench) -> str:
@@ -214,11 +273,14 @@ def confusion_of(matrix: Sequence[Sequence[int]], names: Sequence[str], live: bo
         (names[i], [(n, round(shares[i][j]), f"cell:{i}:{j}" if i != j else "") for j, n in enumerate(row)])
         for i, row in enumerate(matrix)
     ]
+    full = [(n, i, j) for i, row in enumerate(matrix) for j, n in enumerate(row) if n] if not small else []
+    full = sorted(full, key=lambda cell: (cell[1] != cell[2], -cell[0]))[: len(names) + CELLS]
     cells = [
-        (i, j, round(0.15 + 0.0085 * shares[i][j], 3), f"{n} of {names[i]} taken for {names[j]}")
-        for i, row in enumerate(matrix) for j, n in enumerate(row) if n
-    ]  # fmt: skip
-    return rendered("confusion", live=live, pairs=pairs, small=small, names=list(names), rows=rows, cells=cells)
+        (i, j, round(0.15 + 0.0085 * shares[i][j], 3), f"{n} of {names[i]} taken for {names[j]}") for n, i, j in full
+    ]
+    return rendered(
+        "confusion", live=live, pairs=pairs, small=small, names=list(names), rows=rows, cells=cells, most=CELLS
+    )
 
 
 def the_map(bench: Workbench, how: str = "pca") -> str:
@@ -226,33 +288,35 @@ def the_map(bench: Workbench, how: str = "pca") -> str:
     result = bench.result
     if result is None:
         return rendered("progress", text="Nothing is trained yet.", share=None, curve="")
-    at, p = bench.map(how), bench.probabilities()
-    sure, best = p.max(-1)
-    confirmed, dots = bench.confirmed(), []
-    names = {picture.key: picture.path.name for picture in bench.project.pictures(labelled=True)}
+    at, p = (20 + 960 * bench.map(how)).round(decimals=1).tolist(), bench.probabilities()
+    sure, best = ((100 * p.max(-1).values).round() / 100).tolist(), p.argmax(-1).tolist()
+    confirmed, dots, texts = bench.confirmed(), [], bench.project.kind == "texts"
+    items = {item.key: item for item in bench.project.items(labelled=True)}
     for i, (key, y) in enumerate(zip(result.keys, result.labels.tolist(), strict=True)):
-        wrong = int(best[i]) != y and i not in confirmed
-        x, h = at[i].tolist()
-        taken = f", taken for {result.classes[int(best[i])]}" if wrong else ""
-        dots.append(
-            {"x": round(20 + 960 * x, 1), "y": round(20 + 960 * h, 1), "key": key, "by_class": colour(y),
-             "error": "#c2283a" if wrong else "#b9c0cc", "sure": f"hsl(222 60% {90 - 55 * float(sure[i]):.0f}%)",
-             "title": f"{names.get(key, '')}: {result.classes[y]}{taken}"}
-        )  # fmt: skip
-    legend = [(name, colour(i)) for i, name in enumerate(result.classes)] if len(result.classes) <= SMALL else []
-    return rendered("map", dots=dots, legend=legend, maps=MAPS, used=how)
+        if key not in items:
+            continue
+        wrong = best[i] != y and i not in confirmed
+        name = shown(bench, items[key]).get("text", "")[:80] if texts else items[key].path.name
+        title = f"{name}: {result.classes[y]}" + f", taken for {result.classes[best[i]]}" * wrong
+        dots.append([*at[i], key, y, int(wrong), sure[i], title])
+    colours = [colour(i) for i in range(len(result.classes))]
+    legend = list(zip(result.classes, colours, strict=True)) if len(colours) <= SMALL else []
+    return rendered(
+        "map", dots=json.dumps(dots), colours=json.dumps(colours), count=len(dots), legend=legend, maps=MAPS.items(),
+        used=how, kind=bench.project.kind,
+    )  # fmt: skip
 
 
-def answers(found: Sequence[Answer], empty: str = "Give a picture: every trained task answers at once.") -> str:
+def answers(found: Sequence[Answer], empty: str = "Every trained task answers at once.") -> str:
     """What the tasks say of a picture."""
     return rendered("answers", answers=found, empty=empty)
 
 
 def summary(bench: Workbench) -> str:
     """One line on the project."""
-    pictures = bench.project.pictures()
+    pictures = bench.project.items()
     without, result = sum(p.label is None for p in pictures), bench.result
-    text = f"{len(pictures)} pictures in {len(bench.project.classes())} classes"
+    text = f"{len(pictures)} {bench.project.kind} in {len(bench.project.classes())} classes"
     text += f", {without} without a class" * bool(without)
     if result is not None:
         held = result.held[bench.method]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from restuning.app import look
 from restuning.app.features import FROZEN, Engine, FeatureStore, Progress, engine
-from restuning.app.project import Picture, Project
+from restuning.app.project import Item, Project
 from restuning.app.recipes import RECIPES
 from restuning.app.training import FOLDS, HeldOut, cross_validate, fit_all, folds_of, shorter
 from restuning.data.objective import confusion
@@ -84,26 +85,34 @@ class Workbench:
 
     def choose_backbone(self, backbone: str, weights: str | None = None) -> None:
         """Take another backbone: features and results are its own. Raises as `restuning.load_backbone` does."""
-        engine(backbone, weights)
+        kind = engine(backbone, weights).kind
+        if self.project.state["kind"] not in (kind, None):
+            raise DataError(f"{backbone} reads {kind}, and this project is of {self.project.kind}: choose another one")
         with self.lock:
             if (backbone, weights) != (self.project.backbone, self.project.state["weights"]):
-                self.project.update(backbone=backbone, weights=weights)
+                self.project.update(backbone=backbone, weights=weights, seconds=None)
                 self._store = self._result = self._novelty = None
 
     def compute(self) -> Iterator[Progress]:
         """The features that are missing; see `FeatureStore.compute`."""
-        yield from self.store.compute(self.project.pictures())
+        start, done = time.perf_counter(), 0
+        for progress in self.store.compute(self.project.items()):
+            done = progress.done
+            yield progress
+        if done:
+            self.project.update(seconds=(time.perf_counter() - start) / done)
 
-    def labelled(self) -> list[Picture]:
+    def labelled(self) -> list[Item]:
         """The pictures that can be trained on."""
-        return [p for p in self.project.pictures(labelled=True) if p.key in self.store.rows]
+        return [p for p in self.project.items(labelled=True) if p.key in self.store.rows]
 
     def embeddings(self, keys: Sequence[str]) -> Tensor:
         """(n, d): the backbone's own pooled features."""
-        first = next(iter(self.engine.recipes))
         with torch.no_grad():
             frozen = self.engine.tuned.reader(FROZEN)
-            return frozen(frozen.select(self.store.features(first, keys)).map(lambda x: x.to(self.engine.device))).cpu()  # type: ignore[no-any-return]
+            features = frozen.select(self.store.features(self.engine.probing, keys))
+            found: Tensor = frozen(features.map(lambda x: x.to(self.engine.device))).cpu()
+            return found
 
     # ---- training
 
@@ -218,7 +227,7 @@ class Workbench:
 
     def alike(self, key: str, most: int = 24) -> list[str]:
         """Keys of the pictures most alike one, itself first."""
-        keys = [p.key for p in self.project.pictures() if p.key in self.store.rows]
+        keys = [p.key for p in self.project.items() if p.key in self.store.rows]
         rows = self.embeddings(keys)
         return [keys[i] for i in look.alike(rows, rows[keys.index(key)], most)]
 

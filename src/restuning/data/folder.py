@@ -1,8 +1,8 @@
-"""`folder:PATH`: class/file, or train|val|test/class/file."""
+"""`folder:PATH`: class/file, or train|val|test/class/file; images, or texts of a file each."""
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ from restuning.data.decode import SUFFIXES, decode
 from restuning.data.task import Items, Source
 from restuning.errors import DataError, line
 from restuning.utils.notes import note
-from restuning.utils.reading import open_regular
+from restuning.utils.reading import open_regular, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -24,6 +24,9 @@ NAMED = {
 """What folders of splits are called, in small or capital letters."""
 JUNK = ("__macosx", "@eadir", "thumbs.db", "desktop.ini", "lost+found")
 """What systems leave in folders, beside hidden files."""
+TEXT = ".txt"
+"""A text in a file of its own, as scikit-learn's `load_files` and aclImdb have them."""
+TEXT_BYTES = 2**20
 
 
 class Files(Items):
@@ -54,21 +57,45 @@ class Files(Items):
             return file.read()
 
 
+class TextFiles(Files):
+    """Texts in files of their own, UTF-8."""
+
+    def item(self, i: int) -> tuple[str]:  # type: ignore[override]
+        try:
+            text = read_text(self.names[i], TEXT_BYTES).strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.names[i]} is not UTF-8; save the file as UTF-8") from error
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.names[i]} cannot be read: {_why(error)}") from error
+        if not text:
+            raise DataError(f"{self.names[i]} is empty: expected a text")
+        return (text,)
+
+
 def _why(error: OSError | ValueError) -> str:
     return error.strerror or line(error) if isinstance(error, OSError) else line(error)
 
 
 def load_folder(path: str) -> Source:
-    """Raises DataError for a folder that is missing, without classes, or with an empty class."""
+    """Images; where there is none, the texts of .txt files. Raises DataError for a folder that is missing, without
+    classes, or with an empty class."""
     root = Path(path)
     if not root.is_dir():
         raise DataError(f"no such folder: {root.absolute()} (expected class/file, or train|val|test/class/file)")
     splits = _splits(root)
-    strange: list[Path] = []
-    found = {name: {c: _below(folder, strange) for c, folder in classes.items()} for name, classes in splits.items()}
+
+    def files(suffixes: Collection[str]) -> tuple[dict[str, dict[str, list[Path]]], list[Path]]:
+        strange: list[Path] = []
+        return {
+            name: {c: _below(at, strange, suffixes) for c, at in own.items()} for name, own in splits.items()
+        }, strange
+
+    (found, strange), kind = files(SUFFIXES), Files
+    if any(p.suffix.lower() == TEXT for p in strange) and not any(any(own.values()) for own in found.values()):
+        (found, strange), kind = files((TEXT,)), TextFiles
     if not any(found.values()) and any(p.suffix.lower() in SUFFIXES for p in root.iterdir()):
         raise DataError(f"{root.absolute()} has pictures in no class folder: expected class/file, two classes or more")
-    source = source_of(str(root.absolute()), found, Files)
+    source = source_of(str(root.absolute()), found, kind)
     _tell(root, strange)
     return source
 
@@ -106,24 +133,24 @@ def _tell(root: Path, strange: Sequence[Path]) -> None:
         )
 
 
-def _walk(folder: Path, strange: list[Path]) -> list[Path]:
-    """The images of a folder and of folders below it; other files are added to `strange`."""
+def _walk(folder: Path, strange: list[Path], suffixes: Collection[str] = SUFFIXES) -> list[Path]:
+    """The files of a folder and of folders below it with these suffixes; others are added to `strange`."""
     files: list[Path] = []
     for at, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if _kept(name))
         for name in filter(_kept, names):
             path = Path(at) / name
-            (files if path.suffix.lower() in SUFFIXES else strange).append(path)
+            (files if path.suffix.lower() in suffixes else strange).append(path)
     return sorted(files)
 
 
-def _below(folder: Path, strange: list[Path]) -> list[Path]:
-    """The images of a class: those in its folder, and in folders below that."""
-    files = _walk(folder, strange)
+def _below(folder: Path, strange: list[Path], suffixes: Collection[str]) -> list[Path]:
+    """The files of a class: those in its folder, and in folders below that."""
+    files = _walk(folder, strange, suffixes)
     if files and not any(p.parent == folder for p in files):
         below = sorted({p.relative_to(folder).parts[0] for p in files})
         note(
-            f"{folder}: its images are in folders below it ({', '.join(below[:3])}): "
+            f"{folder}: its files are in folders below it ({', '.join(below[:3])}): "
             f"they are all of class {folder.name!r}"
         )
     return files

@@ -1,7 +1,7 @@
 """Training a stack from features: grid points or tasks, side by side."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -111,29 +111,33 @@ def _rate(config: TrainConfig, step: int, steps: int) -> float:
 
 
 class _AdamW:
-    """torch.optim.AdamW, one for each of the stacked modules, on its slices of the stacked tensors."""
+    """torch.optim.AdamW, one for each of the stacked modules, on its slices of the stacked tensors; one for all of them
+    where they differ in their seeds alone, since it treats every number by itself."""
 
     def __init__(self, tensors: dict[str, Tensor], configs: Sequence[TrainConfig]) -> None:
-        self.slices = [[t.detach()[i] for t in tensors.values()] for i in range(len(configs))]
+        alike = len({replace(config, seed=0) for config in configs}) == 1
+        self.parts: list[int | slice] = [slice(None)] if alike else list(range(len(configs)))
+        self.slices = [[t.detach()[part] for t in tensors.values()] for part in self.parts]
+        matrix = 2 + alike  # dimensions, with the stack's own
         self.optimizers = [
             torch.optim.AdamW(
                 [
                     # matrices alone decay, as in restuning.training.config
-                    {"params": [t for t in slices if t.ndim >= 2], "weight_decay": config.weight_decay},
-                    {"params": [t for t in slices if t.ndim < 2], "weight_decay": 0.0},
+                    {"params": [t for t in slices if t.ndim >= matrix], "weight_decay": config.weight_decay},
+                    {"params": [t for t in slices if t.ndim < matrix], "weight_decay": 0.0},
                 ],
                 fused=True,
             )
-            for slices, config in zip(self.slices, configs, strict=True)
+            for slices, config in zip(self.slices, configs, strict=False)
         ]
 
     def step(self, grads: Sequence[Tensor], lrs: Sequence[float]) -> None:
         """A module whose rate is 0 has ended, and stays as it is."""
         grads = [g.contiguous() for g in grads]  # the fused kernel reads memory in its order, whatever the strides
-        for i, (slices, optimizer, lr) in enumerate(zip(self.slices, self.optimizers, lrs, strict=True)):
+        for part, slices, optimizer, lr in zip(self.parts, self.slices, self.optimizers, lrs, strict=False):
             if lr > 0:
                 for t, g in zip(slices, grads, strict=True):
-                    t.grad = g[i]
+                    t.grad = g[part]
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()

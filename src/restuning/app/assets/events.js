@@ -1,5 +1,5 @@
 element.addEventListener('click', event => {
-  const button = event.target.closest('button[data-act]')
+  const button = event.target.closest('[data-act]')
   if (!button) return
   const picked = [...element.querySelectorAll('input.pick:checked')].map(box => box.value)
   const own = button.dataset
