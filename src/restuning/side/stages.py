@@ -188,6 +188,7 @@ class PathConfig(SideConfig):
         stages: runs of layers.
         heads: of the attention.
         readout: what the head reads besides, `full` or `gated` as in `LinearAll`, or `none`.
+        readout_last: of how many layers, from the last; None: of all.
         components: how many of each layer's fixed components are read, not its whole width; they are fitted to the
             training data, or come with a bank; None: what a bank holds, or all.
         grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of
@@ -202,6 +203,7 @@ class PathConfig(SideConfig):
     stages: int = 4
     heads: int = 4
     readout: Literal["full", "gated", "none"] = "full"
+    readout_last: int | None = None
     components: int | None = None
     grid: int | None = None
     stem: bool = False
@@ -216,8 +218,9 @@ class PathConfig(SideConfig):
             raise MethodError(f"{kind}(width={self.width}): expected a multiple of its {self.heads} heads")
         if self.readout not in ("full", "gated", "none"):
             raise MethodError(f"{kind}(readout={self.readout!r}): expected full, gated or none")
-        if self.components is not None:
-            check_size(kind, "components", self.components)
+        for name in ("components", "readout_last"):
+            if getattr(self, name) is not None:
+                check_size(kind, name, getattr(self, name))
         if not isinstance(self.stem, bool):
             raise MethodError(f"{kind}(stem={self.stem!r}): expected true or false")
         check_grid(kind, self.grid)
@@ -286,7 +289,7 @@ class PathInfo:
             path,
             tuple(info.layers[layer].out_features for layer in path),
             min(prefix, 1) if part.grid else prefix,  # of pooled patches, the first token alone is kept
-            None if part.readout == "none" else readout_of(info, part.readout == "gated"),
+            None if part.readout == "none" else readout_of(info, part.readout == "gated", part.readout_last),
             part.width,
             min(part.stages, len(path)),
             part.heads,
@@ -319,10 +322,11 @@ class PathNetwork(SideNetwork):
         """The read-out and `out` (b, k) together."""
         if self.readout is None:
             return out
+        read = self.path[-self.readout.layers :]
         summaries = features.summaries or {
-            layer: summary(normalised(features.layers[layer]), self.prefix, features.mask) for layer in self.path
+            layer: summary(normalised(features.layers[layer]), self.prefix, features.mask) for layer in read
         }
-        return torch.cat([self.readout([summaries[layer] for layer in self.path]), out], -1)
+        return torch.cat([self.readout([summaries[layer] for layer in read]), out], -1)
 
     @torch.no_grad()
     def set_components(self, bases: Mapping[int, Tensor]) -> None:
