@@ -251,6 +251,8 @@ def small(method: str, family: str = "") -> Any:
         return rt.Ladder(4, grid=2)
     if method in ("bypass-query", "bypass-attention"):
         return replace(find_method(method), width=8, stages=2, heads=2, **({"queries": 2} if "query" in method else {}))
+    if method in ("unipt", "sherl"):
+        return rt.resize(find_method(method), 8)  # of three ReLUs, all may be dead
     if method == "side-tuning":
         return rt.SideTuning(rt.SmallCnn(4))
     return rt.resize(find_method(method, family), 3)

@@ -51,7 +51,7 @@ class FromFeatures(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits (b, c), from at least the features that the adapter reads."""
-        return self.tuned.from_features(features)  # type: ignore[no-any-return]
+        return self.tuned.from_features(features.trimmed())  # type: ignore[no-any-return]
 
 
 def bytes_per_item(tuned: Tuned, examples: Examples) -> int:

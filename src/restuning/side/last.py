@@ -57,8 +57,8 @@ class Last(LowRank):
 
 
 class LastNet(SideNetwork):
-    """a_0 = 0; a_l = a_{l−1} + A_l(LN(x_0 + … + x_{l−1} + a_{l−1})) for l = 1 … L + 1, with attention A_l of rank r; x_L +
-    a_{L+1} takes the place of the final norm's input: x_L itself at initialisation. No FFN.
+    """a_0 = 0; a_l = a_{l−1} + A_l(LN(x_0 + … + x_{l−1} + a_{l−1})) for l = 1 … L + 1, with attention A_l of rank r;
+    x_L + a_{L+1} takes the place of the final norm's input: x_L itself at initialisation. No FFN.
     """
 
     def __init__(self, layers: int, width: int, rank: int, heads: int, causal: bool) -> None:

@@ -49,8 +49,8 @@ class Losa(SideConfig):
 
 
 class LosaNet(SideNetwork):
-    """a_0 = 0; a_l = a_{l−1} + G_l(x_l + a_{l−1}) for the layers l; x_L + a_L takes the place of the final norm's input,
-    x_L itself at initialisation."""
+    """a_0 = 0; a_l = a_{l−1} + G_l(x_l + a_{l−1}) for the layers l; x_L + a_L takes the place of the final norm's
+    input, x_L itself at initialisation."""
 
     def __init__(self, layers: int, width: int, rank: int, slots: int) -> None:
         """

@@ -15,8 +15,8 @@ from restuning.tuners.scale import check_size
 
 @dataclass(frozen=True)
 class Sherl(SideConfig):
-    """A sum of the layers weighted by their redundancy, in the manner of SHERL (Diao et al., ECCV 2024); see `SherlNet`.
-    The published method also tunes the backbone's last layers, which needs their gradient: that is left out.
+    """A sum of the layers weighted by their redundancy, in the manner of SHERL (Diao et al., ECCV 2024); see
+    `SherlNet`. The published method also tunes the backbone's last layers, with their gradient: that is left out.
 
     Args:
         width: of the down-projected tokens.
@@ -69,8 +69,7 @@ class SherlNet(SideNetwork):
         others = max(len(reduced) - 1, 1)
         redundancy = ((means @ means.mT).sum(-1) - 1) / others
         weights = (-self.sharpness * redundancy).softmax(-1)
-        s = sum(w[:, None, None] * h for w, h in zip(weights.unbind(-1), reduced, strict=True))
-        assert isinstance(s, Tensor)
+        s = torch.einsum("bl,blnw->bnw", weights, torch.stack(reduced, 1))
         seen = None if mask is None else mask[:, None].bool()
         u = s + F.scaled_dot_product_attention(self.query(layers[-1]), s, s, seen)
         return layers[-1] + self.up(F.relu(self.norm(u)))  # type: ignore[no-any-return]

@@ -188,12 +188,12 @@ class PathConfig(SideConfig):
         stages: runs of layers.
         heads: of the attention.
         readout: what the head reads besides, `full` or `gated` as in `LinearAll`, or `none`.
-        readout_last: of how many layers, from the last; None: of all.
         components: how many of each layer's fixed components are read, not its whole width; they are fitted to the
             training data, or come with a bank; None: what a bank holds, or all.
         grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of
             maps on 7 × 7.
         stem: a convolutional stem reads the pixels too.
+        readout_last: of how many layers, from the last, the read-out is; None: of all.
 
     Raises:
         MethodError: a size below 1, a width that the heads do not divide, an unknown read-out.
@@ -203,10 +203,10 @@ class PathConfig(SideConfig):
     stages: int = 4
     heads: int = 4
     readout: Literal["full", "gated", "none"] = "full"
-    readout_last: int | None = None
     components: int | None = None
     grid: int | None = None
     stem: bool = False
+    readout_last: int | None = None
 
     own_output: ClassVar[bool] = True
 

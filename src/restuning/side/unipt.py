@@ -43,10 +43,10 @@ class UniPt(SideConfig):
 
 
 class UniPtNet(SideNetwork):
-    """h_l = D_l relu(x_l), q = D relu(x_L); m_l = R_l h_l, with R_l the rows of relu(q h_lᵀ) that sum to one; c = softmax
-    over layers of a gate's reading of (the mean of q) ⊙ (the mean of h_l); x_L + U relu(Σ_l c_l m_l) takes the place of
-    the final norm's input. The published code adds the first token of h_l to m_l, and reads q's in the gate, where
-    here, for every pooling, the mean stands.
+    """h_l = D_l relu(x_l), q = D relu(x_L); m_l = R_l h_l, with R_l the rows of relu(q h_lᵀ) that sum to one; c =
+    softmax over layers of a gate's reading of (the mean of q) ⊙ (the mean of h_l); x_L + U relu(Σ_l c_l m_l) takes the
+    place of the final norm's input. The published code adds the first token of h_l to m_l, and reads q's in the gate,
+    where here, for every pooling, the mean stands.
     """
 
     def __init__(self, layers: int, width: int, side: int) -> None:
@@ -58,7 +58,7 @@ class UniPtNet(SideNetwork):
         """
         super().__init__()
         self.down = nn.ModuleList(nn.Linear(width, side) for _ in range(layers))
-        self.query, self.up, self.gate = nn.Linear(width, side), nn.Linear(side, width), nn.Linear(side, 1)
+        self.query, self.up, self.gate = nn.Linear(width, side), nn.Linear(side, width), nn.Linear(side, 1, bias=False)
 
     def forward(self, features: Features) -> Tokens:
         """Tokens (b, n, d) in place of the final norm's input."""
@@ -72,7 +72,7 @@ class UniPtNet(SideNetwork):
             merged.append(_read(q, h, mask) + mean[:, None])
             gates.append(self.gate(anchor * mean))
         weights = torch.cat(gates, -1).softmax(-1)
-        together = sum(w[:, None, None] * m for w, m in zip(weights.unbind(-1), merged, strict=True))
+        together = torch.einsum("bl,blnw->bnw", weights, torch.stack(merged, 1))
         return layers[-1] + self.up(F.relu(together))  # type: ignore[no-any-return]
 
 

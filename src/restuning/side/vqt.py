@@ -58,8 +58,8 @@ class Vqt(SideConfig):
 
 
 class VqtNet(SideNetwork):
-    """Of every block l, q learned queries P_l (q × d) pass the frozen block, where they attend to the keys and values of
-    the image's tokens x_{l−1}, and no token attends to them: z_l = P_l + proj(Attn(Q(n P_l), K(n x_{l−1}), V(n
+    """Of every block l, q learned queries P_l (q × d) pass the frozen block, where they attend to the keys and values
+    of the image's tokens x_{l−1}, and no token attends to them: z_l = P_l + proj(Attn(Q(n P_l), K(n x_{l−1}), V(n
     x_{l−1}))), o_l = z_l + fc2(gelu(fc1(n' z_l))), with the block's own norms n, n' and maps, without a LayerScale. The
     head reads 0.3 · [LN(x_L) of the first token, or of the mean; LN(o_1), …, LN(o_L)], LN without weights, (b, d (1 + q
     L)). `q d L` parameters beside the head.
@@ -102,7 +102,8 @@ class VqtNet(SideNetwork):
         norm1, norm2, proj, fc1, fc2 = (roles[name][0] for name in ("norm1", "norm2", "proj", "fc1", "fc2"))
         q = _qkv(roles["qkv"], _norm(norm1, p))[0]
         _, k, v = _qkv(roles["qkv"], _norm(norm1, x))
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q = q.to(k.dtype)  # under autocast, of many adapters at once
+        q, k, v = (t.view(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in (q, k, v))
         z = p + _map(proj, F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         return z + _map(fc2, F.gelu(_map(fc1, _norm(norm2, z))))
 

@@ -115,8 +115,8 @@ class Bank:
             wanted, side = adapter.request.tokens, side_of(adapter.method)
             if side is not None and side.needs_weights:
                 raise CheckpointError(
-                    f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
-                    "weights; use init='random', or train without a bank"
+                    f"{self.path} holds features: {type(side).__name__} needs the backbone's weights; train without "
+                    "a bank (a ladder: or use init='random')"
                 )
             if adapter.accepts(self.tokens):
                 continue

@@ -106,6 +106,15 @@ def _mixers(*lrs: float) -> tuple[Row, ...]:
     return tuple(Row(name, method, {}, lrs=lrs, epochs=(20,)) for name, method in methods.items())
 
 
+_NEIGHBOURS = tuple(
+    Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("last", "losa", "mist", "unipt", "sherl", "vqt")
+)
+_INSIDE = (
+    Row("dtl, head on the mean", "dtl", {}, lrs=(0.005,), epochs=(20,), seeds=(0,), pool="mean"),
+    *(Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("ssf", "res-tuning")),
+)
+"""Inside the backbone, with the care of the paths beside it."""
+
 _LAST: tuple[Row, ...] = (
     Row("linear-all, the last layer", {"kind": "linearall", "last": 1}, {}),
     Row("linear-all, the last three", {"kind": "linearall", "last": 3}, {}),
@@ -153,7 +162,7 @@ EXPERIMENTS = (
         "small-side-96",
         "The small edition: side paths that mix tokens, three tasks, 96 pixels",
         (*(task.name for task in _THREE), "All"),
-        (*_PROBES, *_mixers(0.005, 0.002)),
+        (*_PROBES, *_mixers(0.005, 0.002), *_NEIGHBOURS, *_INSIDE),
         _THREE,
         **_TI,
         **_CARE,

@@ -36,26 +36,28 @@ HEADS = (0.003, 0.001, 0.0003)
 
 @dataclass(frozen=True)
 class Row:
-    """A method: on which tokens its bank is, or None inside the backbone; the rates tried."""
+    """A method: on which tokens its bank is, or None inside the backbone; the rates tried; epochs, where they are not
+    the task's."""
 
     method: str
     pool: str = "mean"
     bank: str | None = None
     rates: tuple[float, ...] = HEADS
+    epochs: int | None = None
 
     @property
     def name(self) -> str:
         return f"{self.method} (CLS)" if self.pool == "cls" else self.method
 
 
-COMPONENTS = "pca:64"
+COMPONENTS = "pca:128"
 ROWS = (
     Row("linear", bank="mean"),
     Row("bypass-mean", bank="mean"),
     Row("linear", "cls", "first"),
     Row("bypass", "cls", "first"),
     Row("linear-all", bank=COMPONENTS),
-    Row("bypass-query", bank=COMPONENTS),
+    Row("bypass-query", bank=COMPONENTS, rates=(0.001,), epochs=4),
     Row("res-tuning", rates=(0.001,)),
     Row("full", rates=(0.00005,)),
     Row("lora", rates=(0.001,)),
@@ -106,7 +108,7 @@ class Text:
 
 {MINILM} (6 blocks, width 384). Texts cut to {MAX_LENGTH} tokens, batch {BATCH}, weight decay 0.05, the last epoch.
 Every head reads the mean of a text's tokens (`bypass-mean` runs on that mean alone), but for the rows named CLS. Banks
-hold float16; `{COMPONENTS}` are 64 components of every token of every layer, and the means in full. Where a method has
+hold float16; `{COMPONENTS}` are 128 components of every token of every layer, and the means in full. Where a method has
 several rates ({", ".join(map(str, HEADS))}), validation chose: SST-2's own dev sentences, elsewhere a fifth of the
 training pairs. Bytes kept for backward: of one batch, the first {BATCH} training texts."""
         ]
@@ -147,7 +149,7 @@ def _bank(place: Place, task: str, tokens: str) -> Path:
 def _one(place: Place, task: str, data: str, row: Row) -> Record:
     """A grid from the bank, and an epoch alone for its time; or one run inside the backbone."""
     out, at = place.out / f"{task}-{row.method}-{row.pool}", _bank(place, task, row.bank or "")
-    epochs = EPOCHS[task][0 if row.bank else 1]
+    epochs = row.epochs or EPOCHS[task][0 if row.bank else 1]
     pool = None if row.method == "bypass-mean" or row.bank == COMPONENTS else row.pool
     run = Run(
         data=data,
