@@ -19,6 +19,7 @@ from restuning.data import Tokenised, load_task, prepared
 from restuning.errors import RestuningError
 from restuning.features.bank import Bank, FromBank, FromFeatures
 from restuning.features.bank.format import MANIFEST
+from restuning.methods.named import find_method
 from restuning.model.tuned import adapt
 from restuning.paper.experiments.measured import DONE, Place, mean, mib, once, ratio, table, trained
 from restuning.paper.results import Record
@@ -74,10 +75,12 @@ class Text:
     Args:
         tasks: names, between spaces.
         rows: likewise; empty: all.
+        items: training texts of a bank, at most; 0: all.
     """
 
     tasks: str = " ".join(EPOCHS)
     rows: str = ""
+    items: int = 0
 
     def __post_init__(self) -> None:
         for value, known in ((self.tasks, tuple(EPOCHS)), (self.rows, tuple(row.name for row in ROWS))):
@@ -91,7 +94,14 @@ class Text:
             for tokens in sorted({row.bank for row in rows if row.bank} | (set() if self.rows else {"first"})):
                 out = _bank(place, task, tokens)
                 if not (out / MANIFEST).exists():
-                    settings = BankSettings(data, MINILM, max_length=MAX_LENGTH, tokens=tokens, dtype="float16")
+                    settings = BankSettings(
+                        data,
+                        MINILM,
+                        max_length=MAX_LENGTH,
+                        tokens=tokens,
+                        dtype="float16",
+                        train_size=self.items or None,
+                    )
                     build_bank(settings, out, resume=out.exists(), progress=False)
             for row in rows:
                 folder = place.out / f"{task}-{row.method}-{row.pool}"
@@ -213,9 +223,10 @@ def _ratio(place: Place, task: str, data: str) -> Record:
 def _kept(run: Run, classes: int) -> int:
     """Bytes that autograd keeps for one batch: the first training texts that the run reads."""
     backbone = load_backbone(run.backbone)
-    tuned = adapt(backbone, run.spec(), classes, pool=run.pool).train()
-    if run.bank is not None:
-        opened = Bank(run.bank, verify=False)
+    opened = None if run.bank is None else Bank(run.bank, verify=False)
+    method = run.spec() if opened is None else opened.fitted(find_method(run.spec()))
+    tuned = adapt(backbone, method, classes, pool=run.pool).train()
+    if opened is not None:
         features = opened.rows("train").fetch(range(BATCH))[0]
         model = FromFeatures(tuned)
         return saved_bytes(lambda: model(features), tuned.parameters())
