@@ -34,8 +34,8 @@ class CachedFeatures:
         return self.features.map(lambda x: x[indices]), self.labels[indices]
 
     def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
-        """What `__getitems__` gives is a batch already."""
-        return batch
+        """What `__getitems__` gives is a batch already; padding that all of it shares is left out."""
+        return batch[0].trimmed(), batch[1]
 
 
 class FromFeatures(nn.Module):
@@ -51,7 +51,7 @@ class FromFeatures(nn.Module):
 
     def forward(self, features: Features) -> Tensor:
         """Logits (b, c), from at least the features that the adapter reads."""
-        return self.tuned.from_features(features.trimmed())  # type: ignore[no-any-return]
+        return self.tuned.from_features(features)  # type: ignore[no-any-return]
 
 
 def bytes_per_item(tuned: Tuned, examples: Examples) -> int:

@@ -285,8 +285,8 @@ class FromBank:
         return features, torch.cat([labels for _, labels in parts])[again]
 
     def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
-        """What `__getitems__` gives is a batch already."""
-        return batch
+        """What `__getitems__` gives is a batch already; padding that all of it shares is left out."""
+        return batch[0].trimmed(), batch[1]
 
     def kept(self) -> CachedFeatures:
         """All of its rows, in memory; of the first view."""

@@ -2,8 +2,8 @@
 bank, and inside the backbone, both from nothing.
 
 Caltech-101, 1,000 training and 800 test images at 96 pixels, an ImageNet ViT-Ti/16. CPU seconds of this process, so
-that what else the machine does has no part in them. A training inside the backbone is of `inside` epochs, its seconds of
-training times 20 / inside: its cost is that of its steps.
+that what else the machine does has no part in them. A training inside the backbone is of `inside` epochs, its seconds
+times 20 / inside: its cost is that of its steps.
 """
 
 import shutil
