@@ -55,6 +55,7 @@ OPTIONS = (
 )
 """What was tried where the bypass does not win."""
 
+_DUAL = residual(mha="adapter", ffn="adapter")["tuners"]
 _HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass-none", "bypass", "bypass-grid2"))
 _THREE = tuple(task for task in TASKS if task.name in ("Caltech-101", "EuroSAT", "sprite location"))
 
@@ -79,6 +80,7 @@ TUNERS = (
         for name, method, lr in (
             ("res-tuning", "res-tuning", 0.005),
             ("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter"), 0.005),
+            ("res-tuning with SSF", {"kind": "residual", "tuners": {**_DUAL, "affine": {"tuner": "ssf"}}}, 0.005),
             ("lora", "lora", 0.005),
             ("adapter", "adapter", 0.005),
             ("ssf", "ssf", 0.005),
