@@ -5,6 +5,7 @@ is imported when the command is called: `restuning --help` needs no torch.
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -80,7 +81,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         found: int | None = import_module(f"restuning.cli.{COMMANDS[args.command][0]}").run(args)
         return found
 
-    return door(command, sys.argv[1:] if argv is None else argv)
+    try:
+        return door(command, sys.argv[1:] if argv is None else argv)
+    finally:
+        if argv is None:  # the process ends: its last collection would visit every object of torch, for a second
+            gc.freeze()
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

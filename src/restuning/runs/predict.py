@@ -13,8 +13,7 @@ from restuning.data import Preprocess, Texts, check, load_images, prepared, with
 from restuning.errors import CheckpointError, DataError, RestuningError, line
 from restuning.model.answers import answers
 from restuning.model.predictor import Outputs, Predictor
-from restuning.model.tuned import Tuned
-from restuning.runs.load import load_tuned, transform_of
+from restuning.runs.load import load_several, transform_of
 from restuning.training.evaluate import loader, padded
 from restuning.utils.files import atomic_write, check_output
 from restuning.utils.reading import read_text
@@ -60,7 +59,7 @@ def predict_rows(
     if embeddings is not None:
         check_output(embeddings, "--embeddings", *(Path(one) for one in given if os.path.isdir(one)))
     place = device_of(device)
-    tuned, names = _load(adapters, weights)
+    tuned, names = load_several(adapters, weights)
     configs = {name: tuned.adapter_config(name) for name in names}
     how = transform_of(adapters[0], configs["default"].preprocessing)
     by_word = configs["default"].kind == "per-token"
@@ -144,21 +143,3 @@ def _lines(given: str) -> list[str]:
     if not lines:
         raise DataError(f"{given!r}: there is no text")
     return lines
-
-
-def _load(adapters: Sequence[Path], weights: str | None) -> tuple[Tuned, dict[str, Path]]:
-    """All adapters on the backbone of the first one, and their names there."""
-    tuned = load_tuned(adapters[0], weights)
-    tuned.eval()
-    names = {"default": adapters[0]}
-    wanted = tuned.adapter_config().preprocessing
-    for i, folder in enumerate(adapters[1:], 2):
-        tuned.load_adapter(folder, f"adapter_{i}")
-        names[f"adapter_{i}"] = folder
-        if tuned.adapter_config().preprocessing != wanted:
-            raise CheckpointError(
-                f"{folder} reads its items otherwise than {adapters[0]}: predict with them one by one"
-            )
-        if "per-token" in (kinds := {tuned.adapter_config(name).kind for name in names}) and len(kinds) > 1:
-            raise CheckpointError(f"{folder}: labels by token and others: predict with them one by one")
-    return tuned, names

@@ -60,7 +60,7 @@ class QueryNet(PathNetwork):
     def forward(self, features: Features) -> Tensor:
         """(b, out_features)."""
         seen = None if features.mask is None else features.mask.bool()
-        q = self.queries.expand(len(features), -1, -1)
+        q = self.queries.expand(features.last.shape[0], -1, -1)
         for attention, g in zip(self.attentions, self.inputs(features), strict=True):
             q = q + attention(q, normalised(g), seen)
         return self.beside_readout(self.norm(q).flatten(1), features)

@@ -118,7 +118,7 @@ class CrossAttention(Attention):
         scores = rows_times(q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5, tokens.mT)
         scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
         read = rows_times(scores.softmax(-1), tokens) * self.norm_kv.weight + self.norm_kv.bias
-        read = read.reshape(len(read), self.heads, -1, x.shape[-1])
+        read = read.reshape(read.shape[0], self.heads, -1, x.shape[-1])
         out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
         return self.proj(out)  # type: ignore[no-any-return]
 
