@@ -12,6 +12,7 @@ from torch import Tensor
 import restuning as rt
 from restuning.errors import MethodError
 from restuning.methods import from_dict, to_dict
+from restuning.side.features import ALL, FIRST, Features
 
 VIT = TINY["timm-vit"]
 
@@ -159,3 +160,14 @@ def test_a_read_out_of_fewer_layers(last: int) -> None:
     path = rt.BypassQuery(width=8, stages=2, queries=3, heads=2, readout_last=last)
     out = adapt(VIT, path, None, torch.float64)(**inputs)
     torch.testing.assert_close(out[:, : -3 * 8], expected)
+
+
+def test_padding_that_a_batch_shares_is_left_out() -> None:
+    """At the end alone, and nothing where a mask is of more tokens than are there."""
+    x, mask = torch.randn(2, 5, 3), torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0]])
+    features = Features({0: x, 1: -x}, ALL, mask)
+    short = features.trimmed()
+    assert torch.equal(short.layers[1], -x[:, :3]) and torch.equal(short.mask, mask[:, :3])
+    assert torch.equal(features.rows([0]).trimmed().layers[0], x[:1, :2])
+    for whole in (Features({0: x}, ALL), Features({0: x[:, :1]}, FIRST, mask)):
+        assert whole.trimmed() is whole
