@@ -200,21 +200,28 @@ def test_components_keep_less_for_backward(path: Any) -> None:
     assert size[None] - size[4] == 3 * tokens * (32 - 4), "three layers"
 
 
-@pytest.mark.parametrize("dims", [(0, None), (0, 0), (None, 0), (1, None), (2, 1)], ids=str)
-def test_rows_of_many_times_what_they_share(dims: Any) -> None:
-    """As a loop over slices, and its gradients, whichever of both is shared."""
-    from restuning.side.stages import rows_times
+@pytest.mark.parametrize("dims", [(0, None), (1, None), (0, 0), (None, 0), (2, 1)], ids=str)
+def test_attention_of_many_is_that_of_each(dims: Any) -> None:
+    """torch's own, slice by slice, and its gradients, whichever of rows and tokens is shared; with padding."""
+    from restuning.side.attending import attend
 
-    x, y = torch.randn(2, 4, 5, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
-    x, y = (t if d is None else torch.stack([t, -2 * t, t + 1], d) for t, d in zip((x, y), dims, strict=True))
-    both = [t.requires_grad_() for t in (x, y)]
-    out = torch.vmap(rows_times, in_dims=dims)(*both)
-    slices = [[t if d is None else t.select(d, i) for t, d in zip(both, dims, strict=True)] for i in range(3)]
-    expected = torch.stack([a @ b for a, b in slices])
-    torch.testing.assert_close(out, expected)
-    seed = torch.randn_like(out)
-    for a, b in zip(*(torch.autograd.grad(o, both, seed) for o in (out, expected)), strict=True):
-        torch.testing.assert_close(a, b)
+    rows, keys, values = (torch.randn(2, m, 6, dtype=torch.float64) for m in (4, 7, 7))
+    where = (dims[0], dims[1], dims[1])
+    inputs = [
+        t if d is None else torch.stack([t, -2 * t, t + 1], d) for t, d in zip((rows, keys, values), where, strict=True)
+    ]
+    for t in inputs:
+        t.requires_grad_()
+    seen = torch.arange(7) < torch.tensor([[7], [4]])
+    for mask in (None, seen):
+        out = torch.vmap(attend, in_dims=(*where, None))(*inputs, mask)
+        slices = [[t if d is None else t.select(d, i) for t, d in zip(inputs, where, strict=True)] for i in range(3)]
+        masked = None if mask is None else mask[:, None]
+        expected = torch.stack([F.scaled_dot_product_attention(*s, masked, scale=1.0) for s in slices])
+        torch.testing.assert_close(out, expected)
+        seed = torch.randn_like(out)
+        for a, b in zip(*(torch.autograd.grad(o, inputs, seed) for o in (out, expected)), strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_tasks_with_fixed_projections_share_what_they_attend_to() -> None:
@@ -405,3 +412,13 @@ def test_smoothed_labels() -> None:
         from restuning.training.config import TrainConfig
 
         TrainConfig(label_smoothing=1.0)
+
+
+def test_little_is_kept_of_tokens_that_are_attended_to() -> None:
+    """Of each stage its normalised tokens alone: neither what was normalised nor a weight of the attention."""
+    b, n, w, rows = 4, 50, 16, 40
+    from restuning.side.attending import attend, normalised_tokens
+
+    g, q = torch.randn(b, n, w, requires_grad=True), torch.randn(b, rows, w, requires_grad=True)
+    kept = saved_bytes(lambda: (lambda t: attend(q, t, t))(normalised_tokens(g)), [g, q])
+    assert kept == 4 * b * n * (w + 1), "and a scale of each token"

@@ -409,7 +409,7 @@ def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
     assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}
 
 
-OWN_OUTPUT = ("linear-all", "linear-all-gated", "bypass-query", "bypass-attention", "vqt")
+OWN_OUTPUT = ("linear-all", "linear-all-gated", "bypass-query", "bypass-query-shared", "bypass-attention", "vqt")
 """They read every layer in a way of their own, and take no pooling."""
 
 PADDED = [m for m in rt.METHODS if m not in REFUSED["bert"]]

@@ -249,7 +249,7 @@ def small(method: str, family: str = "") -> Any:
         return rt.Ladder(4)
     if method == "ladder-grid4":
         return rt.Ladder(4, grid=2)
-    if method in ("bypass-query", "bypass-attention"):
+    if method in ("bypass-query", "bypass-query-shared", "bypass-attention"):
         return replace(find_method(method), width=8, stages=2, heads=2, **({"queries": 2} if "query" in method else {}))
     if method in ("unipt", "sherl"):
         return rt.resize(find_method(method), 8)  # of three ReLUs, all may be dead

@@ -36,7 +36,7 @@ METHODS = (
     *("lora", "prefix", "adapter", "lst", "dtl"),
 )
 
-_OWN = ("methods", "tasks", "points", "items", "minutes", "memory", "data", "quantise", "found")
+_OWN = ("methods", "tasks", "points", "items", "minutes", "memory", "data", "quantise", "found", "components")
 """Settings that only some benchmarks have."""
 
 Call = Callable[[], object]
@@ -63,7 +63,10 @@ class Bench:
     device: Annotated[str, Option("cpu or cuda")] = "cpu"
     methods: Annotated[
         tuple[str, ...],
-        Option("memory and step: methods, res-tuning:compact for a mode, and peers (default: all)", flag="method"),
+        Option(
+            "memory and step: methods, res-tuning:compact for a mode, and peers (default all); multitask: one (bypass)",
+            flag="method",
+        ),
     ] = (*METHODS, *PEERS)
     quantise: Annotated[
         str | None, Option(f"memory: weights of linear maps, none or one of {', '.join(KINDS)}", metavar="KIND")
@@ -71,6 +74,10 @@ class Bench:
     found: Annotated[
         bool, Option("step: each of ours once more, on an anatomy found by a trace, beside the written one")
     ] = False
+    components: Annotated[
+        int | None,
+        Option("memory and step: bypass-query and the like once more, from so many components of a bank", metavar="K"),
+    ] = None
     data: Annotated[tuple[str, ...], Option("app and labels: data sets of images (default sprites:orientation)")] = ()
     memory: Annotated[float | None, Option("memory: print the largest batch that fits in so much", metavar="GIB")] = (
         None
@@ -80,6 +87,8 @@ class Bench:
         for name in ("batch", "rounds", "classes", "tasks", "points", "items"):
             if getattr(self, name) < 1:
                 raise RestuningError(f"{name} {getattr(self, name)}: expected at least 1")
+        if self.components is not None and self.components < 1:
+            raise RestuningError(f"components {self.components}: expected at least 1")
         if not self.minutes > 0:
             raise RestuningError(f"minutes {self.minutes}: expected a positive number")
         twice = next((m for m in self.methods if self.methods.count(m) > 1), None)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from restuning.backbones.load import reading_of
 from restuning.data import Items, Task
-from restuning.errors import MethodError, SiteError, line
+from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.features.bank import Bank, FromBank, FromFeatures, build
 from restuning.features.stacked import Point, train
 from restuning.model.stack import Stack
@@ -41,9 +41,12 @@ from restuning.bench.settings import (
 
 
 def multitask(settings: Bench) -> Measured:
-    """Tasks of a bypass on one pass of a shared backbone, beside as many fully fine-tuned models."""
+    """Tasks of a bypass, or of another method, on one pass of a shared backbone, beside as many fully fine-tuned
+    models."""
+    if len(settings.methods) != 1:
+        raise RestuningError(f"multitask is of one method: given are {len(settings.methods)}")
     shared, (x, _) = settings.load(), settings.inputs()
-    full, tuned = settings.subject("full").eval(), many_adapters(settings, shared, "bypass")
+    full, tuned = settings.subject("full").eval(), many_adapters(settings, shared, settings.methods[0])
     counts = sorted({t for t in (1, 2, 5, 10, 19, 50, 100, 200, 500) if t < settings.tasks} | {settings.tasks})
     names = {t: ("1 task", "1 full model") if t == 1 else (f"{t} tasks", f"{t} full models") for t in counts}
 

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sweep",
         "Train a whole grid from a bank at once: validation chooses, then each seed's best is tested.",
     ),
+    "share": (
+        "share",
+        "Train on the banks of several tasks at once what their paths share, so that another task costs little.",
+    ),
     "search": ("search", "Search a mix of adapter, LoRA and prompt under a parameter limit (NOAH)."),
     "train-diffusion": ("train_diffusion", "Tune a text-to-image base on captioned images."),
     "generate": ("generate", "Generate images from prompts with tuned files, or with the base alone."),

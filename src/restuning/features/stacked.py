@@ -25,6 +25,8 @@ class Point:
         c = self.config
         if c.clip is not None or c.patience is not None or c.accumulate != 1 or c.group_by_length:
             raise MethodError("a stack trains by the plain recipe: no clipping, patience, accumulation or grouping")
+        if c.consistency:
+            raise MethodError("a stack trains by the plain recipe: no consistency between draws of noise")
         if c.ema is not None or c.precision != "no":
             raise MethodError("a stack trains by the plain recipe: no mean of the weights, and in single precision")
 

@@ -4,12 +4,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from restuning.backbones.anatomy import PARTS, Affine, as_tuple
 from restuning.backbones.quantised import require_plain
 from restuning.backbones.sites import Site, Sites
-from restuning.errors import MethodError
+from restuning.errors import CheckpointError, MethodError
 from restuning.hooks.law import attach, group_by_site
 from restuning.hooks.points import backbone_lock
 from restuning.hooks.tail import Tail, head_width, live
@@ -171,6 +173,16 @@ class AdapterModule(nn.Module):
         if isinstance(self.side, PathNetwork):
             self.side.set_components(bases)
 
+    def set_shared(self, state: Mapping[str, Tensor]) -> None:
+        """Give a path whose fixed weights are common to many tasks those that were trained.
+
+        Raises:
+            CheckpointError: it has none, or they are of other sizes.
+        """
+        if not isinstance(self.side, PathNetwork):
+            raise CheckpointError("shared weights are of bypass-query-shared and the like: this method has none")
+        self.side.set_shared(state)
+
     def beside(self, features: Features) -> Tensor:
         """The side network's output for features into which no gradient goes."""
         assert self.side is not None
@@ -184,6 +196,18 @@ class AdapterModule(nn.Module):
         if self.side.output == "beside":
             return self.side.blend(tail(features.last), out)
         return out if self.side.output == "pooled" else tail(out, features.mask)
+
+    def logits(self, features: Features, tail: Tail) -> Tensor:
+        """What the head makes of it; of a side network's parts, a product each."""
+        if self.side is None or self.side.output != "pooled" or not isinstance(self.head, nn.Linear):
+            out: Tensor = self.head(self.pooled(features, tail))
+            return out
+        *rest, last = self.side.parts(features)
+        weights = torch.split(self.head.weight, [part.shape[-1] for part in (*rest, last)], -1)
+        out = F.linear(last, weights[-1], self.head.bias)
+        for part, weight in zip(rest, weights[:-1], strict=True):
+            out = out + (weight @ part.mT).mT  # so that of many heads on the same part one matrix is multiplied
+        return out
 
 
 class Reader(nn.Module):
@@ -226,8 +250,7 @@ class Reader(nn.Module):
         """The same, where what is added to the tail has been attached."""
         if self.adapter.side is not None and self.adapter.reads_features:
             features = features.detached()
-        pooled = self.adapter.pooled(features, self.tail)
-        return self.adapter.head(pooled) if head else pooled
+        return self.adapter.logits(features, self.tail) if head else self.adapter.pooled(features, self.tail)
 
 
 def _left_out(site: Site, config: TunerConfig) -> bool:

@@ -15,6 +15,7 @@ from restuning.hooks.points import backbone_lock
 from restuning.hooks.tail import live, tail_of
 from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule, Reader
+from restuning.model.groups import Prepared
 from restuning.model.passes import features_of
 from restuning.model.stack import PerRow, Stack
 from restuning.side.features import FeatureRequest, Features
@@ -41,10 +42,10 @@ class AdapterStack:
     readers: dict[str, Reader]
     stack: Stack
 
-    def __call__(self, features: Features, head: bool) -> dict[str, Tensor]:
-        """{adapter: output}, from features that hold at least what they read."""
+    def __call__(self, features: Features, head: bool, prepared: Prepared) -> dict[str, Tensor]:
+        """{adapter: output}, from features that hold at least what they read; prepared: of these features."""
         first = next(iter(self.readers.values()))
-        out = self.stack(first.select(features), head)
+        out = self.stack(prepared.of(self.stack, first, first.select(features)), head)
         classes = [r.adapter.config.num_classes if head else None for r in self.readers.values()]
         return {name: one[..., :c] for name, one, c in zip(self.readers, out, classes, strict=True)}
 
@@ -93,8 +94,9 @@ def from_features(tuned: "Tuned", features: Features, head: bool = True) -> Any:
     found: dict[str, Tensor] = {}
     if not torch.is_grad_enabled() and not tuned.training:
         tuned.stacks = stacks_of({name: tuned.reader(name) for name in tuned.adapters}, names, tuned.stacks)
+        prepared = Prepared()
         for stack in tuned.stacks:
-            found |= stack(features, head)
+            found |= stack(features, head, prepared)
     for name in names:
         if name not in found:
             reader = tuned.reader(name)

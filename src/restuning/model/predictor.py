@@ -21,7 +21,7 @@ from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.compiled import CompiledForward
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
-from restuning.model.groups import Group, padded_width
+from restuning.model.groups import Group, Prepared, padded_width
 from restuning.model.merge import require_unmerged
 from restuning.model.mixed import CHUNK, kind_of
 from restuning.model.stack import PerRow, Stack
@@ -296,14 +296,13 @@ class Predictor:
         groups = [group for group, _ in asked] if self.forward is None else self._groups  # one graph for any tasks
         requests = [next(iter(group.readers.values())).adapter.request for group in groups]
         features = self._pass(inputs, {}, FeatureRequest.of_all(requests))
-        at, outputs = {row: i for i, row in enumerate(rows)}, []
+        at, prepared, outputs = {row: i for i, row in enumerate(rows)}, dict[tuple[int, ...], Prepared](), []
         for group, names in asked:
             reader = group.readers[names[0]]
-            own = reader.select(features)
             tasks = [(name, wanted[name]) for name in names]
             alike = len({rows for _, rows in tasks}) == 1
             index = [at[row] for _, rows in (tasks[:1] if alike else tasks) for row in rows]
-            own = own.map(partial(_rows, rows=index))
+            own = reader.select(features).map(partial(_rows, rows=index))
             if group.stack is None:
                 values = [reader(own, head)] * len(names) if alike else [reader(own, head)]
                 outputs.append(Outputs(tasks, torch.cat(values)))
@@ -311,6 +310,7 @@ class Predictor:
             places = {name: i for i, name in enumerate(group.readers)}
             if alike:
                 which = None if len(names) == len(places) else [places[name] for name in names]
+                own = prepared.setdefault(tuple(index), Prepared()).of(group.stack, reader, own)
                 values = group.stack(own, head, which=_index(which, own.last))
                 outputs.append(Outputs(tasks, values.flatten(0, 1)))
             else:

@@ -55,6 +55,9 @@ class Run:
     weights: Weights = None
     image_size: ImageSize = None
     bank: Annotated[str | None, Option("train from a bank's features, without data and backbone", metavar="DIR")] = None
+    shared: Annotated[
+        str | None, Option("of bypass-query-shared: weights of `restuning share`, common to tasks", metavar="FILE")
+    ] = None
     size: Annotated[int | None, TUNER_SIZE] = None
     blocks: Blocks = None
     pool: Pool = None

@@ -10,11 +10,12 @@ from restuning.backbones.load import describe_backbone, load_backbone, reading_o
 from restuning.data import Items, Prepared, Reading, Task, prepared, reading
 from restuning.features.bank import LIMIT, Bank, FromBank, FromFeatures, bytes_per_item, cache_features
 from restuning.methods.named import find_method
-from restuning.methods.spec import Full
+from restuning.methods.spec import Full, with_components
 from restuning.model.tuned import Tuned
 from restuning.runs.settings import Run
 from restuning.training.evaluate import Examples
 from restuning.training.initialise import initialise, needs_data
+from restuning.training.shared import components_in, give_shared
 
 
 class _Prepared(Protocol):
@@ -55,7 +56,9 @@ class _FromItems:
         _adapted(tuned, self.run, self.whole, self.how)
         if torch.cuda.is_available():
             tuned.cuda()
-        if needs_data(tuned):
+        if self.run.shared is not None:
+            give_shared(tuned.adapter("default"), self.run.shared)
+        elif needs_data(tuned):
             initialise(tuned, self._examples(train), self.run.training.seed)
         return (FromFeatures(tuned) if self._keeps(tuned) else tuned), tuned
 
@@ -103,6 +106,8 @@ class _FromBank:
         self.bank.accepts(tuned)
         if self.components is not None:
             tuned.adapter("default").set_components(self.components.bases)
+        if self.run.shared is not None:
+            give_shared(tuned.adapter("default"), self.run.shared, self.components)
         return FromFeatures(tuned), tuned
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples:
@@ -118,6 +123,8 @@ def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading, bank: Bank | Non
     spec = run.spec(tuned.family)
     if bank is not None and bank.tokens.components is not None:
         spec = bank.fitted(find_method(spec, tuned.family))
+    elif run.shared is not None and (count := components_in(run.shared)) is not None:
+        spec = with_components(find_method(spec, tuned.family), count)
     tuned.add_adapter(
         "default",
         spec,

@@ -46,6 +46,9 @@ class Sweep:
     lrs: Annotated[tuple[float, ...], Option("learning rates", flag="lr")] = (0.05, 0.01, 0.005, 0.001)
     epochs: Annotated[tuple[int, ...], Option("lengths")] = (50, 100)
     seeds: Annotated[tuple[int, ...], Option()] = (0, 1, 2)
+    shared: Annotated[
+        str | None, Option("of bypass-query-shared: weights of `restuning share`, common to tasks", metavar="FILE")
+    ] = None
     pool: Pool = None
     train_size: TrainSize = None
     shots: Shots = None
@@ -72,6 +75,7 @@ class Sweep:
         return Run(
             **from_bank(self.bank),
             method=spec,
+            shared=self.shared,
             pool=self.pool,
             train_size=self.train_size,
             shots=self.shots,

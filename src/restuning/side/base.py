@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from restuning._types import SiteInfo
 from restuning.errors import MethodError, SiteError
-from restuning.side.features import MEAN, TokenSelection
+from restuning.side.features import MEAN, Features, TokenSelection
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,21 @@ class SideNetwork(nn.Module):
 
     def blend(self, pooled: Tensor, side: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def prepare(self, features: Features) -> Features:
+        """What networks with the same fixed weights (buffers) make of features first, all of them alike: done once for
+        any number of them, it is handed to each."""
+        return features
+
+    def parts(self, features: Features) -> tuple[Tensor, ...]:
+        """Its output in parts (b, k), as a linear head may read it: what is common to many networks is then not copied
+        for each."""
+        return (self(features),)
+
+    def branches(self) -> list[tuple[nn.Module, float]]:
+        """Its modules whose outputs are added along its path, and how deep each is, from 0 (first) to 1; as a rule it
+        is one branch, beside the backbone."""
+        return [(self, 0.0)]
 
 
 class SideConfig:

@@ -184,6 +184,11 @@ class BypassNet(SideNetwork):
         x = x if self.out is None else self.out(x)
         return x if grids[-1] is None else x.transpose(1, 2).unflatten(2, grids[-1])
 
+    def branches(self) -> list[tuple[nn.Module, float]]:
+        sides = (self.horizontal, self.vertical)
+        found = [(tuner, int(step) / (len(self.path) - 1)) for side in sides for step, tuner in side.items()]
+        return found or super().branches()
+
     def _step(self, layer: int, was: Any, grid: Any, x: Tensor, h: Tensor, weight: Tensor) -> Tensor:
         h = self._read(h)
         x = self._across(layer, x, h, was, grid)

@@ -141,6 +141,8 @@ class Features:
         mask: (b, n), which of all tokens are no padding; None: all of them.
         pixels: the backbone's own input (b, 3, h, w), where a side network reads it.
         summaries: beside components, the `summary` of every layer, (b, 1 or 2, d_l).
+        prepared: what several networks that share weights would each make of them first, (b, …) each; see
+            `SideNetwork.prepare`.
     """
 
     layers: Mapping[int, Tensor]
@@ -148,6 +150,7 @@ class Features:
     mask: Tensor | None = None
     pixels: Tensor | None = None
     summaries: Mapping[int, Tensor] = field(default_factory=dict)
+    prepared: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.layers.values())))
@@ -161,7 +164,8 @@ class Features:
         """All of them, in an order that depends on the layers alone."""
         found = [self.layers[layer] for layer in sorted(self.layers)]
         found += [x for x in (self.mask, self.pixels) if x is not None]
-        return found + [self.summaries[layer] for layer in sorted(self.summaries)]
+        found += [self.summaries[layer] for layer in sorted(self.summaries)]
+        return [*found, *self.prepared]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Features":
         """The same with every tensor changed."""
@@ -171,6 +175,7 @@ class Features:
             mask=None if self.mask is None else change(self.mask),
             pixels=None if self.pixels is None else change(self.pixels),
             summaries={layer: change(x) for layer, x in self.summaries.items()},
+            prepared=tuple(change(x) for x in self.prepared),
         )
 
     def rows(self, index: Any) -> "Features":
@@ -237,12 +242,13 @@ def _flatten(features: Features) -> tuple[list[Tensor], tuple[object, ...]]:
         features.mask is not None,
         features.pixels is not None,
         tuple(sorted(features.summaries)),
+        len(features.prepared),
     )
     return features.tensors(), shape
 
 
 def _unflatten(tensors: Iterable[Tensor], shape: tuple[object, ...]) -> Features:
-    layers, tokens, mask, pixels, summaries = shape
+    layers, tokens, mask, pixels, summaries, prepared = shape
     rest = iter(tensors)
     return Features(
         {layer: next(rest) for layer in layers},  # type: ignore[attr-defined]
@@ -250,6 +256,7 @@ def _unflatten(tensors: Iterable[Tensor], shape: tuple[object, ...]) -> Features
         next(rest) if mask else None,
         next(rest) if pixels else None,
         {layer: next(rest) for layer in summaries},  # type: ignore[attr-defined]
+        tuple(next(rest) for _ in range(prepared)),  # type: ignore[call-overload]
     )
 
 

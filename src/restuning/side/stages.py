@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from restuning.errors import MethodError
+from restuning.errors import CheckpointError, MethodError
+from restuning.side.attending import affine, attend
 from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid
 from restuning.side.features import ALL, Features, TokenSelection, normalised, summary
 from restuning.side.readout import Readout, every_layer, readout_of
@@ -35,7 +36,7 @@ class Stages(nn.Module):
         super().__init__()
         same = torch.Generator().manual_seed(FIXED_SEED) if fixed else None
         self.runs = [part.tolist() for part in torch.arange(len(widths), device="cpu").tensor_split(stages)]
-        self.down: Any = _Buffers() if fixed else nn.ParameterList()
+        self.down: Any = Buffers() if fixed else nn.ParameterList()
         self.components = components
         for layer, d in enumerate(widths):
             rows = d if components is None else min(components, d)
@@ -66,7 +67,7 @@ class Stages(nn.Module):
         return torch.cat(list(layers), -1) @ torch.cat([self.down[i] for i in run])
 
 
-class _Buffers(nn.Module):
+class Buffers(nn.Module):
     """A list of tensors that are not trained."""
 
     def append(self, x: Tensor) -> None:
@@ -115,47 +116,35 @@ class CrossAttention(Attention):
         q = self.q(self.norm(x)).unflatten(-1, (self.heads, -1))
         keys, values = self.kv.weight.view(2, self.heads, -1, x.shape[-1])
         q = torch.einsum("bmhe,hew->bhmw", q, keys).flatten(1, 2)
-        scores = rows_times(q * self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5, tokens.mT)
-        scores = scores if seen is None else scores.masked_fill(~seen[:, None], -torch.inf)
-        read = rows_times(scores.softmax(-1), tokens) * self.norm_kv.weight + self.norm_kv.bias
+        read = attend(q * (self.norm_kv.weight * (x.shape[-1] // self.heads) ** -0.5), tokens, tokens, seen)
+        read = read * self.norm_kv.weight + self.norm_kv.bias
         read = read.reshape(read.shape[0], self.heads, -1, x.shape[-1])
         out = torch.einsum("bhmw,hew->bmhe", read, values).flatten(2) + self.kv.bias.chunk(2)[1]
         return self.proj(out)  # type: ignore[no-any-return]
 
 
-def rows_times(x: Tensor, y: Tensor) -> Tensor:
-    """(b, m, k) times (b, k, n). Under vmap over x alone, the rows of all slices are one matrix: y is not copied."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.dtype is not torch.float64:  # as it casts a matrix product
-        x, y = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (x, y))
-    out: Tensor = _RowsTimes.apply(x, y)  # type: ignore[no-untyped-call]
-    return out
+class SharedAttention(nn.Module):
+    """Multi-head attention from few queries (b, m, w) to keys and values that many networks share; the norm of the
+    queries has no weights, for those of the map after it do its work."""
 
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q, self.proj = nn.Linear(width, width), nn.Linear(width, width)
+        bound = (6 / (width + 3 * width)) ** 0.5  # as in `Attention`
+        nn.init.uniform_(self.q.weight, -bound, bound)
+        nn.init.zeros_(self.q.bias)
+        nn.init.zeros_(self.proj.bias)
 
-class _RowsTimes(torch.autograd.Function):
-    @staticmethod
-    def forward(x: Tensor, y: Tensor) -> Tensor:
-        return x @ y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, y = ctx.saved_tensors
-        to_x, to_y = ctx.needs_input_grad
-        return rows_times(grad, y.mT) if to_x else None, x.mT @ grad if to_y else None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, int | None], x: Tensor, y: Tensor) -> tuple[Tensor, int]:
-        at_x, at_y = in_dims
-        if at_y is None and at_x is not None:
-            x = x.movedim(at_x, 1)
-            return rows_times(x.flatten(1, 2), y).reshape(*x.shape[:3], -1), 1
-        x = x if at_x is None else x.movedim(at_x, 0)
-        y = y if at_y is None else y.movedim(at_y, 0)
-        return x @ y, 0
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = None) -> Tensor:
+        """x: (1, m, w) where it is the same for all. keys, values: (b, heads, n, w / heads), the keys by the root of
+        their width smaller. seen: (b, n)."""
+        q = torch.unflatten(affine(normalised(x), self.q.weight, self.q.bias), -1, (self.heads, -1)).transpose(1, 2)
+        q = q.expand(keys.shape[0], -1, -1, -1)
+        seen = None if seen is None else seen.repeat_interleave(self.heads, 0)
+        read = attend(q.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), seen)
+        read = torch.unflatten(read, 0, (-1, self.heads)).transpose(1, 2).flatten(2)
+        return affine(read, self.proj.weight, self.proj.bias)
 
 
 class PixelStem(nn.Module):
@@ -302,12 +291,17 @@ class PathNetwork(SideNetwork):
     """What networks of a path through all layers share: the stages' inputs, the pixel stem, the read-out."""
 
     output = "pooled"
+    attentions: nn.ModuleList
+    """One of each stage."""
 
     def __init__(self, info: PathInfo, fixed: bool = False) -> None:
         super().__init__()
         self.path, self.prefix, self.readout = info.path, info.prefix, info.readout
         self.stages = Stages(info.widths, info.width, info.stages, info.components, fixed)
         self.stem = PixelStem(info.width) if info.stem else None
+
+    def branches(self) -> list[tuple[nn.Module, float]]:
+        return [(attention, j / len(self.attentions)) for j, attention in enumerate(self.attentions)]
 
     def inputs(self, features: Features) -> list[Tensor]:
         """g_1 … g_S (b, n, w)."""
@@ -318,15 +312,19 @@ class PathNetwork(SideNetwork):
             found[0] = found[0] + F.pad(stem, (0, 0, self.prefix, 0))
         return found
 
-    def beside_readout(self, out: Tensor, features: Features) -> Tensor:
-        """The read-out and `out` (b, k) together."""
+    def read_out(self, features: Features) -> tuple[Tensor, ...]:
+        """What is read of every layer besides, (b, k), or nothing."""
         if self.readout is None:
-            return out
+            return ()
         read = self.path[-self.readout.layers :]
         summaries = features.summaries or {
             layer: summary(normalised(features.layers[layer]), self.prefix, features.mask) for layer in read
         }
-        return torch.cat([self.readout([summaries[layer] for layer in read]), out], -1)
+        return (self.readout([summaries[layer] for layer in read]),)
+
+    def beside_readout(self, out: Tensor, features: Features) -> Tensor:
+        """The read-out and `out` (b, k) together."""
+        return torch.cat([*self.read_out(features), out], -1)
 
     @torch.no_grad()
     def set_components(self, bases: Mapping[int, Tensor]) -> None:
@@ -334,3 +332,27 @@ class PathNetwork(SideNetwork):
         if self.stages.components is not None:
             for i, layer in enumerate(self.path):
                 self.stages.basis(i).copy_(bases[layer])
+
+    @torch.no_grad()
+    def set_shared(self, state: Mapping[str, Tensor]) -> None:
+        """Fixed weights, by the names of its buffers, in place of those that it began with.
+
+        Raises:
+            CheckpointError: they are of other sizes.
+        """
+        own = dict(self.named_buffers())
+        shapes, found = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (own, state))
+        if not own or shapes != found:
+            raise CheckpointError(
+                f"shared weights of other sizes: given are {_sizes(found)}; {type(self).__name__} has {_sizes(shapes)}"
+            )
+        for name, t in own.items():
+            t.copy_(state[name])
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """The first of each kind."""
+    kinds: dict[str, str] = {}
+    for name, shape in shapes.items():
+        kinds.setdefault(name.rstrip("0123456789._"), " × ".join(map(str, shape)))
+    return ", ".join(f"{kind} {shape}" for kind, shape in kinds.items()) or "none"

@@ -12,7 +12,10 @@ from torch import nn
 from restuning.errors import RestuningError
 from restuning.utils.options import Option
 
-_MAY_BE_ZERO = ("weight_decay", "label_smoothing", "warmup_epochs", "seed", "workers")
+_MAY_BE_ZERO = (
+    *("weight_decay", "label_smoothing", "consistency", "consistency_noise"),
+    *("warmup_epochs", "seed", "workers"),
+)
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,10 @@ class TrainConfig:
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
     With `patience`, training stops after so many epochs without a better validation score, and the best state
-    stands. label_smoothing: the share of every label that all classes have. ema: of the
-    weights, a mean that decays so much a step, which stands at the end.
+    stands. label_smoothing: the share of every label that all classes have.
+    consistency: λ, of the squared difference of two draws' logits, where what tuners and side paths add is multiplied
+    by N(1, σ²), σ falling with depth from `consistency_noise` (see `restuning.training.consistency`); 0: no such draws.
+    ema: of the weights, a mean that decays so much a step, which stands at the end.
     """
 
     epochs: Annotated[int, Option()] = 50
@@ -32,6 +37,10 @@ class TrainConfig:
     warmup_epochs: Annotated[float, Option("at most a fifth of all")] = 10
     schedule: Annotated[Literal["cosine", "constant"], Option("of the learning rate, after the warm-up")] = "cosine"
     label_smoothing: Annotated[float, Option("share of a label that all classes have")] = 0.0
+    consistency: Annotated[
+        float, Option("weight of the squared difference of two noisy draws' logits, as in PACE", metavar="LAMBDA")
+    ] = 0.0
+    consistency_noise: Annotated[float, Option("its noise at the first block", metavar="SIGMA")] = 0.5
     ema: Annotated[float | None, Option("decay of the mean of the weights, which is what is saved (default none)")] = (
         None
     )

@@ -32,6 +32,7 @@ from restuning.training.checkpoint import (
 )
 from restuning.training.config import TrainConfig as TrainConfig
 from restuning.training.config import data_order, learning_rate, parameter_groups, seed_of
+from restuning.training.consistency import TwoDraws, penalty
 from restuning.training.evaluate import Examples, HasEpoch, HasLengths, loader, padded, predict_logits, to_device
 from restuning.training.logging import Epoch as Epoch
 from restuning.training.logging import History as History
@@ -138,7 +139,11 @@ class _Run:
             labels = labels.to(accelerator.device, non_blocking=True)
             with accelerator.no_sync(self.shell) if i + 1 < len(batches) else nullcontext():
                 logits = self.shell(to_device(inputs, accelerator.device))
+                if self.config.consistency:
+                    logits, other = logits.chunk(2)
                 loss = self.objective.loss(logits, labels)
+                if self.config.consistency:
+                    loss = loss + self.config.consistency * penalty(logits, other)
                 right = self.objective.right
                 correct = loss.new_zeros(()) if right is None else right(logits[:own], labels[:own]).sum()
                 # summed over the processes before the backward pass, so that all of them stop at a bad loss together
@@ -298,7 +303,8 @@ def fit(
         for name, dataset in (("train", train), ("val", val)):
             if dataset is not None and len(dataset) < accelerator.num_processes:
                 raise RestuningError(f"{name} has {len(dataset)} examples for {accelerator.num_processes} processes")
-        whole = nn.Sequential(model)
+        draws = TwoDraws(model, config.consistency_noise) if config.consistency else None
+        whole = nn.Sequential(draws or model)
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, sharded_parameters(whole))  # type: ignore[no-untyped-call]
         shell, optimizer = accelerator.prepare(whole, torch.optim.AdamW(groups, lr=config.lr))
         run = _Run(model, shell, optimizer, accelerator, train, val, config, objective, state)
@@ -314,6 +320,7 @@ def fit(
             torch.random.fork_rng(devices),
             bar(total, progress and main) as show,
             board(tracker if main else None, run.place.epoch) as draw,
+            nullcontext() if draws is None else draws.on(),
         ):
             try:
                 while run.place.epoch < config.epochs and not run.stale():
