@@ -108,6 +108,12 @@ GOLDEN = {
     "bypass-horizontal": 270_568,
     "bypass-vertical": 270_568,
     "bypass": 464_224,
+    "last": 76_900 + 13 * (4 * 768 * 16 + 2 * 768),
+    "mist": 76_900 + 4 * (4 * 768 * 16 + 2 * 768),
+    "losa": 76_900 + 13 * (2 * 768 * 16 + 16 + 768 + 2 * 768 * 8 + 3 * 768),
+    "unipt": 76_900 + 14 * (768 * 32 + 32) + 32 * 768 + 768 + 32,
+    "sherl": 76_900 + 14 * (768 * 32 + 32) + 32 * 768 + 768 + 2 * 32 + 1,
+    "vqt": 12 * 768 + 100 * (13 * 768 + 1),
 }
 
 
@@ -120,7 +126,7 @@ def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = {"bypass-mean": 2, "bypass-grid2": 5, "bypass-grid4": 17, "ladder-grid4": 17, "linear-all-gated": 2}
     reads = {name: 768 * n for name, n in tokens.items()}  # what the head reads, if not one token
     every = 2 * 13 * 768
-    reads |= {"linear-all": every, "bypass-query": every + 8 * 64, "bypass-attention": every + 2 * 64}
+    reads |= {"linear-all": every, "bypass-query": every + 8 * 64, "bypass-attention": every + 2 * 64, "vqt": 13 * 768}
     reads |= {"bypass-query-shared": every + 4 * 64}
     for name, c in counts.items():
         assert c["trainable"] == c["tuners"] + c["head"]

@@ -63,7 +63,7 @@ OPS_OF = {"": OPS, "text": OPS, "convnext": ("conv", "ffn", "block"), "conv": ("
 ALIKE = HIERARCHIES.keys() - {"timm-convnext", "timm-resnet", "timm-swin"}  # these are tried with fewer tuners
 FEW = ("adapter", "lora", "own")
 FEW_METHODS = ("full", "linear", "lora", "ssf", "prefix", "lst", "res-tuning", "bypass", "bypass-grid2")
-FEW_METHODS += ("linear-all", "bypass-query", "bypass-attention")
+FEW_METHODS += ("linear-all", "bypass-query", "bypass-attention", "last")
 SQUEEZED = ("timm-regnet", "timm-efficientnet", "timm-mobilenetv3")  # convolutions after a ReLU of one or two channels
 
 
@@ -409,7 +409,7 @@ def test_every_row_of_the_table_that_this_transformers_has_is_tried() -> None:
     assert {a.name for a in ANATOMIES} - tried == {a.name for a in ANATOMIES if f"transformers {other}" in a.name}
 
 
-OWN_OUTPUT = ("linear-all", "linear-all-gated", "bypass-query", "bypass-query-shared", "bypass-attention")
+OWN_OUTPUT = ("linear-all", "linear-all-gated", "bypass-query", "bypass-query-shared", "bypass-attention", "vqt")
 """They read every layer in a way of their own, and take no pooling."""
 
 PADDED = [m for m in rt.METHODS if m not in REFUSED["bert"]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import HIERARCHIES, REFUSED, TINY, small
+from tiny import HIERARCHIES, NEIGHBOURS, REFUSED, TINY, small
 from torch import Tensor, nn
 
 import restuning as rt
@@ -21,7 +21,12 @@ PAIRS = [
     if name not in ALIKE and method not in ("full", *REFUSED.get(name, {}))
 ]
 
-BESIDE = ("side-tuning", "lst", *(name for name in rt.METHODS if name.startswith(("linear", "bypass", "ladder"))))
+BESIDE = (
+    "side-tuning",
+    "lst",
+    *NEIGHBOURS,
+    *(name for name in rt.METHODS if name.startswith(("linear", "bypass", "ladder"))),
+)
 
 
 def shaken(tuned: rt.Tuned) -> rt.Tuned:

@@ -251,15 +251,20 @@ def small(method: str, family: str = "") -> Any:
         return rt.Ladder(4, grid=2)
     if method in ("bypass-query", "bypass-query-shared", "bypass-attention"):
         return replace(find_method(method), width=8, stages=2, heads=2, **({"queries": 2} if "query" in method else {}))
+    if method in ("unipt", "sherl"):
+        return rt.resize(find_method(method), 8)  # of three ReLUs, all may be dead
     if method == "side-tuning":
         return rt.SideTuning(rt.SmallCnn(4))
     return rt.resize(find_method(method, family), 3)
 
 
+NEIGHBOURS = {"last": "LAST", "losa": "LoSA", "mist": "MIST", "vqt": "VQT", "unipt": "UniPT", "sherl": "SHERL"}
+
 _GRID = ("convpass", "dtl-plus", "side-tuning", "bypass-grid2", "bypass-grid4", "ladder-grid4")
 _NO_GRID = dict.fromkeys(_GRID, "grid of patches|reads images")
 _ROTARY = dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "rotary")
-_GATED = {"lst": "an ungated FFN"}
+_GATED = {"lst": "an ungated FFN", "vqt": "an ungated FFN"}
+_NO_IMAGES = {"vqt": "VQT reads images, and .* does not"}
 _NO_PARTS = {
     **dict.fromkeys(("lora", "bitfit", "ssf", "noah", "prefix"), "no operation '(qkv|affine|attention)' here"),
     "mam-adapter": "no operation 'attention' here",
@@ -270,6 +275,7 @@ _STAGES = {
     **dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "PromptTuning needs blocks of one width"),
     **dict.fromkeys(("dtl", "dtl-plus"), "Dtl needs blocks of one width"),
     "linear-all-gated": "gates sum layers of one width: .* has",
+    **{name: f"{what} needs blocks of one width" for name, what in NEIGHBOURS.items()},
 }
 _CONVNEXT = {
     **_STAGES,
@@ -286,11 +292,11 @@ _CONV = {
 REFUSED: dict[str, dict[str, str]] = {
     "timm-eva02": {**_ROTARY, **_GATED, "ladder-grid4": "an ungated FFN"},
     "hf-dinov3": _ROTARY,
-    "llama": {**_NO_GRID, **_ROTARY, **_GATED},
-    "gemma3": {**_NO_GRID, **_ROTARY, **_GATED},
-    "bert": _NO_GRID,
-    "roberta": _NO_GRID,
-    "own": {**_NO_GRID, **_NO_PARTS},
+    "llama": {**_NO_GRID, **_ROTARY, **_GATED, **_NO_IMAGES},
+    "gemma3": {**_NO_GRID, **_ROTARY, **_GATED, **_NO_IMAGES},
+    "bert": {**_NO_GRID, **_NO_IMAGES},
+    "roberta": {**_NO_GRID, **_NO_IMAGES},
+    "own": {**_NO_GRID, **_NO_PARTS, **_NO_IMAGES},
     **{name: _CONVNEXT if "convnext" in name else _STAGES if "swin" in name else _CONV for name in HIERARCHIES},
     "timm-swin-v2": {
         **_STAGES,

@@ -34,8 +34,8 @@ class CachedFeatures:
         return self.features.map(lambda x: x[indices]), self.labels[indices]
 
     def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
-        """What `__getitems__` gives is a batch already."""
-        return batch
+        """What `__getitems__` gives is a batch already; padding that all of it shares is left out."""
+        return batch[0].trimmed(), batch[1]
 
 
 class FromFeatures(nn.Module):

@@ -99,7 +99,7 @@ def _read(
             yield at.to(device), found.map(lambda x: x.to(device))
     else:
         for at in (at.to(device) for at in rows):
-            yield at, features.rows(at)
+            yield at, features.rows(at).trimmed()
 
 
 def _rate(config: TrainConfig, step: int, steps: int) -> float:

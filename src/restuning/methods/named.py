@@ -7,7 +7,20 @@ from typing import Any
 from restuning.errors import MethodError, line
 from restuning.methods.files import from_dict, to_dict
 from restuning.methods.spec import KINDS, Full, Method, Residual
-from restuning.side import Bypass, BypassAttention, BypassQuery, Ladder, LinearAll, SideTuning
+from restuning.side import (
+    Bypass,
+    BypassAttention,
+    BypassQuery,
+    Ladder,
+    Last,
+    LinearAll,
+    Losa,
+    Mist,
+    Sherl,
+    SideTuning,
+    UniPt,
+    Vqt,
+)
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
 from restuning.utils.reading import read_json
 
@@ -52,6 +65,12 @@ METHODS: dict[str, Method] = {
     "bypass-query": BypassQuery(),
     "bypass-query-shared": BypassQuery(stages=2, queries=4, heads=2, shared=True),
     "bypass-attention": BypassAttention(),
+    "last": Last(),
+    "losa": Losa(),
+    "mist": Mist(),
+    "vqt": Vqt(),
+    "unipt": UniPt(),
+    "sherl": Sherl(),
 }
 """The named methods of the paper; add your own like to any dict."""
 
@@ -134,6 +153,12 @@ ABOUT: dict[str, str] = {
     "bypass-query": "learned queries that attend to the tokens of all layers, beside linear-all (ours)",
     "bypass-query-shared": "the same, of four queries to keys and values that all tasks share: a thousand tasks (ours)",
     "bypass-attention": "self-attention among the tokens of all layers, beside linear-all (ours)",
+    "last": "a chain of low-rank attention on all layers (in the manner of Tang et al. 2024)",
+    "losa": "a low-rank mixer of channels and tokens on all layers (in the manner of Mercea et al. 2024)",
+    "mist": "a chain of low-rank attention on the sum of all layers (in the manner of MIST, CVPR 2025)",
+    "vqt": "learned queries that pass the frozen blocks, read by the head (Tu et al. 2023)",
+    "unipt": "the last layer's tokens query every layer (Diao et al. 2024)",
+    "sherl": "the layers, weighted by redundancy, queried by the last (in the manner of Diao et al. 2024)",
 }
 
 

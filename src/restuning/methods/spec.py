@@ -11,9 +11,15 @@ from restuning.side import (
     BypassAttention,
     BypassQuery,
     Ladder,
+    Last,
     LinearAll,
+    Losa,
+    Mist,
+    Sherl,
     SideTuning,
     SmallCnn,
+    UniPt,
+    Vqt,
 )
 from restuning.side.base import SideConfig
 from restuning.tuners import Adapter, Bias, Convpass, Dtl, Lora, Prefix, PrefixTuning, Prompt, PromptTuning, Ssf
@@ -104,8 +110,10 @@ class Full:
 
 Method: TypeAlias = Part | Mix | Full
 
+_NEIGHBOURS = (Last, Losa, Mist, Vqt, UniPt, Sherl)
 _SIDES: dict[str, Any] = {
-    config.__name__: config for config in (Bypass, Ladder, SideTuning, LinearAll, BypassQuery, BypassAttention)
+    config.__name__: config
+    for config in (Bypass, Ladder, SideTuning, LinearAll, BypassQuery, BypassAttention, *_NEIGHBOURS)
 }
 KINDS: dict[str, Any] = {c.__name__.lower(): c for c in (Residual, *_SIDES.values(), Mix, Full)}
 """Methods by the names that files have for them; a new side network is a row here."""
@@ -152,6 +160,12 @@ def reads_all_tokens(method: Method) -> bool:
     """Whether the head reads a side network's own output in place of the backbone's pooled features."""
     side = side_of(method)
     return side is not None and side.own_output
+
+
+def reads_every_token(method: Method) -> bool:
+    """Whether a side network reads every token in full."""
+    side = side_of(method)
+    return side is not None and side.every_token
 
 
 def with_components(method: Method, count: int) -> Method:

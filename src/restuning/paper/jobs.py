@@ -24,7 +24,16 @@ from restuning.data.objective import objective
 from restuning.features.bank.format import MANIFEST
 from restuning.methods.files import from_dict, to_dict
 from restuning.methods.named import find_method
-from restuning.methods.spec import Full, grid_of, on_blocks, parts_of, reads_all_tokens, resize, side_of
+from restuning.methods.spec import (
+    Full,
+    grid_of,
+    on_blocks,
+    parts_of,
+    reads_all_tokens,
+    reads_every_token,
+    resize,
+    side_of,
+)
 from restuning.model.files import read as read_adapter
 from restuning.model.files import read_config
 from restuning.model.tuned import Tuned, adapt
@@ -126,6 +135,11 @@ def reads_features(method: str | Mapping[str, Any]) -> bool:
 def reads_all(method: str | Mapping[str, Any]) -> bool:
     """Whether it reads every layer in a way of its own, from a bank of components."""
     return reads_all_tokens(find_method(method))
+
+
+def reads_every(method: str | Mapping[str, Any]) -> bool:
+    """Whether it reads every token in full, from a bank of all tokens."""
+    return reads_every_token(find_method(method))
 
 
 def method_of(method: str | Mapping[str, Any], size: int | None, blocks: tuple[int, ...] | None) -> Any:
@@ -254,14 +268,16 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
 
 def _bank(job: Job, out: Path, dtype: str, progress: bool) -> Path:
     """One pass over the data, shared by all jobs that read the same of it. Raises Locked where it is being made."""
-    grids = sorted({grid_of(find_method(m)) or 0 for m in job.methods.values()})
+    methods = job.methods.values()
+    grids = sorted({grid_of(find_method(m)) or 0 for m in methods})
+    tokens = "pca:64" if all(map(reads_all, methods)) else str(grids[-1]) if grids[-1] else None
     settings: dict[str, Any] = {
         "data": job.data,
         "backbone": job.backbone,
         "weights": job.weights,
         "image_size": job.image_size,
         "crop": job.crop,
-        "tokens": "pca:64" if all(map(reads_all, job.methods.values())) else str(grids[-1]) if grids[-1] else None,
+        "tokens": "all" if any(map(reads_every, methods)) else tokens,
         "dtype": dtype,
     }
     folder = out / BANKS / _hash(settings)

@@ -17,7 +17,7 @@ from restuning.errors import Locked, RestuningError
 from restuning.methods.named import find_method
 from restuning.methods.spec import grid_of
 from restuning.paper.experiments import Data, Experiment, Row
-from restuning.paper.jobs import Done, Job, blank, finish, method_of, one_seed, reads_all, reads_features
+from restuning.paper.jobs import Done, Job, blank, finish, method_of, one_seed, reads_all, reads_every, reads_features
 from restuning.paper.results import RESULTS, key_of, read
 from restuning.training.config import TrainConfig
 from restuning.utils.files import as_json, atomic_write, locked
@@ -112,7 +112,8 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
     """Rows that one bank and one sweep can serve: of one grid, CLS alone being a part of any that is finer than 1."""
     groups: dict[Any, list[Row]] = {}
     for row in rows:
-        grid = -1 if reads_all(row.method or "") else grid_of(find_method(row.method or "")) or 0
+        method = row.method or ""
+        grid = -2 if reads_every(method) else -1 if reads_all(method) else grid_of(find_method(method)) or 0
         groups.setdefault((row.lrs, row.epochs, row.seeds, row.backbone, row.weights, grid), []).append(row)
     for key in [key for key in groups if key[-1] == 0]:
         finer = [other for other in groups if other[:-1] == key[:-1] and other[-1] > 1]

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -150,10 +150,14 @@ def _method(settings: Sweep, bank: Bank, method: str, out: Path) -> dict[str, An
     first = models[settings.seeds[0]]().tuned
     task_objective = objective(whole[settings.seeds[0]].kind, smoothing=settings.training.label_smoothing)
     # what no adapter reads is not carried along
-    select = None if bank.tokens.tokens == "components" else first.reader(first.active()[0]).select
+    layers: Sequence[int] = first.request.layers
+    select: Callable[[Features], Features] | None = first.reader(first.active()[0]).select
+    if bank.tokens.tokens == "components":
+        pooled = first.request.tokens.tokens == "pooled"
+        select, layers = (Features.as_pooled, ()) if pooled else (None, bank.layers)
     features: Features | Window
     if bank.bytes > LIMIT:
-        features = Window(bank, None if select is None else first.request.layers, select)
+        features = Window(bank, layers, select)
         labels, offsets = features.labels, features.offsets
     else:
         features, labels, offsets = everything(bank)

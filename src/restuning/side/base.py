@@ -108,6 +108,8 @@ class SideConfig:
     """Whether it begins from training data."""
     grid: int | None = None
     """Cells a side of the grid of pooled patches on which it runs; None: on tokens."""
+    every_token: ClassVar[bool] = False
+    """Whether it reads every token in full, of a bank too."""
     own_output: ClassVar[bool] = False
     """Whether the head reads the network's output, and the backbone's norm and pooling have no part in it."""
 
@@ -132,7 +134,7 @@ class SideConfig:
         raise NotImplementedError
 
     def from_bank(self) -> bool:
-        """Whether a bank, of a grid of pooled patches or of components, holds all that it needs."""
+        """Whether a bank, of a grid of pooled patches, of components or of all tokens, holds all that it needs."""
         return False
 
     def accepts(self, components: int | None) -> bool:
@@ -150,6 +152,13 @@ class SideConfig:
     def on_blocks(self, blocks: Sequence[int]) -> "SideConfig":
         """The same with tuners in these blocks alone, where it has tuners."""
         return self
+
+
+def require_one_width(what: str, info: FeatureInfo) -> None:
+    """Raises MethodError for backbones of several stages."""
+    if not info.uniform:
+        widths = ", ".join(str(info.layers[layer].out_features) for layer in info.stages)
+        raise MethodError(f"{what} needs blocks of one width: {info.name} has stages of widths {widths}")
 
 
 def check_grid(kind: str, grid: Any) -> None:

@@ -186,6 +186,19 @@ class Features:
         """
         return self.map(lambda x: x[index])
 
+    def as_pooled(self) -> "Features":
+        """The summaries that are beside components, as if they were the layers."""
+        return Features(self.summaries, TokenSelection("pooled", self.tokens.prefix))
+
+    def trimmed(self) -> "Features":
+        """The same without the last tokens, where they are padding in every example."""
+        if self.mask is None or not self.layers or self.mask.shape[-1] != self.last.shape[-2]:
+            return self
+        seen = self.mask.flatten(0, -2).bool().any(0).nonzero()
+        count = int(seen.max()) + 1 if len(seen) else 1
+        layers = {layer: x[..., :count, :] for layer, x in self.layers.items()}
+        return replace(self, layers=layers, mask=self.mask[..., :count])
+
     def detached(self) -> "Features":
         """The same without a gradient."""
         return self.map(Tensor.detach)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from restuning._types import Tokens
 from restuning.errors import MethodError, line
-from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid
+from restuning.side.base import FeatureInfo, SideConfig, SideNetwork, check_grid, require_one_width
 from restuning.side.features import Features
 
 TEMPERATURE = 0.1
@@ -47,9 +47,7 @@ class Ladder(SideConfig):
         return not self.needs_weights and self.grid is not None
 
     def build(self, info: FeatureInfo) -> "LadderNet":
-        if not info.uniform:
-            widths = ", ".join(str(info.layers[layer].out_features) for layer in info.stages)
-            raise MethodError(f"a ladder needs blocks of one width: {info.name} has stages of widths {widths}")
+        require_one_width("a ladder", info)
         width, heads = info.head.out_features, info.head.heads
         side = width // self.reduction
         if side < heads or width % self.reduction or side % heads:

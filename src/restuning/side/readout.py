@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from restuning.errors import MethodError
 from restuning.side.base import FeatureInfo, SideConfig, SideNetwork
 from restuning.side.features import Features, TokenSelection
+from restuning.tuners.scale import check_size
 
 SCALE = 0.3
 """Of the read-out in full, so that a head's outputs begin as small as they do on one layer."""
@@ -49,25 +50,33 @@ class LinearAll(SideConfig):
     """A linear head on every layer: the first token and the mean of the patches (of texts: the mean of the tokens),
     each token normalised (LayerNorm without weights); see `Readout`. Ours.
 
-    gated: the layers are summed by gates, so that the head reads twice the width and not that of every layer.
+    Args:
+        gated: the layers are summed by gates, so that the head reads twice the width and not that of every layer.
+        last: how many layers are read, from the last; None: all.
+
+    Raises:
+        MethodError: `last` is below 1, or `gated` is neither true nor false.
     """
 
     gated: bool = False
+    last: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.gated, bool):
             raise MethodError(f"LinearAll(gated={self.gated!r}): expected true or false")
+        if self.last is not None:
+            check_size("LinearAll", "last", self.last)
 
     own_output: ClassVar[bool] = True
 
     def layers(self, info: FeatureInfo) -> Sequence[int]:
-        return every_layer(info)
+        return every_layer(info)[-(self.last or 0) :]
 
     def tokens(self, info: FeatureInfo) -> TokenSelection:
         return TokenSelection("pooled", info.prefix or 0)
 
     def build(self, info: FeatureInfo) -> "ReadoutNet":
-        return ReadoutNet(self.layers(info), readout_of(info, self.gated))
+        return ReadoutNet(self.layers(info), readout_of(info, self.gated, self.last))
 
     def from_bank(self) -> bool:
         return True
@@ -108,13 +117,13 @@ def every_layer(info: FeatureInfo) -> Sequence[int]:
     return range(len(info.layers)) if info.uniform else info.stages
 
 
-def readout_of(info: FeatureInfo, gated: bool) -> Readout:
-    """The read-out of a backbone's layers.
+def readout_of(info: FeatureInfo, gated: bool, last: int | None = None) -> Readout:
+    """The read-out of a backbone's layers, or of the last of them.
 
     Raises:
         MethodError: gates sum layers of one width, and these are not.
     """
-    widths = [info.layers[layer].out_features for layer in every_layer(info)]
+    widths = [info.layers[layer].out_features for layer in every_layer(info)[-(last or 0) :]]
     if gated and len({*widths}) > 1:
         raise MethodError(f"gates sum layers of one width: {info.name} has {', '.join(map(str, widths))}")
     return Readout(widths, 2 if info.prefix else 1, gated)

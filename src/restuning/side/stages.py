@@ -185,6 +185,7 @@ class PathConfig(SideConfig):
         grid: g, the path runs on CLS and on the patches pooled to a g × g grid; None: on every token, over stages of
             maps on 7 × 7.
         stem: a convolutional stem reads the pixels too.
+        readout_last: of how many layers, from the last, the read-out is; None: of all.
 
     Raises:
         MethodError: a size below 1, a width that the heads do not divide, an unknown read-out.
@@ -197,6 +198,7 @@ class PathConfig(SideConfig):
     components: int | None = None
     grid: int | None = None
     stem: bool = False
+    readout_last: int | None = None
 
     own_output: ClassVar[bool] = True
 
@@ -208,8 +210,9 @@ class PathConfig(SideConfig):
             raise MethodError(f"{kind}(width={self.width}): expected a multiple of its {self.heads} heads")
         if self.readout not in ("full", "gated", "none"):
             raise MethodError(f"{kind}(readout={self.readout!r}): expected full, gated or none")
-        if self.components is not None:
-            check_size(kind, "components", self.components)
+        for name in ("components", "readout_last"):
+            if getattr(self, name) is not None:
+                check_size(kind, name, getattr(self, name))
         if not isinstance(self.stem, bool):
             raise MethodError(f"{kind}(stem={self.stem!r}): expected true or false")
         check_grid(kind, self.grid)
@@ -278,7 +281,7 @@ class PathInfo:
             path,
             tuple(info.layers[layer].out_features for layer in path),
             min(prefix, 1) if part.grid else prefix,  # of pooled patches, the first token alone is kept
-            None if part.readout == "none" else readout_of(info, part.readout == "gated"),
+            None if part.readout == "none" else readout_of(info, part.readout == "gated", part.readout_last),
             part.width,
             min(part.stages, len(path)),
             part.heads,
@@ -329,10 +332,11 @@ class PathNetwork(SideNetwork):
         """What is read of every layer besides, (b, k), or nothing."""
         if self.readout is None:
             return ()
+        read = self.path[-self.readout.layers :]
         summaries = features.summaries or {
-            layer: summary(normalised(features.layers[layer]), self.prefix, features.mask) for layer in self.path
+            layer: summary(normalised(features.layers[layer]), self.prefix, features.mask) for layer in read
         }
-        return (self.readout([summaries[layer] for layer in self.path]),)
+        return (self.readout([summaries[layer] for layer in read]),)
 
     def beside_readout(self, out: Tensor, features: Features) -> Tensor:
         """The read-out and `out` (b, k) together."""

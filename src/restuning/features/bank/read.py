@@ -115,8 +115,8 @@ class Bank:
             wanted, side = adapter.request.tokens, side_of(adapter.method)
             if side is not None and side.needs_weights:
                 raise CheckpointError(
-                    f"{self.path} holds features: a ladder that begins as its backbone, pruned, needs the backbone's "
-                    "weights; use init='random', or train without a bank"
+                    f"{self.path} holds features: {type(side).__name__} needs the backbone's weights; train without "
+                    "a bank (a ladder: or use init='random')"
                 )
             if adapter.accepts(self.tokens):
                 continue
@@ -285,8 +285,8 @@ class FromBank:
         return features, torch.cat([labels for _, labels in parts])[again]
 
     def collate(self, batch: tuple[Features, Tensor]) -> tuple[Features, Tensor]:
-        """What `__getitems__` gives is a batch already."""
-        return batch
+        """What `__getitems__` gives is a batch already; padding that all of it shares is left out."""
+        return batch[0].trimmed(), batch[1]
 
     def kept(self) -> CachedFeatures:
         """All of its rows, in memory; of the first view."""

@@ -78,6 +78,7 @@ class Window:
                 x = shard.read(str(number), mine)
                 part.append(x.float() * shard.read(scale, mine).float() if scale in shard.tensors else x)
         read = unnumbered({number: _wide(padded(part)) for number, part in parts.items()}, self.tokens)
+        read = read.trimmed()
         return (read if self.change is None else self.change(read)).rows(back)
 
     def batches(self, asked: Iterable[Tensor]) -> Iterator[tuple[Tensor, Features]]:

@@ -55,6 +55,7 @@ OPTIONS = (
 )
 """What was tried where the bypass does not win."""
 
+_DUAL = residual(mha="adapter", ffn="adapter")["tuners"]
 _HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass-none", "bypass", "bypass-grid2"))
 _THREE = tuple(task for task in TASKS if task.name in ("Caltech-101", "EuroSAT", "sprite location"))
 
@@ -79,6 +80,7 @@ TUNERS = (
         for name, method, lr in (
             ("res-tuning", "res-tuning", 0.005),
             ("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter"), 0.005),
+            ("res-tuning with SSF", {"kind": "residual", "tuners": {**_DUAL, "affine": {"tuner": "ssf"}}}, 0.005),
             ("lora", "lora", 0.005),
             ("adapter", "adapter", 0.005),
             ("ssf", "ssf", 0.005),
@@ -106,7 +108,35 @@ def _mixers(*lrs: float) -> tuple[Row, ...]:
     return tuple(Row(name, method, {}, lrs=lrs, epochs=(20,)) for name, method in methods.items())
 
 
+_NEIGHBOURS = tuple(
+    Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("last", "losa", "mist", "unipt", "sherl", "vqt")
+)
+_INSIDE = (
+    Row("dtl, head on the mean", "dtl", {}, lrs=(0.005,), epochs=(20,), seeds=(0,), pool="mean"),
+    *(Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("ssf", "res-tuning")),
+)
+"""Inside the backbone, with the care of the paths beside it."""
+
+_LAST: tuple[Row, ...] = (
+    Row("linear-all, the last layer", {"kind": "linearall", "last": 1}, {}),
+    Row("linear-all, the last three", {"kind": "linearall", "last": 3}, {}),
+    Row(
+        "bypass-query, read-out of the last layer",
+        {"kind": "bypassquery", "readout_last": 1},
+        {},
+        lrs=(0.003,),
+        epochs=(20,),
+    ),
+)
+"""Read-outs of fewer layers."""
+
 _SHOTS = (1, 2, 4, 8, 16)
+_ALTERED = Data(
+    "Caltech-101",
+    f"part:1000,800:{_CALTECH}",
+    test=4 * 800,
+    targets={how: f"altered:{how}:part:1000,800:{_CALTECH}" for how in ("corrupted", "sketched", "rotated")},
+)
 _GRID: dict[str, Any] = {"lrs": (0.01, 0.003), "epochs": (30,)}
 _CARE: dict[str, Any] = {"lrs": (0.01, 0.003, 0.001), "epochs": (20, 40), "label_smoothing": 0.1}
 
@@ -134,7 +164,7 @@ EXPERIMENTS = (
         "small-side-96",
         "The small edition: side paths that mix tokens, three tasks, 96 pixels",
         (*(task.name for task in _THREE), "All"),
-        (*_PROBES, *_mixers(0.005, 0.002)),
+        (*_PROBES, *_mixers(0.005, 0.002), *_NEIGHBOURS, *_INSIDE),
         _THREE,
         **_TI,
         **_CARE,
@@ -156,19 +186,23 @@ EXPERIMENTS = (
         "The small edition: Caltech-101, tested on corrupted, sketched and rotated copies",
         ("Caltech-101", "corrupted", "sketched", "rotated", "All"),
         (*_HEADS, *OPTIONS),
-        (
-            Data(
-                "Caltech-101",
-                f"part:1000,800:{_CALTECH}",
-                test=4 * 800,
-                targets={
-                    how: f"altered:{how}:part:1000,800:{_CALTECH}" for how in ("corrupted", "sketched", "rotated")
-                },
-            ),
-        ),
+        (_ALTERED,),
         **_TI,
         **_GRID,
         note="All: the mean of the three altered copies",
+    ),
+    Experiment(
+        "small-side-domains",
+        "The small edition: side paths that mix tokens, tested on corrupted, sketched and rotated copies",
+        ("Caltech-101", "corrupted", "sketched", "rotated", "All"),
+        (*_PROBES, *_mixers(0.003), *_LAST),
+        (_ALTERED,),
+        **_TI,
+        lrs=(0.01, 0.003),
+        epochs=(20,),
+        label_smoothing=0.1,
+        note="All: the mean of the three altered copies; labels smoothed by 0.1; rate chosen on validation, what mixes "
+        "tokens: one rate",
     ),
     Experiment(
         "small-micro",

@@ -19,6 +19,7 @@ from restuning.data import Tokenised, load_task, prepared
 from restuning.errors import RestuningError
 from restuning.features.bank import Bank, FromBank, FromFeatures
 from restuning.features.bank.format import MANIFEST
+from restuning.methods.named import find_method
 from restuning.model.tuned import adapt
 from restuning.paper.experiments.measured import DONE, Place, mean, mib, once, ratio, table, trained
 from restuning.paper.results import Record
@@ -36,26 +37,28 @@ HEADS = (0.003, 0.001, 0.0003)
 
 @dataclass(frozen=True)
 class Row:
-    """A method: on which tokens its bank is, or None inside the backbone; the rates tried."""
+    """A method: on which tokens its bank is, or None inside the backbone; the rates tried; epochs, where they are not
+    the task's."""
 
     method: str
     pool: str = "mean"
     bank: str | None = None
     rates: tuple[float, ...] = HEADS
+    epochs: int | None = None
 
     @property
     def name(self) -> str:
         return f"{self.method} (CLS)" if self.pool == "cls" else self.method
 
 
-COMPONENTS = "pca:64"
+COMPONENTS = "pca:128"
 ROWS = (
     Row("linear", bank="mean"),
     Row("bypass-mean", bank="mean"),
     Row("linear", "cls", "first"),
     Row("bypass", "cls", "first"),
     Row("linear-all", bank=COMPONENTS),
-    Row("bypass-query", bank=COMPONENTS),
+    Row("bypass-query", bank=COMPONENTS, rates=(0.001,), epochs=4),
     Row("res-tuning", rates=(0.001,)),
     Row("full", rates=(0.00005,)),
     Row("lora", rates=(0.001,)),
@@ -72,10 +75,12 @@ class Text:
     Args:
         tasks: names, between spaces.
         rows: likewise; empty: all.
+        items: training texts of a bank, at most; 0: all.
     """
 
     tasks: str = " ".join(EPOCHS)
     rows: str = ""
+    items: int = 0
 
     def __post_init__(self) -> None:
         for value, known in ((self.tasks, tuple(EPOCHS)), (self.rows, tuple(row.name for row in ROWS))):
@@ -89,7 +94,14 @@ class Text:
             for tokens in sorted({row.bank for row in rows if row.bank} | (set() if self.rows else {"first"})):
                 out = _bank(place, task, tokens)
                 if not (out / MANIFEST).exists():
-                    settings = BankSettings(data, MINILM, max_length=MAX_LENGTH, tokens=tokens, dtype="float16")
+                    settings = BankSettings(
+                        data,
+                        MINILM,
+                        max_length=MAX_LENGTH,
+                        tokens=tokens,
+                        dtype="float16",
+                        train_size=self.items or None,
+                    )
                     build_bank(settings, out, resume=out.exists(), progress=False)
             for row in rows:
                 folder = place.out / f"{task}-{row.method}-{row.pool}"
@@ -106,7 +118,7 @@ class Text:
 
 {MINILM} (6 blocks, width 384). Texts cut to {MAX_LENGTH} tokens, batch {BATCH}, weight decay 0.05, the last epoch.
 Every head reads the mean of a text's tokens (`bypass-mean` runs on that mean alone), but for the rows named CLS. Banks
-hold float16; `{COMPONENTS}` are 64 components of every token of every layer, and the means in full. Where a method has
+hold float16; `{COMPONENTS}` are 128 components of every token of every layer, and the means in full. Where a method has
 several rates ({", ".join(map(str, HEADS))}), validation chose: SST-2's own dev sentences, elsewhere a fifth of the
 training pairs. Bytes kept for backward: of one batch, the first {BATCH} training texts."""
         ]
@@ -147,7 +159,7 @@ def _bank(place: Place, task: str, tokens: str) -> Path:
 def _one(place: Place, task: str, data: str, row: Row) -> Record:
     """A grid from the bank, and an epoch alone for its time; or one run inside the backbone."""
     out, at = place.out / f"{task}-{row.method}-{row.pool}", _bank(place, task, row.bank or "")
-    epochs = EPOCHS[task][0 if row.bank else 1]
+    epochs = row.epochs or EPOCHS[task][0 if row.bank else 1]
     pool = None if row.method == "bypass-mean" or row.bank == COMPONENTS else row.pool
     run = Run(
         data=data,
@@ -211,9 +223,10 @@ def _ratio(place: Place, task: str, data: str) -> Record:
 def _kept(run: Run, classes: int) -> int:
     """Bytes that autograd keeps for one batch: the first training texts that the run reads."""
     backbone = load_backbone(run.backbone)
-    tuned = adapt(backbone, run.spec(), classes, pool=run.pool).train()
-    if run.bank is not None:
-        opened = Bank(run.bank, verify=False)
+    opened = None if run.bank is None else Bank(run.bank, verify=False)
+    method = run.spec() if opened is None else opened.fitted(find_method(run.spec()))
+    tuned = adapt(backbone, method, classes, pool=run.pool).train()
+    if opened is not None:
         features = opened.rows("train").fetch(range(BATCH))[0]
         model = FromFeatures(tuned)
         return saved_bytes(lambda: model(features), tuned.parameters())
