@@ -144,8 +144,8 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         made = cls(**{"backbone": tuned.backbone_name, "method": config.method or dict(config.spec), **known})
         made.model_, made.reading_ = tuned.eval(), transform_of(folder, config.preprocessing)
         made._take_labels(record.get("labels") or list(config.classes or range(config.num_classes or 0)))
-        if (known := read_seen(folder, tuned)) is not None:
-            made.earlier_ = known[0], made._from_targets(known[1])
+        if (seen := read_seen(folder, tuned)) is not None:
+            made.earlier_ = seen[0], made._from_targets(seen[1])
         return made
 
     def __getstate__(self) -> dict[str, Any]:

@@ -217,7 +217,7 @@ def _beside(pool: _Pool, method: str, configs: Sequence[TrainConfig], rows: Sequ
 
 
 def _inside(pool: _Pool, method: str, config: TrainConfig, rows: list[int]) -> list[float]:
-    tuned, read = pool.tuned(method, config.seed, pool.backbone), partial(prepared, reading=reading_of(pool.backbone))
+    tuned, read = pool.tuned(method, config.seed, pool.backbone), partial(prepared, how=reading_of(pool.backbone))
     try:
         fit(tuned, read(Subset(pool.task.train, rows)), None, config, progress=False)
         parts = (pool.task.val or pool.task.test, pool.task.test)
