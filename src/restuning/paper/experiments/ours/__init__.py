@@ -12,6 +12,7 @@ OWN: dict[str, tuple[str, str, str]] = {
     "bank-formats": ("bank_formats", "BankFormats", "Random batches from a bank of features, by file format"),
     "kept": ("kept", "Kept", "Bytes kept for backward by five methods in four modes on six backbones"),
     "memory-accuracy": ("memory_accuracy", "MemoryAccuracy", "What derivatives in 8 bits cost in accuracy: two tasks"),
+    "defaults": ("defaults", "Defaults", "Rates and lengths for sets of 30 to 5,000 pictures, five methods"),
     "small-shared": (
         "shared",
         "SharedPath",
