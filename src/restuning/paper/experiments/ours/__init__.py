@@ -9,6 +9,7 @@ OWN: dict[str, tuple[str, str, str]] = {
     "methods": ("vit_tiny", "Methods", "Every method on an ImageNet ViT-Ti/16, two tasks"),
     "resnet18": ("resnet18", "ResNet18", "Three stages of an ImageNet ResNet-18: the order of Table 16"),
     "text": ("text", "Text", "MiniLM on SST-2, RTE and MNLI: from banks, and inside the backbone"),
+    "choice": ("choice", "Choice", "Rates, seeds and tests: CPU seconds from a bank, and inside the backbone"),
     "bank-formats": ("bank_formats", "BankFormats", "Random batches from a bank of features, by file format"),
     "kept": ("kept", "Kept", "Bytes kept for backward by five methods in four modes on six backbones"),
     "memory-accuracy": ("memory_accuracy", "MemoryAccuracy", "What derivatives in 8 bits cost in accuracy: two tasks"),
