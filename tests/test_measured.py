@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_the_recorded_tables_are_those_of_the_recorded_figures(name: str) -> Non
 def test_the_recorded_command_is_the_new_one(name: str) -> None:
     file = RESULTS / f"{RECORDED.get(name, name.replace('-', '_'))}.md"
     (command,) = re.findall(rf"`(restuning reproduce {name} [^`]*)`", file.read_text())
-    args = parse(command.split()[1:])
+    args = parse(shlex.split(command)[1:])
     find_own(name, vars(args).get("Reproduce.set", ()))
 
 
