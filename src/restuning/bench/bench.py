@@ -70,7 +70,7 @@ def bench(what: str, **given: Any) -> list[Record]:
         raise RestuningError(f"unknown benchmark {what!r}: expected one of {', '.join(BENCHES)}")
     run, own, defaults = BENCHES[what]
     settings = Bench(**{**defaults, **given})
-    wanted = SHARED if settings.methods == ("bypass-query-shared",) else WANTED[what]
+    wanted = SHARED if settings.methods == ("bypass-query-shared",) else WANTED.get(what, {})
     wanted = wanted if settings.backbone == {**vars(Bench()), **defaults}["backbone"] or wanted is SHARED else {}
     return records_of(what, run(settings), settings.facts(own), wanted)
 
