@@ -1,6 +1,7 @@
 """Backbones that no row of the table has: found by one traced forward, and right."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import transformers as hf
 from timm.models.mlp_mixer import MlpMixer
 from tiny import GROUPED, HF, MORE, TEXT, TINY, Keywords, Tiny, small
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import restuning as rt
 from restuning.backbones.auto import find
@@ -384,20 +386,36 @@ def test_a_found_family_is_trained_kept_mixed_and_compiled(name: str, method: st
         torch.testing.assert_close(tuned(**inputs), out, rtol=1e-4, atol=1e-5)
 
 
+class Operations(TorchDispatchMode):
+    """How often each operation of torch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("method", ["linear", "bypass", "res-tuning", "lora"])
 @pytest.mark.parametrize("name", ["timm-vit", "bert", "timm-swin", "timm-convnext"])
 def test_a_found_anatomy_keeps_as_much_for_backward_as_a_written_one(name: str, method: str) -> None:
     tiny = WRITTEN[name]
     inputs = tiny.inputs(batch=3)
     given = {"input_ids": torch.randint(3, 50, (3, 12))} if "input_ids" in inputs else inputs
-    kept = []
+    kept, operations = [], []
     for found in (False, True):
         backbone = tiny.backbone()
         sites = find(backbone, given) if found else find_sites(backbone)
         spec = small(method, sites.anatomy.family)
         tuned = rt.adapt(backbone, spec, 3, anatomy=sites).train()
         kept.append(saved_bytes(lambda: tuned(**given), tuned.parameters()))  # noqa: B023
+        with Operations() as step:
+            tuned(**given).sum().backward()
+        operations.append(step.counts)
     assert kept[0] == kept[1]
+    assert operations[0] == operations[1]  # the same kernels, as often each
 
 
 def test_what_is_only_described_is_found_as_what_is_there() -> None:
