@@ -28,6 +28,14 @@ from restuning.training.loop import TrainConfig, fit
 pytest.importorskip("accelerate")
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests() -> None:
+    """What Accelerate keeps for a whole process is of one test alone."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+
+
 class Points:
     """Separable points; `set_epoch` augments, `log` records what was read, `sleep` slows the reading down."""
 

@@ -17,6 +17,8 @@ def attend(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = Non
     if torch.is_autocast_enabled(kind) and rows.dtype is not torch.float64:  # as it casts a matrix product
         dtype = torch.get_autocast_dtype(kind)
         rows, keys, values = (tensor.to(dtype) for tensor in (rows, keys, values))
+    else:
+        keys, values = keys.to(rows.dtype), values.to(rows.dtype)
     out: Tensor = _Attend.apply(rows, keys, values, seen)  # type: ignore[no-untyped-call]
     return out
 

@@ -71,5 +71,7 @@ class SherlNet(SideNetwork):
         weights = (-self.sharpness * redundancy).softmax(-1)
         s = torch.einsum("bl,blnw->bnw", weights, torch.stack(reduced, 1))
         seen = None if mask is None else mask[:, None].bool()
-        u = s + F.scaled_dot_product_attention(self.query(layers[-1]), s, s, seen)
+        query = self.query(layers[-1])
+        s = s.to(query.dtype)
+        u = s + F.scaled_dot_product_attention(query, s, s, seen)
         return layers[-1] + self.up(F.relu(self.norm(u)))  # type: ignore[no-any-return]
