@@ -342,9 +342,9 @@ def test_texts_of_a_table_take_the_same_path(page: Page, app: Served, tmp_path: 
     shots(page, "texts-mistakes")
     first = page.locator("#look-gallery .rt-card").first
     key, to = first.locator("input.pick").get_attribute("value"), first.locator("button[data-act=label]").first
+    label = app.home / "reviews" / str(to.get_attribute("data-label"))  # a locator finds another one later
     to.click()
     expect(page.locator("#changed")).to_contain_text("trained again")
-    label = app.home / "reviews" / str(to.get_attribute("data-label"))
     assert key in {blake2b(p.read_bytes(), digest_size=16).hexdigest() for p in label.iterdir()}
 
     tab(page, "Try")
