@@ -2,6 +2,7 @@
 
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,10 @@ def pipeline(kind: str = "sd", prediction: str = "epsilon") -> Any:
             left += right
             vocabulary[left] = None
     ids = {word: i for i, word in enumerate(vocabulary)}
-    tokenizer = CLIPTokenizer(vocab=ids, merges=merges, model_max_length=8)
+    with tempfile.TemporaryDirectory() as folder:  # by its files: arguments differ from version to version
+        (Path(folder) / "vocab.json").write_text(json.dumps(ids))
+        (Path(folder) / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+        tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=8)
     text = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(ids),
