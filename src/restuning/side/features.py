@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import register_pytree_node
+from torch.utils._pytree import SequenceKey, register_pytree_node
 
 from restuning._types import Tokens
 from restuning.tuners.grid import cells
@@ -260,5 +260,10 @@ def _unflatten(tensors: Iterable[Tensor], shape: tuple[object, ...]) -> Features
     )
 
 
-# so that torch's transforms (vmap, compile) see the tensors in it
-register_pytree_node(Features, _flatten, _unflatten)
+def _flatten_with_keys(features: Features) -> tuple[list[tuple[Any, Any]], tuple[object, ...]]:
+    tensors, shape = _flatten(features)
+    return [(SequenceKey(i), x) for i, x in enumerate(tensors)], shape
+
+
+# so that torch's transforms (vmap, compile) see the tensors in it; torch.export of 2.8 asks for keys
+register_pytree_node(Features, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys)
