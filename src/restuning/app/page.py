@@ -98,7 +98,7 @@ def build(home: Home, local: bool = True) -> Any:
                 checks = html(elem_id="checks")
                 pictures = html(elem_id="pictures-gallery")
             with gr.Tab("Train", id="train"):
-                with gr.Row():
+                with gr.Row(elem_id="train-row"):
                     backbone = gr.Dropdown(
                         label="Backbone",
                         choices=[(views.priced(name), name) for name in BACKBONES],
@@ -110,7 +110,7 @@ def build(home: Home, local: bool = True) -> Any:
                 with gr.Accordion("Settings", open=False):
                     epochs = gr.Slider(0, 100, 0, step=1, label="Epochs (0: each method's own)", elem_id="epochs")
                     lr = gr.Slider(0, 0.1, 0, step=0.001, label="Learning rate (0: each method's own)", elem_id="lr")
-                with gr.Row():
+                with gr.Row(elem_id="go-row"):
                     go = gr.Button("Compute features and train", variant="primary", elem_id="go")
                     stop = gr.Button("Cancel", elem_id="stop")
                 progress = html(None, elem_id="progress")
