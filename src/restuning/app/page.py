@@ -91,7 +91,7 @@ def build(home: Home, local: bool = True) -> Any:
                     label="Pictures, a zip of folders, or a csv of texts",
                     file_count="multiple",
                     type="filepath",
-                    height=120,
+                    height=140,
                     elem_id="files",
                 )
                 told = html(None, elem_id="told")

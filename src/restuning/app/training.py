@@ -89,6 +89,7 @@ def cross_validate(
     # folds of a stack have as many examples as one another: a few of the larger ones are left out, evenly
     rows = [r if len(r) == fewest else r[torch.linspace(0, len(r) - 1, fewest).long()] for r in rows]
     stack, names = _stack(engine, recipe, classes, count)
+    features = engine.tuned.reader(names[0]).select(features)  # once, and not in every step
     try:
         _train(stack, engine, recipe, features, labels, rows, seen)
         logits = torch.zeros(len(labels), classes)
@@ -105,6 +106,7 @@ def cross_validate(
 def fit_all(engine: Engine, recipe: Recipe, features: Features, labels: Tensor, classes: Sequence[str]) -> str:
     """Train on all pictures; returns the name of the adapter in the engine's tuned model."""
     stack, names = _stack(engine, recipe, len(classes), 1, classes)
+    features = engine.tuned.reader(names[0]).select(features)
     try:
         _train(stack, engine, recipe, features, labels, [torch.arange(len(labels))])
     except BaseException:
