@@ -115,7 +115,8 @@ def fused_twin(tiny: Tiny) -> Tiny:
 
 def shaken(tiny: Tiny, method: rt.Residual, dtype: torch.dtype) -> rt.Tuned:
     torch.manual_seed(3)
-    tuned = rt.adapt(tiny.backbone(dtype), method, 4, pool="mean")
+    # the bound forms run tuners within the backbone, in its own dtype
+    tuned = rt.adapt(tiny.backbone(dtype), method, 4, pool="mean", autocast_adapter_dtype=False)
     with torch.no_grad():
         for p in tuned.adapters.parameters():
             p.add_(0.3 * torch.randn_like(p))
