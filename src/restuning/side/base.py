@@ -135,7 +135,7 @@ class SideConfig:
 
     def from_bank(self) -> bool:
         """Whether a bank, of a grid of pooled patches, of components or of all tokens, holds all that it needs."""
-        return False
+        return self.every_token
 
     def accepts(self, components: int | None) -> bool:
         """Whether so many fixed components of each layer's tokens, with the layers' summaries, are enough for it."""

@@ -39,9 +39,6 @@ class LowRank(SideConfig):
         if self.rank % self.heads:
             raise MethodError(f"{kind}(rank={self.rank}): expected a multiple of its {self.heads} heads")
 
-    def from_bank(self) -> bool:
-        return True
-
     def resized(self, size: int) -> Self:
         return replace(self, rank=size)
 

@@ -37,9 +37,6 @@ class Losa(SideConfig):
         check_size("Losa", "rank", self.rank)
         check_size("Losa", "slots", self.slots)
 
-    def from_bank(self) -> bool:
-        return True
-
     def resized(self, size: int) -> Self:
         return replace(self, rank=size)
 

@@ -32,9 +32,6 @@ class Sherl(SideConfig):
     def __post_init__(self) -> None:
         check_size("Sherl", "width", self.width)
 
-    def from_bank(self) -> bool:
-        return True
-
     def resized(self, size: int) -> Self:
         return replace(self, width=size)
 

@@ -31,9 +31,6 @@ class UniPt(SideConfig):
     def __post_init__(self) -> None:
         check_size("UniPt", "width", self.width)
 
-    def from_bank(self) -> bool:
-        return True
-
     def resized(self, size: int) -> Self:
         return replace(self, width=size)
 
