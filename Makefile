@@ -44,8 +44,8 @@ check: .venv/ready  ## format, lint, types, import layers
 	.venv/bin/lint-imports --no-logo
 
 bench: .venv/ready  ## the recorded tables of docs/results; hours
-	for what in memory step multitask mixed grid bank; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
-	for what in vit-tiny methods bank-formats text resnet18 kept memory-accuracy unet; do \
+	for what in memory step multitask mixed grid bank cluster soak; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
+	for what in vit-tiny methods bank-formats text resnet18 kept memory-accuracy small-shared choice defaults unet; do \
 	.venv/bin/restuning reproduce $$what --data-root ../shared/data --out runs/$$what || exit 1; done
 	$(PY) scripts/convert_taef2.py --out runs/emoji/vae
 	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data --save-every 300

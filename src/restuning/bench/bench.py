@@ -7,20 +7,16 @@ by round. What is wanted of them (`WANTED`) is wanted of ViT-B/16 at 224 x 224 i
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
-
-from restuning.errors import RestuningError
-from restuning.utils.figures import Record
-from restuning.utils.profiling import spread
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 from restuning.bench.cluster import cluster
 from restuning.bench.settings import Bench, Measured, short
 from restuning.bench.steps import BANKED, memory, steps
 from restuning.bench.tasks import bank, grid, mixed, multitask
 from restuning.bench.window import window
+from restuning.errors import RestuningError
+from restuning.utils.figures import Record
+from restuning.utils.profiling import spread
 
 WANTED: dict[str, dict[tuple[str, str, str], str]] = {
     "memory": {
@@ -70,8 +66,9 @@ def bench(what: str, **given: Any) -> list[Record]:
         raise RestuningError(f"unknown benchmark {what!r}: expected one of {', '.join(BENCHES)}")
     run, own, defaults = BENCHES[what]
     settings = Bench(**{**defaults, **given})
-    wanted = SHARED if settings.methods == ("bypass-query-shared",) else WANTED.get(what, {})
-    wanted = wanted if settings.backbone == {**vars(Bench()), **defaults}["backbone"] or wanted is SHARED else {}
+    wanted = WANTED.get(what, {}) if settings.backbone == {**vars(Bench()), **defaults}["backbone"] else {}
+    if what == "multitask" and settings.methods == ("bypass-query-shared",):
+        wanted = SHARED
     return records_of(what, run(settings), settings.facts(own), wanted)
 
 
@@ -108,7 +105,14 @@ BENCHES: dict[str, tuple[Callable[[Bench], Measured], Sequence[str], dict[str, A
     "cluster": (
         cluster,
         ["methods", "points", "items", "data"],
-        {"backbone": "vit_tiny_patch16_224", "classes": 10, "points": 24, "items": 1000, "rounds": 1},
+        {
+            "backbone": "vit_tiny_patch16_224",
+            "classes": 10,
+            "points": 24,
+            "items": 1000,
+            "rounds": 1,
+            "methods": ("linear", "bypass-none", "bypass", "bypass-horizontal"),
+        },
     ),
     "window": (window, ["points", "items"], {"backbone": "vit_large_patch16_224", "batch": 64}),
 }

@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from restuning.bench.peers import PEERS
-from restuning.bench.settings import METHODS, Bench, Measured
+from restuning.bench.settings import Bench, Measured
 from restuning.runs.banks import BankSettings, build_bank
 from restuning.runs.sweep import Sweep, sweep
 
 WORKERS = (1, 2)
-SWEPT = ("linear", "bypass-none", "bypass", "bypass-horizontal")
-"""Methods whose stacks are jobs, unless others are named."""
 EPOCHS = 20
 
 Call = Callable[..., None]
@@ -30,8 +27,7 @@ def cluster(settings: Bench) -> Measured:
 
     Raises RestuningError for data that cannot be read; MissingExtra without Ray.
     """
-    methods = SWEPT if settings.methods == (*METHODS, *PEERS) else settings.methods
-    measured, threads = Measured(), torch.get_num_threads()
+    methods, measured, threads = settings.methods, Measured(), torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         weights = root / "weights.safetensors"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,6 @@ from restuning.model.tuned import Tuned
 from restuning.side.features import Features
 from restuning.training.config import parameter_groups
 from restuning.utils.options import ImageSize, Option
-
-if TYPE_CHECKING:
-    pass
 
 RUN_FULL = 19  # so many full models are run one after the other; other numbers of them are counted from one
 GRID_STEPS, BANK_STEPS = 32, 8  # of an epoch from features kept

@@ -5,7 +5,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from restuning.backbones.auto import find
 from restuning.backbones.quantised import bytes_of
 from restuning.bench.limit import least_bytes
 from restuning.bench.peers import PEERS, bound_loss
+from restuning.bench.settings import Bench, Call, Measured, absent_peers, training_step, without_grad
 from restuning.errors import MethodError, RestuningError, SiteError, line
 from restuning.features.bank import FromFeatures
 from restuning.methods.named import find_method
@@ -22,11 +22,6 @@ from restuning.methods.spec import side_of, with_components
 from restuning.model.tuned import adapt
 from restuning.training.components import Components
 from restuning.utils.profiling import in_turn, peak_bytes, saved_by_module
-
-if TYPE_CHECKING:
-    pass
-
-from restuning.bench.settings import Bench, Call, Measured, absent_peers, training_step, without_grad
 
 BANKED = ", from components"
 """After the name of a method that reads components of a bank, not images."""

@@ -155,7 +155,7 @@ def _memory(plt: Any, records: Sequence[Record]) -> Any:
     axes[-1].legend(
         loc="center left",
         bbox_to_anchor=(1.02, 0.5),
-        title="stars: Res-Tuning\nbars: the limit of what is exact\nand computes nothing twice",
+        title=LEGEND,
     )
     figure.suptitle(_title(records))
     return figure
