@@ -147,8 +147,8 @@ def main() -> None:
         noisy = wanted + torch.rand(48, 1, 1, 1) * 0.3 * torch.randn_like(wanted)  # what a denoiser may leave
         with torch.no_grad():
             target = decoder[:6](noisy * std[:, None, None] + mean[:, None, None])
-        said = inner[1](torch.tanh(noisy * SPREAD / 3) * 3)
-        losses = F.mse_loss(seen, wanted), F.mse_loss(said, target) / target.var()
+        decoded = inner[1](torch.tanh(noisy * SPREAD / 3) * 3)
+        losses = F.mse_loss(seen, wanted), F.mse_loss(decoded, target) / target.var()
         optimizer.zero_grad()
         sum(losses).backward()
         nn.utils.clip_grad_norm_(inner.parameters(), 1.0)

@@ -75,8 +75,8 @@ def main() -> int:
         env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")} | {"PATH": path}
         done = subprocess.run(["bash", "-c", command], cwd=cwd, env=env, capture_output=True, text=True)
         failed += done.returncode != 0
-        said = [line for line in (done.stdout if not done.returncode else done.stderr).splitlines() if line.strip()]
-        last = said[-1].strip().replace("|", "\\|") if said else ""
+        lines = [line for line in (done.stderr if done.returncode else done.stdout).splitlines() if line.strip()]
+        last = lines[-1].strip().replace("|", "\\|") if lines else ""
         rows.append(f"| `{name}` | {done.returncode} | {last[:160]} | {time.perf_counter() - start:.0f} |")
         print(rows[-1], flush=True)
         head = "| typed | exit code | the last line | seconds |\n|---|--:|---|--:|\n"

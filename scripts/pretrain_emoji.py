@@ -188,9 +188,9 @@ class Training:
     def loss(self, x: Tensor, text: Tensor, time: Tensor, noise: Tensor) -> Tensor:
         """(b,): the mean squared error of the predicted velocity."""
         kept = self.kept[time][:, None, None, None]
-        said = self.unet(kept.sqrt() * x + (1 - kept).sqrt() * noise, time, text.float()).sample
+        predicted = self.unet(kept.sqrt() * x + (1 - kept).sqrt() * noise, time, text.float()).sample
         velocity = kept.sqrt() * noise - (1 - kept).sqrt() * x
-        return F.mse_loss(said, velocity, reduction="none").mean((1, 2, 3))
+        return F.mse_loss(predicted, velocity, reduction="none").mean((1, 2, 3))
 
     def take(self, x: Tensor, text: Tensor, rate: float) -> float:
         for group in self.optimizer.param_groups:

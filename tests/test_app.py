@@ -457,7 +457,7 @@ def test_what_tuning_inside_takes_and_how_far_it_is(tmp_path: Path) -> None:
     log = [Epoch(i, 2.0 / (i + 1), 50.0, None, 0.1, 3.0).text(20) for i in range(5)]
     run.out.parent.mkdir()
     run.log.write_text("\n".join(["an opening line", *log]))
-    (run.out.parent / "p.json").write_text(json.dumps({"told": {"epochs": 20}, "pid": 0}))
+    (run.out.parent / "p.json").write_text(json.dumps({"settings": {"epochs": 20}, "pid": 0}))
     tuning = run.tuning()
     assert (tuning.state, tuning.epochs, tuning.left) == ("stopped", 20, pytest.approx(45.0))
     assert tuning.losses == pytest.approx([2.0, 1.0, 0.6667, 0.5, 0.4])

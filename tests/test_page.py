@@ -220,11 +220,11 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     expect(page.locator("#look-gallery h3")).to_contain_text("Labels that may be wrong")
     page.get_by_label("Confusion").check()
     cell = page.locator("#matrix .rt-matrix button").first
-    said = int(cell.inner_text())
+    number = int(cell.inner_text())
     shots(page, "confusion")
     cell.click()
     expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
-    assert count(page) == said, "a cell opens its pictures"
+    assert count(page) == number, "a cell opens its pictures"
     page.get_by_label("Map").check()
     expect(page.locator("#map canvas")).to_have_attribute("aria-label", re.compile("a map of 150 pictures"))
     shots(page, "map")
@@ -331,10 +331,10 @@ def test_texts_of_a_table_take_the_same_path(page: Page, app: Served, tmp_path: 
     tab(page, "Look")
     page.get_by_label("Confusion").check()
     cell = page.locator("#matrix .rt-matrix button").first
-    said = int(cell.inner_text())
+    number = int(cell.inner_text())
     cell.click()
     expect(page.locator("#look-gallery h3")).to_contain_text("taken for")
-    assert count(page) == said
+    assert count(page) == number
     page.get_by_label("Map").check()
     expect(page.locator("#map canvas")).to_have_attribute("aria-label", re.compile("a map of 97 texts"))
     page.get_by_label("Mistakes").check()

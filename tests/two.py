@@ -24,10 +24,10 @@ def in_two(*argv: str) -> list[str]:
         for rank in "01"
     ]
     try:
-        said = [process.communicate(timeout=120) for process in started]
+        written = [process.communicate(timeout=120) for process in started]
     finally:
         for process in started:
             process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
+    assert [process.returncode for process in started] == [0, 0], written
     # Gloo of older versions prints to standard output
-    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in said]
+    return ["".join(line for line in out.splitlines(True) if not line.startswith("[Gloo]")) for out, _ in written]

@@ -15,7 +15,7 @@ from restuning.app.workbench import Workbench
 from restuning.data import Tokenise
 from restuning.errors import DataError, RestuningError
 from restuning.runs.settings import RESULT, RUN
-from restuning.utils.files import as_json, atomic_write
+from restuning.utils.files import as_json, atomic_write, in_use
 from restuning.utils.reading import read_json
 
 PASSES = 3
@@ -80,12 +80,17 @@ class Inside:
         labels = sorted((p.key, str(p.label)) for p in project.items(labelled=True))
         if len({label for _, label in labels}) < 2:
             raise DataError("every class needs pictures, and there must be two classes")
-        told = {"labels": labels, "backbone": project.backbone, "weights": project.state["weights"], "epochs": epochs}
+        settings = {
+            "labels": labels,
+            "backbone": project.backbone,
+            "weights": project.state["weights"],
+            "epochs": epochs,
+        }
         words = ["train", "--data", f"folder:{project.path}", "--method", METHOD, "--backbone", project.backbone]
         words += ["--epochs", str(epochs), "--out", str(self.out)]
         words += ["--weights", str(project.state["weights"])] if project.state["weights"] else []
         words += ["--max-length", str(how.max_length)] if isinstance(how, Tokenise) else []
-        same = self._read().get("told") == json.loads(json.dumps(told))
+        same = self._read().get("settings") == json.loads(json.dumps(settings))
         if not same or (self.out / RESULT).exists():
             shutil.rmtree(self.out, ignore_errors=True)
         words += ["--resume"] if (self.out / RUN).exists() else []
@@ -96,7 +101,7 @@ class Inside:
                 [*lower, sys.executable, "-m", "restuning.cli", *words],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        atomic_write(self._record, as_json({"told": told, "pid": self._process.pid}))
+        atomic_write(self._record, as_json({"settings": settings, "pid": self._process.pid}))
 
     def stop(self) -> None:
         """Stop it; what it has done is kept."""
@@ -111,21 +116,11 @@ class Inside:
         """Whether a process of this server, or of an earlier one, is at it."""
         if self._process is not None and self._process.poll() is None:
             return True
-        from filelock import FileLock, Timeout
-
-        if not (self.out / ".lock").exists():
-            return False
-        lock = FileLock(self.out / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except (Timeout, OSError):
-            return True
-        lock.release()
-        return False
+        return in_use(self.out)
 
     def tuning(self) -> Tuning:
         """How far it is."""
-        epochs = int(self._read().get("told", {}).get("epochs", 0))
+        epochs = int(self._read().get("settings", {}).get("epochs", 0))
         if not epochs:
             return Tuning("none")
         try:

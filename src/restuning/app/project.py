@@ -154,9 +154,7 @@ class Project:
 
     def add(self, files: Iterable[tuple[str, bytes, str | None]]) -> Added:
         """Add items, (name, bytes, class) each; what cannot be decoded, and what is there already, stays out."""
-        added = Added()
-        for added in self.adding(files):  # noqa: B007  the last is what became of them all
-            pass
+        *_, added = self.adding(files)
         return added
 
     def adding(self, files: Iterable[tuple[str, bytes, str | None]]) -> Iterator[Added]:

@@ -45,4 +45,4 @@ def run(args: argparse.Namespace) -> None:
     graphs = [about] if "file" in about else [about["features"], *about["tasks"].values()]
     worst = max(graph["checked"]["largest_difference"] for graph in graphs)
     files, on = ", ".join(str(own.out / graph["file"]) for graph in graphs), graphs[0]["checked"]
-    say(own.json, about, f"{files}: from the model by {worst:.1e} at most, on {on['items']} of {on['on']}")
+    say(own.json, about, f"{files}: differ from the model by {worst:.1e} at most, on {on['items']} of {on['on']}")

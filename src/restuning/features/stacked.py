@@ -134,6 +134,7 @@ class _AdamW:
     def step(self, grads: Sequence[Tensor], lrs: Sequence[float]) -> None:
         """A module whose rate is 0 has ended, and stays as it is."""
         grads = [g.contiguous() for g in grads]  # the fused kernel reads memory in its order, whatever the strides
+        # one part for all of them has one rate, the first
         for part, slices, optimizer, lr in zip(self.parts, self.slices, self.optimizers, lrs, strict=False):
             if lr > 0:
                 for t, g in zip(slices, grads, strict=True):

@@ -119,6 +119,19 @@ def contents(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.name != ".lock" and not p.name.endswith(PARTIAL))
 
 
+def in_use(out: Path) -> bool:
+    """Whether another process has a folder `locked`."""
+    if not (out / ".lock").exists():
+        return False
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
 @contextmanager
 def locked(out: Path) -> Iterator[None]:
     """A folder, made where it is missing, for one process alone; what is refused inside leaves neither the lock nor an

@@ -100,7 +100,7 @@ class Defaults:
 
     def text(self, records: Sequence[Record]) -> str:
         parts = [
-            f"""# What to train with where nothing is said
+            f"""# What to train with where nothing is given
 
 {MICRO} on {", ".join(TASKS)}: none of them is among what it was trained on. {len(SEEDS)} seeds
 ({_names_of_few()}: one), each with a draw of its own; batch {BATCH}, the recipe's warm-up and cosine. What validates
