@@ -17,13 +17,13 @@ Words = Mapping[int, tuple[Sequence[str], Sequence[int]]]
 
 def answers(
     outputs: Outputs, config: Callable[[str], AdapterConfig], top: int = 1, words: Words | None = None
-) -> Iterator[tuple[str, int, dict[str, Any]]]:
-    """(task, row, answer) of every output: `top`, the likeliest classes with their probabilities (each class's own
+) -> Iterator[tuple[str, Sequence[int], list[dict[str, Any]]]]:
+    """(task, rows, their answers) of all outputs: `top`, the likeliest classes with their probabilities (each class's own
     under multi-label); `values` by target under regression; `words` with their classes under per-token.
 
     Args:
         outputs: of adapters of one predictor.
-        card: an adapter's card by its name.
+        config: an adapter's configuration by its name.
         top: how many classes at most, at least 1.
         words: needed by tasks per token; a word that the tokenizer drops has the class None.
 
@@ -31,26 +31,28 @@ def answers(
         RestuningError: for an output that is no number.
     """
     ranked: dict[str, tuple[list[Any], list[Any]]] = {}  # by what turns outputs into probabilities
-    start = 0
+    start, finite = 0, bool(outputs.values.isfinite().all())
     for task, rows in outputs.tasks:
         made, stop = config(task), start + len(rows)
         values = outputs.values[start:stop, ..., : made.num_classes]
+        if not (finite or values.isfinite().all()):
+            raise RestuningError(f"adapter {task!r} gives no number: are its weights those that were trained?")
         if made.kind in ("single-label", "multi-label"):
             if made.kind not in ranked:
                 ranked[made.kind] = _ranked(outputs.values, made.kind, top)
-            classes = _classes(made, values)
             indices, shares = (part[start:stop] for part in ranked[made.kind])
-            most = len(classes)
-            for row, best, p in zip(rows, indices, shares, strict=True):
-                if p[0] != p[0]:
-                    raise RestuningError(f"adapter {task!r} gives no number: are its weights those that were trained?")
-                pairs = zip(best[:most], p[:most], strict=True)
-                yield task, row, {"top": [{"class": classes[c], "probability": round(v, 6)} for c, v in pairs]}
+            yield task, rows, _top(_classes(made, values), indices, shares)
         else:
-            if not torch.isfinite(values).all():
-                raise RestuningError(f"adapter {task!r} gives no number: are its weights those that were trained?")
-            yield from zip([task] * len(rows), rows, _other(values, rows, made, words or {}), strict=True)
+            yield task, rows, list(_other(values, rows, made, words or {}))
         start = stop
+
+
+def _top(classes: Sequence[Any], indices: list[list[int]], shares: list[list[float]]) -> list[dict[str, Any]]:
+    most = len(classes)  # of a stack, the tasks may have fewer classes than others
+    return [
+        {"top": [{"class": classes[c], "probability": v} for c, v in zip(best[:most], p[:most], strict=True)]}
+        for best, p in zip(indices, shares, strict=True)
+    ]
 
 
 def _ranked(values: Tensor, kind: str, top: int) -> tuple[list[Any], list[Any]]:
@@ -58,7 +60,7 @@ def _ranked(values: Tensor, kind: str, top: int) -> tuple[list[Any], list[Any]]:
     values = values.float()
     best = values.topk(min(top, values.shape[-1])).indices  # of logits: of probabilities, small ones are all zero
     p = values.sigmoid() if kind == "multi-label" else values.softmax(-1)
-    return best.tolist(), p.gather(-1, best).tolist()
+    return best.tolist(), p.gather(-1, best).double().round(decimals=6).tolist()
 
 
 def _other(values: Tensor, rows: Sequence[int], config: AdapterConfig, words: Words) -> Iterator[dict[str, Any]]:

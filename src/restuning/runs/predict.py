@@ -86,7 +86,8 @@ def predict_rows(
         words = {i: (items.item(done + i)[0], labels[i].tolist()) for i in range(len(labels))} if by_word else None
         for part in outputs:
             check_finite(part, names)
-            found |= {(name, i): row for name, i, row in answers(part, configs.__getitem__, top, words)}
+            for name, rows, made in answers(part, configs.__getitem__, top, words):
+                found |= {(name, i): row for i, row in zip(rows, made, strict=True)}
         for i in range(len(labels)):
             for name, folder in names.items():
                 yield {"input": items.names[done + i], "adapter": str(folder), **found[name, i]}

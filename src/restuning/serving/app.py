@@ -2,12 +2,14 @@
 
 import asyncio
 import base64
+import gc
 import json
 import struct
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
+from inspect import signature
 from typing import Any, TypeVar
 
 import msgspec
@@ -75,6 +77,8 @@ class Server:
                 now.predictor.predict(repeated(example, count), names)
             if self.decoders is not None:
                 self.decoders.pixels(_PIXEL, how)
+        gc.collect()
+        gc.freeze()  # what there is now stays: looking through it for garbage takes as long as several batches
 
     async def watch(self) -> None:
         """Have what comes and goes in the folder of adapters served, as long as the server runs."""
@@ -135,12 +139,13 @@ class Server:
     async def _jobs(self, wanted: Wanted, now: Any, tasks: Sequence[str], head: bool) -> list[Job]:
         """Tasks that read their items alike share jobs, of at most a batch each."""
         alike: dict[Any, list[str]] = {}
-        for task in tasks:
-            by_word = now.predictor.adapter_config(task).kind == "per-token"
-            alike.setdefault((now.readings[task], by_word), []).append(task)
+        for task in tasks:  # of images there may be a thousand
+            by_word = self.adapters.reads_texts and now.predictor.adapter_config(task).kind == "per-token"
+            alike.setdefault((id(now.readings[task]), by_word), []).append(task)
         loop = asyncio.get_running_loop()
         jobs: list[Job] = []
-        for (how, by_word), names in alike.items():
+        for (_, by_word), names in alike.items():
+            how = now.readings[names[0]]
             words: list[Any] | None = None
             try:
                 if isinstance(how, Preprocess):
@@ -202,7 +207,10 @@ def make_app(server: Server) -> Any:
             task.cancel()
         await asyncio.get_running_loop().run_in_executor(None, server.close)
 
-    app = FastAPI(title="restuning", version=__version__, lifespan=lifespan, description=__doc__ or "")
+    more: dict[str, Any] = {}
+    if "telemetry" in signature(FastAPI).parameters:  # since 0.140 or so; it reads the environment at every request
+        more["telemetry"] = {"tracing": False, "metrics": False, "logs": False}
+    app = FastAPI(title="restuning", version=__version__, lifespan=lifespan, description=__doc__ or "", **more)
 
     @app.exception_handler(Refused)
     async def refused(request: Request, error: Refused) -> Response:

@@ -247,12 +247,15 @@ class Batcher:
         words, head = None, jobs[0].head
         if jobs[0].words is not None:
             words = {row: job.words[i] for row, (job, _, i) in enumerate(owners) if job.words is not None}
-        top = max(job.top for job in jobs)
+        top, of_row = max(job.top for job in jobs), [found[i] for _, found, i in owners]
         if head:
             for outputs in answer.outputs:
-                for task, row, one in answers(outputs, predictor.adapter_config, top, words):
-                    job, found, i = owners[row]
-                    found[i][task] = one if "top" not in one or job.top == top else {"top": one["top"][: job.top]}
+                for task, rows, made in answers(outputs, predictor.adapter_config, top, words):
+                    for row, one in zip(rows, made, strict=True):
+                        of_row[row][task] = one
+            for job, found, i in owners:
+                for one in found[i].values() if job.top < top else ():
+                    del one.get("top", [])[job.top :]
         if not head or any(job.logits for job in jobs):
             for task, own, values in predictor.unpacked(answer, head):
                 for row, one in zip(own, _plain(values), strict=True):

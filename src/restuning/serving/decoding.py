@@ -5,6 +5,7 @@ import queue
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import lru_cache
 from io import BytesIO
 from multiprocessing import get_all_start_methods, get_context
 from multiprocessing.connection import Connection
@@ -47,8 +48,7 @@ class Decoders:
         """uint8 (3, h, w), before normalisation. Raises DataError for an image that is refused."""
         process, pipe = self._idle.get()
         try:
-            pipe.send_bytes(json.dumps(how.to_dict()).encode())
-            pipe.send_bytes(image)
+            pipe.send_bytes(_written(how) + b"\0" + image)
             if not pipe.poll(self.seconds):
                 raise DataError(f"the image takes more than {self.seconds:g} s to decode")
             answer = pipe.recv_bytes(1 + 3 * how.size[0] * how.size[1] + 10_000)
@@ -83,21 +83,30 @@ class Decoders:
 
 
 def _work(pipe: Connection, formats: Sequence[str], megapixels: float) -> None:
-    """Two messages, how and the bytes of an image, → its pixels, or ! and why not."""
+    """How, in JSON, a zero, and the bytes of an image → its pixels, or ! and why not."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # the server ends it, once all that was accepted is answered
     torch.set_num_threads(1)
     _limit_memory()
     with suppress(EOFError, OSError):
         while True:
-            how = Preprocess.from_dict(json.loads(pipe.recv_bytes()))
-            data = pipe.recv_bytes()
+            written, _, data = pipe.recv_bytes().partition(b"\0")
             try:
-                pixels = how.pixels(decode(BytesIO(data), "the image", formats, megapixels))
+                pixels = _read(written).pixels(decode(BytesIO(data), "the image", formats, megapixels))
                 answer = b"=" + pixels.contiguous().numpy().tobytes()
             except (Exception, MemoryError) as error:
                 answer = b"!" + line(error).encode()[:9_000]
             pipe.send_bytes(answer)
+
+
+@lru_cache
+def _written(how: Preprocess) -> bytes:
+    return json.dumps(how.to_dict()).encode()
+
+
+@lru_cache
+def _read(how: bytes) -> Preprocess:
+    return Preprocess.from_dict(json.loads(how))
 
 
 def _limit_memory() -> None:
