@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from restuning.data.objective import IGNORED
@@ -18,8 +17,8 @@ Words = Mapping[int, tuple[Sequence[str], Sequence[int]]]
 def answers(
     outputs: Outputs, config: Callable[[str], AdapterConfig], top: int = 1, words: Words | None = None
 ) -> Iterator[tuple[str, Sequence[int], list[dict[str, Any]]]]:
-    """(task, rows, their answers) of all outputs: `top`, the likeliest classes with their probabilities (each class's own
-    under multi-label); `values` by target under regression; `words` with their classes under per-token.
+    """(task, rows, their answers) of all outputs: `top`, the likeliest classes with their probabilities (each class's
+    own under multi-label); `values` by target under regression; `words` with their classes under per-token.
 
     Args:
         outputs: of adapters of one predictor.

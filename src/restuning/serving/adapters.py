@@ -1,5 +1,6 @@
 """The adapters that are served: a snapshot that requests read, and the changes that replace it whole."""
 
+import gc
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -182,6 +183,7 @@ class Adapters:
         if not torch.isfinite(trial).all():
             raise CheckpointError(f"{folder}: its output is no number")
         self.current = Snapshot(predictor, {**now.readings, name: how})
+        gc.freeze()  # it stays, and holds no cycle: looking through a thousand for garbage halts all answers
 
     def _fits(self, how: Reading) -> None:
         if isinstance(how, Preprocess):

@@ -78,7 +78,7 @@ class Server:
             if self.decoders is not None:
                 self.decoders.pixels(_PIXEL, how)
         gc.collect()
-        gc.freeze()  # what there is now stays: looking through it for garbage takes as long as several batches
+        gc.freeze()  # what there is now stays: looking through it for garbage halts all answers
 
     async def watch(self) -> None:
         """Have what comes and goes in the folder of adapters served, as long as the server runs."""
@@ -208,7 +208,7 @@ def make_app(server: Server) -> Any:
         await asyncio.get_running_loop().run_in_executor(None, server.close)
 
     more: dict[str, Any] = {}
-    if "telemetry" in signature(FastAPI).parameters:  # since 0.140 or so; it reads the environment at every request
+    if "telemetry" in signature(FastAPI).parameters:  # of newer ones, which look for it at every request
         more["telemetry"] = {"tracing": False, "metrics": False, "logs": False}
     app = FastAPI(title="restuning", version=__version__, lifespan=lifespan, description=__doc__ or "", **more)
 
