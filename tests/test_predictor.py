@@ -98,6 +98,26 @@ def test_others_that_come_and_go_change_no_bit(tmp_path: Path) -> None:
         torch.testing.assert_close(predictor.predict(inputs, ["more0"])["more0"], tuned(**inputs), rtol=1e-4, atol=1e-5)
 
 
+def test_few_of_many_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of seven adapters in groups of two, one of each group: as alone, in half as many calls, and to the bit the same
+    when another of a group has gone."""
+    tuned, inputs = many("timm-vit", ("bypass",), (5,) * 7), TINY["timm-vit"].inputs(3)
+    alone = {
+        task: predict[task] for task in tuned.adapters if (predict := rt.Predictor.of(tuned).predict(inputs, [task]))
+    }
+    monkeypatch.setattr("restuning.model.predictor.CHUNK", 2)
+    monkeypatch.setattr("restuning.model.groups.CHUNK", 2)
+    predictor, asked = rt.Predictor.of(tuned), ["bypass-0", "bypass-3", "bypass-4", "bypass-6"]
+    together = predictor.predict(inputs, asked)
+    assert len(predictor.answer(inputs, dict.fromkeys(asked, range(3))).outputs) == 2
+    for task in asked:
+        torch.testing.assert_close(together[task], alone[task], rtol=1e-4, atol=1e-5)
+    for i, row in enumerate(predictor.predict_rows(inputs, asked[1:])):
+        torch.testing.assert_close(row, alone[asked[1 + i]][i], rtol=1e-4, atol=1e-5)
+    fewer = predictor.without("bypass-2").without("bypass-1").predict(inputs, asked)
+    assert all(torch.equal(fewer[task], together[task]) for task in asked)
+
+
 @contextmanager
 def switching_often() -> Iterator[None]:
     before = sys.getswitchinterval()

@@ -1,7 +1,8 @@
 """Adapters of one kind that run as one, and go on to compute the same whatever others come and go."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from restuning.hooks.points import backbone_lock
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.stack import Stack
 from restuning.side.features import Features
+
+CHUNK = 64
+"""Adapters of a stack at most, so that one that comes or goes moves few others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,41 @@ class Group:
         # a stack that runs puts its tensors into the first of its readers, which older snapshots share
         with torch.no_grad(), backbone_lock(backbone):
             return cls(key, readers, Stack(list(readers.values()), padded_width(first.adapter)))
+
+
+def packed(asked: Sequence[tuple[Group, Sequence[str]]]) -> list[list[tuple[Group, Sequence[str]]]]:
+    """What is computed together of groups and what is asked of each: few of many groups of one kind are as many as one
+    group's at most. What is asked for alone decides, so that outputs stay the same whatever else comes and goes."""
+    packs: list[list[tuple[Group, Sequence[str]]]] = []
+    latest: dict[str, list[tuple[Group, Sequence[str]]]] = {}
+    for group, names in asked:
+        pack = latest.get(group.key, [])
+        joins = group.stack is not None and not group.stack.common
+        if pack and joins and sum(len(own) for _, own in pack) + len(names) <= CHUNK:
+            pack.append((group, names))
+        else:
+            latest[group.key] = pack = [(group, names)]
+            packs.append(pack)
+    return packs
+
+
+def picked(
+    pack: Sequence[tuple[Group, Sequence[str]]], wanted: Mapping[str, Sequence[int]], alike: bool
+) -> Callable[..., Tensor]:
+    """The stack of what is asked for: of each task once, or once for each of its rows."""
+    parts: list[tuple[Stack, list[int]]] = []
+    for group, names in pack:
+        assert group.stack is not None
+        places = {name: i for i, name in enumerate(group.readers)}
+        parts.append(
+            (group.stack, [places[name] for name in names for _ in (wanted[name][:1] if alike else wanted[name])])
+        )
+    if len(parts) > 1:
+        return Stack.joined(parts)
+    stack, which = parts[0]
+    if alike and len(which) == len(stack):
+        return stack
+    return partial(stack, which=torch.tensor(which, device=next(iter(stack.tensors.values())).device))
 
 
 class Prepared:

@@ -15,16 +15,13 @@ from restuning.hooks.points import backbone_lock
 from restuning.hooks.tail import live, tail_of
 from restuning.hooks.taps import tap
 from restuning.model.adapter import AdapterModule, Reader
-from restuning.model.groups import Prepared
+from restuning.model.groups import CHUNK, Prepared
 from restuning.model.passes import features_of
 from restuning.model.stack import PerRow, Stack
 from restuning.side.features import FeatureRequest, Features
 
 if TYPE_CHECKING:
     from restuning.model.tuned import Tuned
-
-CHUNK = 64
-"""Adapters of a stack at most, so that one that comes or goes moves few others."""
 
 
 def kind_of(name: str, adapter: AdapterModule) -> str:

@@ -21,9 +21,9 @@ from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.compiled import CompiledForward
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
-from restuning.model.groups import Group, Prepared, padded_width
+from restuning.model.groups import CHUNK, Group, Prepared, packed, padded_width, picked
 from restuning.model.merge import require_unmerged
-from restuning.model.mixed import CHUNK, kind_of
+from restuning.model.mixed import kind_of
 from restuning.model.stack import PerRow, Stack
 from restuning.model.tuned import Tuned
 from restuning.side.features import FeatureRequest, Features
@@ -297,27 +297,23 @@ class Predictor:
         requests = [next(iter(group.readers.values())).adapter.request for group in groups]
         features = self._pass(inputs, {}, FeatureRequest.of_all(requests))
         at, prepared, outputs = {row: i for i, row in enumerate(rows)}, dict[tuple[int, ...], Prepared](), []
-        for group, names in asked:
+        for pack in packed(asked):
+            group, names = pack[0][0], [name for _, names in pack for name in names]
             reader = group.readers[names[0]]
             tasks = [(name, wanted[name]) for name in names]
             alike = len({rows for _, rows in tasks}) == 1
             index = [at[row] for _, rows in (tasks[:1] if alike else tasks) for row in rows]
             own = reader.select(features).map(partial(_rows, rows=index))
             if group.stack is None:
-                values = [reader(own, head)] * len(names) if alike else [reader(own, head)]
-                outputs.append(Outputs(tasks, torch.cat(values)))
+                same = [reader(own, head)] * len(names) if alike else [reader(own, head)]
+                outputs.append(Outputs(tasks, torch.cat(same)))
                 continue
-            places = {name: i for i, name in enumerate(group.readers)}
             if alike:
-                which = None if len(names) == len(places) else [places[name] for name in names]
                 own = prepared.setdefault(tuple(index), Prepared()).of(group.stack, reader, own)
-                values = group.stack(own, head, which=_index(which, own.last))
-                outputs.append(Outputs(tasks, values.flatten(0, 1)))
             else:
-                which = [places[name] for name, rows in tasks for _ in rows]
                 own = own.map(lambda x: x[:, None])
-                values = group.stack(own, head, batched=True, which=_index(which, own.last))
-                outputs.append(Outputs(tasks, values.squeeze(1)))
+            values = picked(pack, wanted, alike)(own, head, batched=not alike)
+            outputs.append(Outputs(tasks, values.flatten(0, 1) if alike else values.squeeze(1)))
         return outputs
 
     def _inside(self, inputs: Inputs, pairs: Sequence[tuple[str, int]], head: bool) -> Outputs:
@@ -394,7 +390,3 @@ def _rows(inputs: Any, rows: Sequence[int]) -> Any:
     if len(rows) == len(inputs) and all(i == row for i, row in enumerate(rows)):
         return inputs
     return inputs.index_select(0, torch.tensor(rows, device=inputs.device))
-
-
-def _index(which: Sequence[int] | None, like: Tensor) -> Tensor | None:
-    return None if which is None else torch.tensor(which, device=like.device)

@@ -1,5 +1,6 @@
 """Modules of one shape as one, in batched matrix products: grid points, tasks, or one adapter for every row."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,6 +66,16 @@ class Stack:
         dims = tuple(0 if batched and isinstance(arg, Tensor | tuple | dict | Features) else None for arg in args)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no batching rule: they would loop
             return torch.vmap(one, in_dims=(kept, *dims), randomness="different")(tensors, *args)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[tuple[Stack, Sequence[int]]]") -> "Stack":
+        """Some modules of several stacks of one kind that hold nothing in common, as one stack to call; a copy."""
+        made = copy.copy(parts[0][0])
+        picked = [(stack.tensors, torch.tensor(which)) for stack, which in parts]
+        made.tensors = {
+            n: torch.cat([ts[n].index_select(0, i.to(ts[n].device)) for ts, i in picked]) for n in made.tensors
+        }
+        return made
 
     @property
     def stale(self) -> bool:
