@@ -45,7 +45,7 @@ check: .venv/ready  ## format, lint, types, import layers
 
 bench: .venv/ready  ## the recorded tables of docs/results; hours
 	for what in memory step multitask mixed grid bank cluster soak; do .venv/bin/restuning bench $$what --out runs/bench || exit 1; done
-	for what in vit-tiny methods bank-formats text resnet18 kept memory-accuracy small-shared choice defaults unet; do \
+	for what in vit-tiny methods bank-formats text resnet18 kept memory-accuracy small-shared unseen choice defaults unet; do \
 	.venv/bin/restuning reproduce $$what --data-root ../shared/data --out runs/$$what || exit 1; done
 	$(PY) scripts/convert_taef2.py --out runs/emoji/vae
 	$(PY) scripts/pretrain_emoji.py --vae runs/emoji/vae --out runs/emoji --data-out runs/emoji/data --save-every 300

@@ -83,9 +83,9 @@ def load_task(
     seed: int = 0,
     shots: int | None = None,
 ) -> Task:
-    """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation`, `sprites:count`, `table:PATH`,
-    `text:PATH`, `glue:NAME` or `hf:NAME[:CONFIG]`; `vtab:PATH/NAME`, `fgvc:PATH`, `fewshot:PATH`, `domains:PATH` and
-    `cifar100:PATH`; `altered:HOW:SPEC` and `part:TRAIN,TEST:SPEC` of others.
+    """`folder:PATH`, `tar:PATH`, `digits`, `sprites:location`, `sprites:orientation`, `sprites:scale`, `sprites:count`,
+    `table:PATH`, `text:PATH`, `glue:NAME` or `hf:NAME[:CONFIG]`; `vtab:PATH/NAME`, `fgvc:PATH`, `fewshot:PATH`,
+    `domains:PATH` and `cifar100:PATH`; `altered:HOW:SPEC` and `part:TRAIN,TEST:SPEC` of others.
 
     Where there is no test split, `test_size` items (a fifth) are drawn first, the same at every call. `train_size`
     items (all), or `shots` of each class, are then drawn by `seed`, and `val_size` of these held out for validation;

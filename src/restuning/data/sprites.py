@@ -1,4 +1,4 @@
-"""`sprites:location`, `sprites:orientation` and `sprites:count`: generated after dSprites, labelled as in VTAB.
+"""`sprites:location`, `:orientation`, `:scale` and `sprites:count`: generated after dSprites, labelled as in VTAB.
 
 dSprites (Matthey et al. 2017): white shapes on black, 64 x 64; 3 shapes (square, ellipse, heart) x 6 scales in
 [.5, 1] x 40 orientations in [0, 2π] x 32 x 32 positions in [0, 1]: 737,280 pictures. VTAB's `dsprites_loc` asks for the
@@ -11,6 +11,7 @@ orientation are one), so orientation has a ceiling below 100 %. `count` asks how
 import math
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, overload
 
 import torch
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 SIDE, FINE, BINS = 64, 4, 16
 SIZES = (3, 6, 40, 32, 32)  # shape, scale, orientation, x, y
-FACTOR = {"location": 3, "orientation": 2}
+FACTOR = {"location": 3, "orientation": 2, "scale": 1}
 POOL = 60_000  # pictures that training and test images are drawn from, spread over all
 MOST = 8  # shapes in a scene
 
@@ -53,7 +54,7 @@ class Sprites(Items):
     def __init__(self, indices: Tensor, factor: int) -> None:
         self.indices = indices
         self.factors = torch.stack(torch.unravel_index(indices, SIZES), -1)
-        self.labels = (self.factors[:, factor] * BINS // SIZES[factor]).tolist()
+        self.labels = (self.factors[:, factor] * _bins(factor) // SIZES[factor]).tolist()
         self.names = _Names(indices)
 
     def item(self, i: int) -> "Image":
@@ -122,6 +123,10 @@ def _outlines() -> tuple[list[tuple[float, float]], ...]:
 OUTLINES = _outlines()
 
 
+def _bins(factor: int) -> int:
+    return min(BINS, SIZES[factor])
+
+
 def load_sprites(kind: str) -> Source:
     """Training and test images are drawn from disjoint parts of a fixed permutation of all pictures."""
     if kind == "count":
@@ -133,6 +138,7 @@ def load_sprites(kind: str) -> Source:
         )
     order = torch.randperm(math.prod(SIZES), generator=torch.Generator().manual_seed(0))
     factor = FACTOR[kind]
-    step = SIZES[factor] / BINS
-    classes = tuple(f"{math.ceil(b * step)}-{math.ceil((b + 1) * step) - 1} of {SIZES[factor]}" for b in range(BINS))
+    bins, of = _bins(factor), SIZES[factor]
+    edges = [math.ceil(b * of / bins) for b in range(bins + 1)]
+    classes = tuple(f"{a}-{b - 1} of {of}" if b - a > 1 else f"{a} of {of}" for a, b in pairwise(edges))
     return Source(classes, Sprites(order[: POOL // 2], factor), test=Sprites(order[POOL // 2 : POOL], factor))

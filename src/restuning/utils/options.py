@@ -47,7 +47,7 @@ def blocks(text: str) -> tuple[int, ...]:
 
 DATA = (
     "folder:PATH, tar:PATH, table:PATH, text:PATH, glue:NAME, hf:NAME, digits, sprites:location, sprites:orientation, "
-    "sprites:count, or a layout of the paper's sets, see `restuning data list`"
+    "sprites:scale, sprites:count, or a layout of the paper's sets, see `restuning data list`"
 )
 CAPTIONS = "captions:FOLDER (metadata.jsonl), coco:JSON, captions-tar:TAR or classes:FOLDER?template=a photo of a {}"
 BACKBONE = "restuning-micro (bundled), a timm model, hf:FOLDER, all-MiniLM-L6-v2, or resnet18-stages"

@@ -19,6 +19,7 @@ OWN: dict[str, tuple[str, str, str]] = {
         "SharedPath",
         "A thousand tasks on one path: what is lost where they share keys and values",
     ),
+    "unseen": ("unseen", "Unseen", "Two tasks that nothing was chosen on: linear probing and side paths"),
     "unet": ("unet", "UNet", "What tuning Stable Diffusion's U-Net costs: seven methods, ten tasks"),
     "emoji": ("emoji", "Emoji", "Seven methods on a small text-to-image base (scripts/pretrain_emoji.py)"),
     "tasks": ("tasks", "Tasks", "Ten tasks generated side by side on that base: exact, and on a shared trajectory"),
