@@ -61,8 +61,10 @@ def in_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
 def in_dtype_of(module: AnyTuner, x: Tensor) -> Tensor:
     """What a module reads, in the dtype of its parameters: adapters in float32 read features in half precision, and
     frozen modules in half precision what comes of adapters."""
-    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
-    return x if own is None else in_dtype(x, own)
+    for p in module.parameters():  # no `next(…, None)`: torch.compile of 2.8 cannot trace it
+        if p.is_floating_point():
+            return in_dtype(x, p.dtype)
+    return x
 
 
 def on_input(backbone: nn.Module, point: Point, read: Callable[[Tensor], None], first: bool = False) -> Hook:
