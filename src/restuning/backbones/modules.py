@@ -68,7 +68,7 @@ def convolves(calls: Sequence[Ran]) -> bool:
 
 def passes(module: nn.Module) -> bool:
     """Whether it gives, in evaluation, what it is given."""
-    return isinstance(module, nn.Identity | nn.Dropout | nn.Dropout2d) or type(module).__name__ == "DropPath"
+    return isinstance(module, (nn.Identity, nn.Dropout, nn.Dropout2d)) or type(module).__name__ == "DropPath"
 
 
 def channels_last(ran: Ran) -> bool:

@@ -238,7 +238,7 @@ class _Seen(TorchFunctionMode):
             self.lse = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).logsumexp(-1)
             self.weights, self.scores = out, None
         elif out.shape == args[0].shape or name == "view":  # windows take their masks in five dimensions
-            if len(args) > 1 and isinstance(args[1], int | float) and args[1]:
+            if len(args) > 1 and isinstance(args[1], (int, float)) and args[1]:
                 self.scale *= {"mul": args[1], "mul_": args[1], "div": 1 / args[1], "div_": 1 / args[1]}.get(name, 1.0)
             elif len(args) > 1 and isinstance(args[1], Tensor) and name in ("add", "add_"):
                 self.mask = args[1]
