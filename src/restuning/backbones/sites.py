@@ -120,7 +120,7 @@ def _covers(backbone: nn.Module, sites: Sites) -> bool:
 def layout_of(module: nn.Module) -> Literal["first", "last"] | None:
     """Where a module has the channels of a map, by its kind; None if that does not tell."""
     for part in module.modules():
-        if isinstance(part, (nn.Conv2d, nn.GroupNorm)) or type(part).__name__.endswith("2d"):  # torch's and timm's names
+        if isinstance(part, (nn.Conv2d, nn.GroupNorm)) or type(part).__name__.endswith("2d"):  # torch's, timm's
             return "first"
         if isinstance(part, (nn.Linear, nn.LayerNorm)):
             return "first" if part.__dict__.get("data_format") == "channels_first" else "last"
