@@ -269,7 +269,7 @@ def test_an_encoder_and_a_decoder_are_apart() -> None:
 
 
 def test_families_are_listed_and_a_small_model_of_one_is_built() -> None:
-    assert len(families("timm")) > 90 and {*families("timm").values()} == {"image"}
+    assert len(families("timm")) > 80 and {*families("timm").values()} == {"image"}
     assert families("transformers")["gpt2"] == "text" and families("transformers")["vit"] == "image"
     assert "resnet" in families("torchvision")
     first, second = build("transformers", "gpt2"), build("transformers", "gpt2")

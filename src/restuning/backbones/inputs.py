@@ -33,7 +33,7 @@ def inputs_of(backbone: nn.Module) -> Iterator[dict[str, Any]]:
         yield from pixels(channels, (*((own,) if own else low), (size[0], size[1])), _first_name(backbone))
         return
     if config is not None:
-        main = getattr(backbone, "main_input_name", "")
+        main = getattr(backbone, "main_input_name", "") or _first_name(backbone)  # parts of models name none
         if main in ("pixel_values", "pixel_values_videos"):
             count = getattr(config, "num_frames", None)
             frames = () if count is None else (int(count),)

@@ -8,7 +8,7 @@ from typing import Annotated
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import say
 from restuning.errors import RestuningError
-from restuning.methods.named import rate_of, recorded
+from restuning.methods.named import recorded
 from restuning.runs.banks import from_bank
 from restuning.runs.run import execute
 from restuning.runs.settings import RUN, Run, read_run
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
     elif "data" not in settings:
         raise RestuningError(f"--data is missing: expected {DATA}, or --bank")
     else:
-        settings.setdefault("lrs", (rate_of(settings.get("method", Run.method)),))
         run = Run(**settings, training=filled(TrainConfig, args))
     result = execute(
         run,

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from itertools import count
 from threading import RLock
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
@@ -126,8 +125,14 @@ def _at_call(
     """`hook`, put on a module by `on`: at every call of the module, or at the call-th of a pass alone."""
     if call is None:
         return on(hook)
-    calls = count()
-    return on(lambda *given: hook(*given) if next(calls) == call else None)
+    calls = 0
+
+    def counted(*given: Any) -> Any:  # no itertools.count: torch.compile of 2.8 cannot trace it
+        nonlocal calls
+        calls += 1
+        return hook(*given) if calls == call + 1 else None
+
+    return on(counted)
 
 
 @contextmanager

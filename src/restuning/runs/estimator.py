@@ -22,10 +22,11 @@ from restuning.errors import CheckpointError, DataError, MissingExtra, Restuning
 from restuning.features.by_content import ContentCache
 from restuning.features.memory import LIMIT, CachedFeatures, FromFeatures
 from restuning.methods.files import to_dict
-from restuning.methods.named import find_method
+from restuning.methods.named import find_method, rates_of
 from restuning.methods.spec import Full, Method
 from restuning.model.tuned import Tuned
 from restuning.runs.load import load_tuned, transform_of
+from restuning.runs.rates import best_rate
 from restuning.runs.seen import SEEN, read_seen, write_seen
 from restuning.runs.settings import RUN, Run
 from restuning.side.features import Features
@@ -64,6 +65,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
     kind: ClassVar[str]
     model_: Any  # a Tuned; a linear map where X is rows of numbers
     reading_: Reading
+    lr_: float
     seen_: tuple[Any, Any]  # items and labels
     earlier_: tuple[Features, Any]  # features and labels, of a folder
 
@@ -76,7 +78,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
         image_size: int | None = None,
         max_length: int | None = None,
         pool: str | None = None,
-        lr: float = 0.01,
+        lr: float | None = None,
         epochs: int = 50,
         batch_size: int = 32,
         weight_decay: float = 0.05,
@@ -227,7 +229,7 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
 
     def _train_alone(self, data: Any, targets: Tensor, classes: Sequence[str]) -> None:
         settings = {name: int(getattr(self, name)) for name in ("epochs", "batch_size", "seed")}
-        config = TrainConfig(**settings, lr=float(self.lr), weight_decay=float(self.weight_decay))  # type: ignore[arg-type]
+        config = TrainConfig(**settings, weight_decay=float(self.weight_decay))  # type: ignore[arg-type]
         going_on, rows = hasattr(self, "model_"), isinstance(data, np.ndarray)
         of_inputs = _moments(torch.tensor(data)) if rows else None
         of_outputs = _moments(targets) if self.kind == "regression" else None
@@ -254,7 +256,13 @@ class Estimator(BaseEstimator):  # type: ignore[misc]
             module, examples = FromFeatures(self.model_), CachedFeatures(features, scaled)
         else:
             examples = self._examples(data, scaled.tolist(), cache=True)
-        fit(module, examples, None, config, objective=objective(self.kind), progress=False)
+        if self.lr is not None:
+            self.lr_ = float(self.lr)
+        elif not (going_on and hasattr(self, "lr_")):
+            rates = rates_of(self.method, len(data), not going_on and isinstance(examples, CachedFeatures))
+            items = self._items(data, targets.tolist()) if len(rates) > 1 else None
+            self.lr_ = rates[0] if items is None else best_rate(rates, module, examples, items, config, self.kind)
+        fit(module, examples, None, replace(config, lr=self.lr_), objective=objective(self.kind), progress=False)
         self.model_.eval()
         _restore(self._head(), of_inputs, of_outputs)
 

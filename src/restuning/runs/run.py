@@ -3,6 +3,7 @@
 import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from restuning.features.bank import (
     FromBank,
     FromFeatures,
 )
-from restuning.methods.named import find_method
+from restuning.methods.named import find_method, rates_of
 from restuning.methods.spec import Full
 from restuning.model.count import count
 from restuning.runs.banks import _agree
@@ -73,7 +74,7 @@ def execute(
         sizes["seed"] = run.training.seed
         bank = None if run.bank is None else Bank(run.bank)
         load = partial(load_task, run.data) if bank is None else partial(split, run.data, bank.source())
-        whole = load(**sizes, val_size=0 if len(run.lrs) > 1 else run.val_size)
+        whole = load(**sizes, val_size=0 if run.lrs is not None and len(run.lrs) > 1 else run.val_size)
         if bank is None:
             if run.skip_bad:
                 val = None if whole.val is None else without_bad(whole.val)
@@ -85,18 +86,20 @@ def execute(
             raise RestuningError("a run from a bank holds no backbone: there is nothing to share out")
         else:
             task = _FromBank(run, whole, bank)
-        if run.training.patience is not None and len(run.lrs) > 1 and whole.val is None:
+        cheap = run.lrs is None and run.training.patience is None and task.keeps()
+        rates = run.lrs or rates_of(run.method, len(whole.train), cheap)
+        if run.training.patience is not None and len(rates) > 1 and whole.val is None:
             raise RestuningError("patience with several rates wants data with a validation split: give one rate")
         opening = [_opening(run, whole, task)] if progress and is_main_process() else []
-        lr, trials = run.lrs[0], dict[str, float | None]()
-        if len(run.lrs) > 1:
+        lr, trials = rates[0], dict[str, float | None]()
+        if len(rates) > 1:
             held = whole
             if whole.val is None or run.val_size:
                 held = load(**sizes, val_size=run.val_size or max(1, len(whole.train) // 5))
                 if run.skip_bad and bank is None:
                     held = replace(held, train=without_bad(held.train), val=held.val and without_bad(held.val))
-            trials = _choose(run, task, held, out, resume, progress, opening)
-            lr = max(run.lrs, key=lambda rate: sort_key(trials[str(rate)]))
+            trials = _choose(run, rates, task, held, out, resume, progress, opening)
+            lr = max(rates, key=lambda rate: sort_key(trials[str(rate)]))
         if trials:
             log(f"lr {lr:g} was the best", progress and is_main_process())
         model, tuned = task.model(whole.train)
@@ -157,13 +160,20 @@ def _print_once(lines: list[str]) -> None:
 
 
 def _choose(
-    run: Run, task: "_Prepared", held: Task, out: Path, resume: bool, progress: bool, opening: list[str]
+    run: Run,
+    rates: Sequence[float],
+    task: "_Prepared",
+    held: Task,
+    out: Path,
+    resume: bool,
+    progress: bool,
+    opening: list[str],
 ) -> dict[str, float | None]:
     """The validation score of every rate, at the last epoch; those already measured are not measured again."""
     file = out / TRIALS
     trials: dict[str, float | None] = read_json(file) if resume and file.exists() else {}
     assert held.val is not None
-    for lr in run.lrs:
+    for lr in rates:
         if str(lr) in trials:
             continue
         model, tuned = task.model(held.train)

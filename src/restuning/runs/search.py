@@ -283,7 +283,7 @@ def search(
     with run_directory(out, SearchRun(run, settings), resume, SearchRun.read, SEARCH):
         backbone = load_backbone(run.backbone, run.weights, run.image_size)
         how = reading_of(backbone, run.image_size, run.crop, run.tokenizer, run.max_length)
-        config = replace(run.training, lr=run.lrs[0], accumulate=_SANDWICH)
+        config = replace(run.training, lr=(run.lrs or (run.training.lr,))[0], accumulate=_SANDWICH)
         task = load_task(
             run.data, train_size=run.train_size, val_size=run.val_size, test_size=run.test_size, seed=config.seed
         )

@@ -44,6 +44,8 @@ class Run:
 
     Several rates in `lrs`: chosen on the data's own validation split; where there is none (or with `val_size`) on
     training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
+    None: the method's own rate or, where features are kept (and without patience), the best of three, chosen likewise;
+    a `val_size` is then held out of the training, too.
     `memory`: what frozen operations keep for the backward pass, a mode of `restuning.hooks.memory.MEMORY`.
     """
 
@@ -78,15 +80,19 @@ class Run:
     ] = True
     memory: Annotated[str, MEMORY] = "shared"
     lrs: Annotated[
-        tuple[float, ...],
-        Option("learning rate; several: chosen on validation (default: the method's, 0.005 for most)", flag="lr"),
-    ] = (1e-3,)
+        tuple[float, ...] | None,
+        Option(
+            "learning rate; several: chosen on validation (default: the method's, 0.005 for most; where features are "
+            "kept, the best of three)",
+            flag="lr",
+        ),
+    ] = None
     training: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        if not self.lrs:
+        if self.lrs == ():
             raise RestuningError("no learning rate: expected at least one")
-        for lr in self.lrs:
+        for lr in self.lrs or ():
             replace(self.training, lr=lr)
         find_method(self.method)
         check_memory(self.memory)

@@ -10,7 +10,7 @@ from restuning.backbones.load import describe_backbone, load_backbone, reading_o
 from restuning.data import Items, Prepared, Reading, Task, prepared, reading
 from restuning.features.bank import LIMIT, Bank, FromBank, FromFeatures, bytes_per_item, cache_features
 from restuning.methods.named import find_method
-from restuning.methods.spec import Full, with_components
+from restuning.methods.spec import Full, residuals_of, with_components
 from restuning.model.tuned import Tuned
 from restuning.runs.settings import Run
 from restuning.training.evaluate import Examples
@@ -26,6 +26,10 @@ class _Prepared(Protocol):
         ...
 
     def read(self, tuned: Tuned, items: Items, augment: bool = False) -> Examples: ...
+
+    def keeps(self) -> bool:
+        """Whether a training reads features that were computed once."""
+        ...
 
 
 class _FromItems:
@@ -81,6 +85,10 @@ class _FromItems:
             self.plain[key] = made
         return self.plain[key]
 
+    def keeps(self) -> bool:
+        inside = any(part.tuners or part.modules_to_save for part in residuals_of(find_method(self.run.method)))
+        return not inside and self._keeps(self.model(self.whole.train)[1])
+
     def _keeps(self, tuned: Tuned) -> bool:
         if not self.run.keep_features or self.run.augment or not tuned.reads_features or self.whole.kind == "per-token":
             return False
@@ -117,6 +125,9 @@ class _FromBank:
         if key not in self.kept:
             self.kept[key] = rows.kept()
         return self.kept[key]
+
+    def keeps(self) -> bool:
+        return True
 
 
 def _adapted(tuned: Tuned, run: Run, whole: Task, how: Reading, bank: Bank | None = None) -> None:

@@ -1,7 +1,8 @@
 """What rate and length `restuning train` should take where none is given: sets of 30 to 5,000 pictures, three seeds.
 
 The bundled backbone on three tasks that it was not trained on. Every rate and length is trained on draws of every size;
-a validation set that is the same for all chooses, and the test set says what that was worth.
+a validation set that is the same for all chooses, and the test set says what that was worth. Then, on two backbones,
+what `restuning train` does where no rate is given: of a few rates the best on a fifth held out, trained again on all.
 """
 
 import itertools
@@ -10,57 +11,29 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from restuning.backbones.load import MICRO, load_backbone, reading_of
-from restuning.data import Items, Task, load_task, prepared, split
-from restuning.data.task import Source, Subset
+from restuning.backbones.load import MICRO, reading_of
+from restuning.data import prepared
+from restuning.data.task import Subset
 from restuning.errors import RestuningError
-from restuning.features.memory import CachedFeatures, FromFeatures, cache_features
-from restuning.features.stacked import Point, scores
-from restuning.features.stacked import train as train_stack
-from restuning.model.stack import Stack
-from restuning.model.tuned import Tuned, adapt
 from restuning.paper.experiments.measured import Place, once, table
+from restuning.paper.experiments.ours.drawn import BATCH, SEEDS, SIZES, TASKS, Plan, Pool, stacked
+from restuning.paper.experiments.ours.held_out import CHOSEN, choices, chosen
 from restuning.paper.results import Record
 from restuning.training.config import TrainConfig
 from restuning.training.evaluate import evaluate
 from restuning.training.loop import fit
 
-TASKS = {
-    "digits": ("digits", 1000, 430, 359),  # the largest draw, what validates, what tests
-    "EuroSAT": ("tar:{}/eurosat/eurosat_rgb64_every6th.tar", 3000, 500, 900),
-    "sprite location": ("sprites:location", 5000, 500, 900),
-}
-SIZES = (30, 300, 1000, 3000, 5000)
-"""Of a task those up to 300, and its largest draw."""
-SEEDS = (0, 1, 2)
-BATCH = 32
 BEFORE = (0.005, 50)
 """The rate and the epochs that were the default when this was measured."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is tried of a method: rates, lengths in steps, and where."""
-
-    rates: tuple[float, ...]
-    steps: tuple[int, ...]
-    sizes: tuple[int, ...] = SIZES
-    tasks: tuple[str, ...] = tuple(TASKS)
-    seeds: tuple[int, ...] = SEEDS
-
-
-_TWO = ("EuroSAT", "sprite location")
 PLANS = {
     "linear": Plan((0.005, 0.02, 0.05), (50, 200, 800, 3200)),
     "bypass": Plan((0.002, 0.005, 0.02), (50, 200, 800)),
     "linear-all": Plan((0.001, 0.005, 0.02), (50, 200, 800, 3200)),
-    "bypass-query": Plan((0.002, 0.005), (50, 200), (300,), _TWO),
     "res-tuning": Plan((0.002, 0.005), (50, 200), (30,), ("EuroSAT",), (0,)),
 }
 LONG = 1000
@@ -75,23 +48,32 @@ class Defaults:
         methods: names, between spaces.
         sizes: likewise.
         longest: steps; no longer training is tried.
+        parts: `grid` of rates and lengths, `choice` of a rate, between spaces.
     """
 
-    methods: str = " ".join(PLANS)
+    methods: str = " ".join(dict.fromkeys((*PLANS, *CHOSEN)))
     sizes: str = " ".join(map(str, SIZES))
     longest: int = 8000
+    parts: str = "grid choice"
 
     def __post_init__(self) -> None:
-        for value, known in ((self.methods, list(PLANS)), (self.sizes, list(map(str, SIZES)))):
+        methods, sizes = list(dict.fromkeys((*PLANS, *CHOSEN))), list(map(str, SIZES))
+        for value, known in ((self.methods, methods), (self.sizes, sizes), (self.parts, ["grid", "choice"])):
             if wrong := [name for name in value.split() if name not in known]:
                 raise RestuningError(f"--set of defaults: unknown {wrong[0]!r}, expected of {', '.join(known)}")
 
     def run(self, place: Place) -> Iterator[Record]:
         sizes = [int(size) for size in self.sizes.split()]
+        for part in self.parts.split():
+            yield from self._grid(place) if part == "grid" else chosen(place, self.methods.split(), sizes)
+
+    def _grid(self, place: Place) -> Iterator[Record]:
+        sizes = [int(size) for size in self.sizes.split()]
         for name, task in TASKS.items():
-            pool = _Pool(name, place.data)
-            for method in self.methods.split():
-                plan = PLANS[method]
+            pool = Pool(name, place.data)
+            for method, plan in PLANS.items():
+                if method not in self.methods.split():
+                    continue
                 for size in plan.sizes if name in plan.tasks else ():
                     if size in sizes and (size <= 300 or size == task[1]):
                         for epochs, rates in _lengths(plan, size, self.longest).items():
@@ -108,8 +90,10 @@ class Defaults:
 epochs."""
         ]
         for method in PLANS:
-            if mine := [r for r in records if r["method"] == method]:
+            if mine := [r for r in records if r["method"] == method and "backbone" not in r]:
                 parts += [f"## {method}", _validated(mine), _tested(mine)]
+        if mine := [r for r in records if "backbone" in r]:
+            parts += [choices(mine)]
         return "\n\n".join(parts)
 
 
@@ -130,59 +114,8 @@ def _lengths(plan: Plan, size: int, longest: int) -> dict[int, tuple[float, ...]
     return found
 
 
-class _Pool:
-    """A task's pictures and, of every method, what it reads of them, computed once."""
-
-    def __init__(self, name: str, data: str) -> None:
-        spec, self.most, self.val, self.test = TASKS[name]
-        self.name, self.spec = name, spec.format(data)
-        self.kept: dict[str, CachedFeatures] = {}
-
-    @cached_property
-    def task(self) -> Task:
-        sizes = {"train_size": self.most + self.val, "val_size": self.val, "test_size": self.test}
-        return load_task(self.spec, **sizes, seed=0)
-
-    @cached_property
-    def backbone(self) -> torch.nn.Module:
-        return load_backbone(MICRO)
-
-    def rows(self, size: int, seed: int) -> list[int]:
-        """Of the training pictures, a draw by class."""
-        source = Source(self.task.classes, self.task.train, None, self.task.test)
-        drawn = split(self.spec, source, size, 0, None, seed).train
-        assert isinstance(drawn, Subset)
-        return drawn.indices
-
-    def tuned(self, method: str, seed: int, backbone: torch.nn.Module | None = None) -> Tuned:
-        torch.manual_seed(seed)
-        return adapt(backbone or load_backbone(MICRO), method, len(self.task.classes))
-
-    def read(self, method: str) -> CachedFeatures:
-        """Training, validation and test pictures, in this order. What a bypass reads is what linear probing reads."""
-        reads = "bypass" if method == "linear" else method
-        if reads not in self.kept:
-            self.kept.clear()
-            whole = _Joined([self.task.train, self.task.val or self.task.test, self.task.test])
-            tuned = self.tuned(reads, 0, self.backbone)
-            self.kept[reads] = cache_features(tuned, prepared(whole, reading_of(self.backbone)))
-            tuned.unload()
-        return self.kept[reads]
-
-
-class _Joined(Items):
-    def __init__(self, parts: Sequence[Items]) -> None:
-        self.at = [(part, i) for part in parts for i in range(len(part))]
-        self.names = [f"{k}: {part.names[i]}" for k, part in enumerate(parts) for i in range(len(part))]
-        self.labels = [part.labels[i] for part, i in self.at]
-
-    def item(self, i: int) -> Any:
-        part, at = self.at[i]
-        return part.item(at)
-
-
 def _trained(
-    pool: _Pool, method: str, size: int, epochs: int, rates: Sequence[float], seeds: Sequence[int]
+    pool: Pool, method: str, size: int, epochs: int, rates: Sequence[float], seeds: Sequence[int]
 ) -> dict[str, Any]:
     """Accuracies by rate, of every seed."""
     start = time.perf_counter()
@@ -202,21 +135,14 @@ def _trained(
     return {**told, **scored, "seconds": round(time.perf_counter() - start, 1)}
 
 
-def _beside(pool: _Pool, method: str, configs: Sequence[TrainConfig], rows: Sequence[list[int]]) -> list[list[float]]:
+def _beside(pool: Pool, method: str, configs: Sequence[TrainConfig], rows: Sequence[list[int]]) -> list[list[float]]:
     """All points side by side, each as it would be trained alone."""
-    cached = pool.read(method)
-    stack = Stack([FromFeatures(pool.tuned(method, config.seed)) for config in configs])
-    points = [Point(config, torch.tensor(mine)) for config, mine in zip(configs, rows, strict=True)]
-    finite = train_stack(stack, cached.features, cached.labels, points)
     first, second = len(pool.task.train), len(pool.task.train) + len(pool.task.val or ())
-    columns = []
-    for start, end in ((first, second), (second, len(cached))):
-        same: list[Tensor] = [torch.arange(start, end)] * len(stack)
-        columns.append(scores(stack, cached.features, cached.labels, same))
-    return [[c[i] if good else 0.0 for c in columns] for i, good in enumerate(finite)]
+    same = [torch.arange(first, second)] * len(rows), [torch.arange(second, second + len(pool.task.test))] * len(rows)
+    return stacked(pool, method, configs, rows, same)
 
 
-def _inside(pool: _Pool, method: str, config: TrainConfig, rows: list[int]) -> list[float]:
+def _inside(pool: Pool, method: str, config: TrainConfig, rows: list[int]) -> list[float]:
     tuned, read = pool.tuned(method, config.seed, pool.backbone), partial(prepared, how=reading_of(pool.backbone))
     try:
         fit(tuned, read(Subset(pool.task.train, rows)), None, config, progress=False)
