@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 import restuning as rt
 from restuning.cli.main import main
+from restuning.methods.named import CHOICE, TRIED
 from restuning.runs.predict import predict_rows
 
 FAST = ["--epochs", "2", "--batch-size", "8", "--quiet"]
@@ -36,7 +38,7 @@ def photos(tmp_path: Path) -> Path:
     return pictures(tmp_path / "my photos", {"blue": (30, 40, 230), "green": (20, 220, 40), "red": (240, 30, 20)})
 
 
-def call(*argv: str | Path) -> int:
+def call(*argv: object) -> int:
     return main([str(a) for a in argv])
 
 
@@ -71,16 +73,39 @@ def test_train_evaluate_predict(photos: Path, tmp_path: Path, capsys: pytest.Cap
     assert [r["top"][0]["class"] for r in json.loads(capsys.readouterr().out)] == ["green"] * 8
 
 
-@pytest.mark.parametrize("method, rate", [("linear", 0.005), ("full", 0.0001)])
+@pytest.mark.parametrize("method, rate", [("res-tuning", 0.005), ("full", 0.0001)])
 def test_the_rate_where_none_is_asked_for_is_the_methods(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str, rate: float
 ) -> None:
     argv = ["train", "--data", f"folder:{photos}", "--method", method, "--epochs", "1", "--out", tmp_path / "out"]
     assert call(*argv, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["settings"]["lrs"] == [rate]
+    result = json.loads(capsys.readouterr().out)
+    assert (result["lr"], result["validation_score"]) == (rate, {})
     table = (Path(__file__).parent.parent / "docs/results/methods.md").read_text(encoding="utf-8")
     (row,) = (line for line in table.splitlines() if line.startswith(f"| {method} |"))
     assert f"(lr {rate})" in row, "one that validation chose"
+
+
+def test_where_features_are_kept_the_best_of_three_rates_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As if the three were given; with patience, passes in every epoch, or few items there is no choice."""
+
+    def trained(name: str, *more: object) -> dict[str, Any]:
+        argv = ["train", "--data", "digits", "--test-size", "20", "--method", "linear", "--epochs", "2", "--json"]
+        assert call(*argv, "--out", tmp_path / name, *more) == 0
+        return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+
+    many = ["--train-size", CHOICE]
+    none, given = trained("none", *many), trained("given", "--lr", *TRIED, *many)
+    assert set(none["validation_score"]) == {str(rate) for rate in TRIED} and none["lr"] in TRIED
+    assert none["validation_score"] == given["validation_score"] and none["lr"] == given["lr"]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("none", "given")]
+    assert weights[0] == weights[1]
+    one_rate = {"pass": [*many, "--no-keep-features"], "patience": [*many, "--patience", 1, "--val-size", 20]}
+    for name, more in {**one_rate, "few": ["--train-size", CHOICE - 1]}.items():
+        one = trained(name, *more)
+        assert (one["lr"], one["validation_score"]) == (TRIED[0], {})
 
 
 def test_inputs_are_several_and_deep_and_rows_are_streamed(

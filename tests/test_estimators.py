@@ -20,6 +20,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import restuning as rt
 from restuning.cli.main import main
 from restuning.errors import CheckpointError, DataError, RestuningError
+from restuning.methods.named import TRIED
 from restuning.runs import estimator as base
 
 FAILED: dict[str, str] = {}
@@ -41,6 +42,16 @@ def pictures() -> tuple[list[Image.Image], np.ndarray[Any, Any]]:
     bright = np.arange(30) % 2
     pixels = (60 + 130 * bright[:, None, None, None] + random.integers(0, 50, (30, 24, 24, 3))).astype(np.uint8)
     return [Image.fromarray(p) for p in pixels], np.array(["dark", "light"])[bright]
+
+
+@pytest.mark.parametrize("method", ["linear", "bypass"])
+def test_a_rate_that_is_not_given_is_one_of_three_and_trains_as_if_it_were(pictures: Any, method: str) -> None:
+    X, y = [*pictures[0]] * 4, np.tile(pictures[1], 4)
+    found = rt.Classifier(method=method, epochs=2).fit(X, y)
+    assert found.lr is None and found.lr_ in TRIED
+    given = rt.Classifier(method=method, epochs=2, lr=found.lr_).fit(X, y)
+    assert np.array_equal(found.predict_proba(X), given.predict_proba(X))
+    assert rt.Classifier(method=method, epochs=1).fit(X[:30], y[:30]).lr_ == TRIED[0], "too few to hold some out"
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ class Classifier(ClassifierMixin, Estimator):  # type: ignore[misc]
         image_size: pixels a side; None: the backbone's own.
         max_length: tokens that texts are cut to; None: longer ones are refused.
         pool: see `Tuned.add_adapter`.
-        lr: learning rate, of AdamW; None: the method's own or, where features are kept, the best of three on a fifth of
-            the items, held out; `lr_` holds it.
+        lr: learning rate, of AdamW; None: the method's own or, where features of 100 items or more are kept, the best
+            of three on a fifth of them, held out; `lr_` holds it.
         epochs: over the items.
         batch_size: of a step, and of a pass of the backbone.
         weight_decay: of matrices.
@@ -164,8 +164,8 @@ class Regressor(RegressorMixin, Estimator):  # type: ignore[misc]
         image_size: pixels a side; None: the backbone's own.
         max_length: tokens that texts are cut to; None: longer ones are refused.
         pool: see `Tuned.add_adapter`.
-        lr: learning rate, of AdamW; None: the method's own or, where features are kept, the best of three on a fifth of
-            the items, held out; `lr_` holds it.
+        lr: learning rate, of AdamW; None: the method's own or, where features of 100 items or more are kept, the best
+            of three on a fifth of them, held out; `lr_` holds it.
         epochs: over the items.
         batch_size: of a step, and of a pass of the backbone.
         weight_decay: of matrices.

@@ -44,8 +44,8 @@ class Run:
 
     Several rates in `lrs`: chosen on the data's own validation split; where there is none (or with `val_size`) on
     training items held out, then trained again on all of these (VTAB-1k's protocol). Tested once, at the last epoch.
-    None: the method's own rate or, where features are kept (and without patience), the best of three, chosen likewise;
-    a `val_size` is then held out of the training, too.
+    None: the method's own rate or, where features of 100 items or more are kept (and without patience), the best of
+    three, chosen likewise; a `val_size` is then held out of the training, too.
     `memory`: what frozen operations keep for the backward pass, a mode of `restuning.hooks.memory.MEMORY`.
     """
 
@@ -83,7 +83,7 @@ class Run:
         tuple[float, ...] | None,
         Option(
             "learning rate; several: chosen on validation (default: the method's, 0.005 for most; where features are "
-            "kept, the best of three)",
+            "kept, of 100 items or more, the best of three)",
             flag="lr",
         ),
     ] = None

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from restuning.methods.named import TRIED
+from restuning.methods.named import CHOICE, TRIED, rates_of
 from restuning.paper.experiments.measured import Place, mean, once, table
 from restuning.paper.experiments.ours.drawn import BACKBONES, SEEDS, TASKS, Plan, Pool, stacked
 from restuning.paper.results import Record
@@ -68,12 +68,13 @@ def choices(records: Sequence[Record]) -> str:
     return f"""## What is done where no rate is given
 
 {TrainConfig.epochs} epochs. Of {len(TRIED)} rates the best on a fifth of the training pictures, held out (of equals the
-first), trained again on all of them. Test accuracy in percent, mean over the tasks and {len(SEEDS)} seeds; of the
-choice ± standard deviation over the seeds.
+first; of fewer than {CHOICE} pictures the first), trained again on all of them. Test accuracy in percent, mean over
+the tasks and {len(SEEDS)} seeds; of the choice ± standard deviation over the seeds.
 
 {table(head, lines)}"""
 
 
 def _by_choice(record: Record, seed: int) -> float:
-    rate = max(record["held"], key=lambda r: record["held"][r][seed])
-    return float(record["test"][rate][seed])
+    rates = rates_of(record["method"], record["size"], kept=True)
+    rate = max(rates, key=lambda rate: record["held"][f"{rate:g}"][seed])
+    return float(record["test"][f"{rate:g}"][seed])
