@@ -3,12 +3,17 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from tiny import Tiny
 from torch import Tensor, nn
 
 import restuning as rt
+from restuning.model import compiled
 from restuning.side.features import ALL
+
+COMPILES = torch.__version__ >= compiled.LOWEST  # compared as versions
+compiles = pytest.mark.skipif(not COMPILES, reason=f"Tuned.compile refuses torch before {compiled.LOWEST}")
 
 
 def adapt(

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import transformers as hf
+from helpers import COMPILES
 from timm.models.mlp_mixer import MlpMixer
 from tiny import GROUPED, HF, MORE, TEXT, TINY, Keywords, Tiny, small
 from torch import Tensor, nn
@@ -382,8 +383,9 @@ def test_a_found_family_is_trained_kept_mixed_and_compiled(name: str, method: st
         torch.testing.assert_close(mixed[[0, 3], :3], out[[0, 3]], rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mixed[[1], :3], other[[1]], rtol=1e-4, atol=1e-5)
         tuned.set_adapter("first")
-        tuned.compile(backend="aot_eager" if name in WHOLE else "eager", fullgraph=name in WHOLE)
-        torch.testing.assert_close(tuned(**inputs), out, rtol=1e-4, atol=1e-5)
+        if COMPILES:
+            tuned.compile(backend="aot_eager" if name in WHOLE else "eager", fullgraph=name in WHOLE)
+            torch.testing.assert_close(tuned(**inputs), out, rtol=1e-4, atol=1e-5)
 
 
 class Operations(TorchDispatchMode):

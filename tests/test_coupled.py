@@ -8,6 +8,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from helpers import compiles
 from timm.models.vision_transformer import VisionTransformer
 from tiny import REFUSED, TINY, small
 from torch import Tensor
@@ -209,6 +210,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
 
 
+@compiles
 @pytest.mark.parametrize(("name", "method"), IN_ONE_GRAPH)
 @pytest.mark.usefixtures("unchecked")
 def test_one_graph_for_all_adapters_of_a_kind(name: str, method: str) -> None:
@@ -244,6 +246,7 @@ def test_one_graph_for_all_adapters_of_a_kind(name: str, method: str) -> None:
         assert len(compiled) == 2, "another kind is another graph"
 
 
+@compiles
 @pytest.mark.parametrize("method", ["res-tuning", "prefix", "dtl", "vpt-deep", "bypass"])
 @pytest.mark.usefixtures("unchecked")
 def test_one_graph_with_recomputed_blocks(method: str) -> None:
@@ -258,6 +261,7 @@ def test_one_graph_with_recomputed_blocks(method: str) -> None:
         torch.testing.assert_close(got[key], g, rtol=1e-7, atol=1e-8, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@compiles
 @pytest.mark.usefixtures("unchecked")
 def test_a_copy_is_its_own() -> None:
     tuned, inputs = tuned_on("timm-vit", "lora"), TINY["timm-vit"].inputs(dtype=torch.float64)

@@ -6,6 +6,7 @@ from typing import Any
 import jaxtyping
 import pytest
 import torch
+from helpers import compiles
 from tiny import MORE, TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -164,6 +165,7 @@ def test_what_cannot_be_seen_or_merged_is_said() -> None:
         rt.find_sites(clip)
 
 
+@compiles
 @pytest.mark.parametrize("name", ["open-clip", "timm-eva"])
 def test_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
@@ -175,3 +177,9 @@ def test_in_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tuned(**x)
     tuned.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(tuned(**x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.10.0+cpu")
+    with pytest.raises(MethodError, match=r"a compiled pass needs torch 2.12, and this is 2.10.0"):
+        rt.adapt(TINY["timm-vit"].backbone(), "linear", 2).compile()

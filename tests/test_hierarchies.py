@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import adapt, as_features, plain_features, shake
+from helpers import COMPILES, adapt, as_features, plain_features, shake
 from tiny import HIERARCHIES, REFUSED, TINY, small
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -250,8 +250,9 @@ def test_recomputed_blocks_and_one_graph(name: str, method: str, monkeypatch: py
     tuned.gradient_checkpointing_enable()
     torch.testing.assert_close(run(), expected)
     tuned.gradient_checkpointing_disable()
-    tuned.compile(fullgraph=True, backend="eager")
-    torch.testing.assert_close(run(), expected)
+    if COMPILES:
+        tuned.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(), expected)
 
 
 def test_a_backbone_without_checkpoints() -> None:

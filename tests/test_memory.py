@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import COMPILES
 from test_denoise import inputs as unet_inputs
 from test_denoise import unet
 from tiny import HIERARCHIES, MORE, TINY, small
@@ -305,8 +306,9 @@ def test_with_recomputed_blocks_and_in_one_graph(mode: str) -> None:
     tuned.gradient_checkpointing_enable()
     assert error(gradient(tuned, lambda: tuned(**x)), expected) < 1e-6
     tuned.gradient_checkpointing_disable()
-    tuned.compile(backend="eager")
-    assert error(gradient(tuned, lambda: tuned(**x)), expected) < 1e-6
+    if COMPILES:
+        tuned.compile(backend="eager")
+        assert error(gradient(tuned, lambda: tuned(**x)), expected) < 1e-6
 
 
 def test_lora_of_peft(tmp_path: Any) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from restuning.errors import MethodError
 from restuning.hooks.law import Attachment, group_by_site
 from restuning.hooks.points import backbone_lock
 from restuning.hooks.recompute import checkpoints, replays_nothing
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from restuning.model.tuned import Tuned
 
 
+LOWEST = "2.12"
+"""The first torch that is known to trace hooks once; 2.10 traces every call anew, and some attention not at all."""
+
+
 class CompiledPass:
     """Adapters of one kind, whatever their classes, share a graph."""
 
@@ -28,7 +33,12 @@ class CompiledPass:
         Args:
             backbone: frozen.
             options: of `torch.compile`.
+
+        Raises:
+            MethodError: torch is older than `LOWEST`.
         """
+        if torch.__version__ < LOWEST:  # compared as versions
+            raise MethodError(f"a compiled pass needs torch {LOWEST}, and this is {torch.__version__}")
         self.backbone = backbone
         self._graph: Callable[..., Tensor] = torch.compile(self._pass, **options)
 

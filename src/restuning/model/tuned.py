@@ -135,7 +135,7 @@ class Tuned(AdapterCollection):
         `torch._dynamo.config.recompile_limit`. (`torch.compile(tuned)` cannot see hooks that come and go: use this.)
 
         Raises:
-            MethodError: a backbone that denoises, or whose blocks are sharded.
+            MethodError: a backbone that denoises, or whose blocks are sharded; torch before 2.12.
         """
         if self.denoises:
             raise MethodError(f"{self.sites.anatomy.name} denoises: only backbones with a head are compiled")
