@@ -27,7 +27,7 @@ SIZES = (30, 300, 1000, 3000, 5000)
 """Of a task those up to 300, and its largest draw."""
 SEEDS = (0, 1, 2)
 BATCH = 32
-BACKBONES = {
+BACKBONES: dict[str, dict[str, Any]] = {
     MICRO: {"name": MICRO},
     "ViT-Ti/16 at 96 pixels": {
         "name": "vit_tiny_patch16_224",
@@ -68,7 +68,7 @@ class Pool:
         return self.another()
 
     def another(self) -> torch.nn.Module:
-        return load_backbone(**self.asked)  # type: ignore[arg-type]
+        return load_backbone(**self.asked)
 
     def rows(self, size: int, seed: int) -> list[int]:
         """Of the training pictures, a draw by class."""
@@ -89,7 +89,7 @@ class Pool:
         return adapt(backbone or self.another(), method, len(self.task.classes))
 
     def how(self) -> Reading:
-        return reading_of(self.backbone, self.asked.get("image_size"))  # type: ignore[arg-type]
+        return reading_of(self.backbone, self.asked.get("image_size"))
 
     def read(self, method: str) -> CachedFeatures:
         """Training, validation and test pictures, in this order. What a bypass reads is what linear probing reads."""
