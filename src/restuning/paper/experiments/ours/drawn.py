@@ -55,7 +55,9 @@ class Pool:
         spec, self.most, self.val, self.test = TASKS[name]
         self.most = most or self.most
         self.name, self.spec, self.of = name, spec.format(data), backbone
-        self.asked = {k: v.format(data) if isinstance(v, str) else v for k, v in BACKBONES[backbone].items()}
+        self.asked: dict[str, Any] = {
+            k: v.format(data) if isinstance(v, str) else v for k, v in BACKBONES[backbone].items()
+        }
         self.kept: dict[str, CachedFeatures] = {}
 
     @cached_property
