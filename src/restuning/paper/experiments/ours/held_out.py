@@ -62,9 +62,10 @@ def choices(records: Sequence[Record]) -> str:
         group = [r for r in records if (r["backbone"], r["method"], r["size"]) == (backbone, method, size)]
         each = [statistics.fmean(statistics.fmean(r["test"][f"{rate:g}"]) for r in group) for rate in TRIED]
         by_seed = [statistics.fmean(_by_choice(r, i) for r in group) for i in range(len(SEEDS))]
-        tasks = ", ".join(r["task"] for r in group)
-        lines.append([backbone, method, str(size), tasks, *(f"{value:.1f}" for value in each), mean(by_seed, 1)])
-    head = ["backbone", "method", "pictures", "tasks", *(f"lr {rate:g}" for rate in TRIED), "chosen"]
+        lines.append(
+            [f"{backbone}, {method}", str(size), str(len(group)), *(f"{value:.1f}" for value in each), mean(by_seed, 1)]
+        )
+    head = ["backbone, method", "pictures", "tasks", *(f"lr {rate:g}" for rate in TRIED), "chosen"]
     return f"""## What is done where no rate is given
 
 {TrainConfig.epochs} epochs. Of {len(TRIED)} rates the best on a fifth of the training pictures, held out (of equals the
