@@ -240,7 +240,7 @@ def test_patience_with_several_rates_says_so_first(
 
 
 def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{photos}", "--epochs", "40"]
+    argv = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{photos}", "--epochs", "24"]
     argv += ["--batch-size", "2", "--quiet"]
 
     def start(*extra: str) -> subprocess.Popen[str]:
