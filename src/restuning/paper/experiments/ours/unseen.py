@@ -86,12 +86,12 @@ class Unseen:
                 rows.append([method, *(mean(of) if of else "" for of in cells), " and ".join(sorted(sizes))])
         return f"""# Two tasks that nothing was chosen on
 
-An ImageNet ViT-Ti/16 at 224 pixels, 1,000 training images a task, from banks in float16 (of 64 components where
-tokens are read). Which of eight categories an emoji is of (300 test pictures; none is another one in another skin tone), and which of six scales a
-sprite has (1,000). The settings are those of the [side paths](small-side/report.md), which were chosen on six other
-tasks: labels smoothed by 0.1; rates 0.01, 0.003, 0.001 and 20 or 40 epochs by validation, `bypass-query` one rate,
-0.003, and 20 epochs; tested once, at the last epoch; accuracy in percent, mean ± standard deviation over {self.seeds}
-seeds.
+An ImageNet ViT-Ti/16 at 224 pixels, 1,000 training images a task, from banks in float16, of 64 components where tokens
+are read. Which of eight categories an emoji is of (300 test pictures; none is another one in another skin tone), and
+which of six scales a sprite has (1,000). The settings are those of the [side paths](small-side/report.md), which were
+chosen on six other tasks: labels smoothed by 0.1; rates 0.01, 0.003, 0.001 and 20 or 40 epochs by validation,
+`bypass-query` one rate, 0.003, and 20 epochs; tested once, at the last epoch; accuracy in percent, mean ± standard
+deviation over {self.seeds} seeds.
 
 {table(["method", *TASKS, "trained parameters"], rows)}"""
 
