@@ -26,6 +26,7 @@ OWN, UNLABELLED, REMOVED = ".restuning", ".unlabelled", ".removed"
 STATE, FORMAT = "project.json", "restuning-project/1"
 FEW = 5
 """A class with fewer items has too few, and the page tells so."""
+LEFT_OUT = "; with one alone it is left out of training"
 MOST = 20_000
 """Items that are added at once."""
 KINDS = {"pictures": SUFFIXES, "texts": frozenset([TEXT])}
@@ -137,7 +138,7 @@ class Project:
                 found.append((f"there {len(ps)} times: {', '.join(p.path.name for p in ps[:3])}", ps[:1]))
         counts = self.counts()
         found += [
-            (f"too few: class {name} has {count}, {FEW} or more are better", [])
+            (f"too few: class {name} has {count}, {FEW} or more are better" + LEFT_OUT * (count == 1), [])
             for name, count in counts.items()
             if count < FEW
         ]

@@ -46,20 +46,18 @@ def folds_of(labels: Tensor, count: int = FOLDS) -> Tensor:
     """(n,): which part every item is held out in; every class is spread over the parts evenly.
 
     Args:
-        labels: (n,).
-        count: parts at most; no more than the smallest class has items.
+        labels: (n,), each there twice or more.
+        count: how many parts.
 
     Raises:
-        DataError: a class has one item, so that none of it could be held out.
+        DataError: there are fewer than two classes.
     """
-    counts = torch.bincount(labels)
-    smallest = int(counts[counts > 0].min()) if len(labels) else 0
-    if smallest < 2 or int((counts > 0).sum()) < 2:
-        raise DataError("every class needs two pictures, and there must be two classes: one is held out of each")
+    if len(labels.unique()) < 2:
+        raise DataError("training needs two classes with two pictures or more each: one of each is held out")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
     order = order[labels[order].argsort(stable=True)]
     folds = torch.empty_like(labels)
-    folds[order] = torch.arange(len(labels)) % min(count, smallest)
+    folds[order] = torch.arange(len(labels)) % count
     return folds
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from restuning.app import look
 from restuning.app.features import FROZEN, Engine, FeatureStore, Progress, engine
 from restuning.app.project import Item, Project
 from restuning.app.recipes import RECIPES
-from restuning.app.training import FOLDS, HeldOut, cross_validate, fit_all, folds_of, shorter
+from restuning.app.training import HeldOut, cross_validate, fit_all, folds_of, shorter
 from restuning.data.objective import confusion
 from restuning.errors import CheckpointError, DataError, line
 from restuning.features.novelty import Novelty, novelty
@@ -103,8 +104,10 @@ class Workbench:
             self.project.update(seconds=(time.perf_counter() - start) / done)
 
     def labelled(self) -> list[Item]:
-        """The pictures that can be trained on."""
-        return [p for p in self.project.items(labelled=True) if p.key in self.store.rows]
+        """The pictures that can be trained on: of a class with one of them, none could be held out."""
+        items = [p for p in self.project.items(labelled=True) if p.key in self.store.rows]
+        counts = Counter(p.label for p in items)
+        return [p for p in items if counts[p.label] > 1]
 
     def embeddings(self, keys: Sequence[str]) -> Tensor:
         """(n, d): the backbone's own pooled features."""
@@ -143,7 +146,7 @@ class Workbench:
             seen: told the method, its step, of how many, and the mean loss.
 
         Raises:
-            DataError: fewer than two classes, or two pictures of a class.
+            DataError: fewer than two classes with two pictures or more.
         """
         with self.lock:
             pictures, recipes = self.labelled(), self.engine.recipes
@@ -151,7 +154,7 @@ class Workbench:
             at = {name: i for i, name in enumerate(classes)}
             keys = tuple(p.key for p in pictures)
             labels = torch.tensor([at[str(p.label)] for p in pictures], dtype=torch.long)
-            folds = folds_of(labels, FOLDS)
+            folds = folds_of(labels)
             held = {}
             for name in [m for m in RECIPES if m in recipes and (methods is None or m in methods)]:
 
