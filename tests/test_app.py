@@ -291,7 +291,7 @@ def test_folds_hold_every_item_out_once_and_spread_classes() -> None:
         counts = torch.bincount(folds[labels == c], minlength=4)
         assert counts.max() - counts.min() <= 1
     with pytest.raises(DataError):
-        folds_of(torch.tensor([0, 0, 1]))
+        folds_of(torch.tensor([0, 0, 0]))
 
 
 def test_colours_are_learnt_and_held_out(made: Workbench) -> None:

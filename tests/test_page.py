@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -276,6 +277,11 @@ def test_two_projects_in_two_tabs_outlive_a_reload_and_a_killed_server(page: Pag
         text = page.locator("#summary").inner_text()
         page.reload()
         expect(page.locator("#summary")).to_have_text(text)
+        tab(second, "Train")
+        second.get_by_role("button", name="Settings").click()
+        slide(second, "#epochs", 100)
+        second.locator("#go").click()
+        expect(second.locator("#progress")).to_contain_text("Training ")
         app.kill()
         port = app.url.rsplit(":", 1)[1]
         with served("app", str(home), "--port", port):
@@ -283,6 +289,8 @@ def test_two_projects_in_two_tabs_outlive_a_reload_and_a_killed_server(page: Pag
             expect(page.locator("#summary")).to_have_text(text)
             second.reload()
             expect(second.locator("#checks")).to_contain_text("a1")
+            train(second)
+            expect(second.locator("#scores caption")).to_contain_text("16 pictures in 2 classes")
             tab(page, "Try")
             page.locator("#image input[type=file]").first.set_input_files(tmp_path / "one" / "b0" / "3.png")
             expect(page.locator("#answers .rt-best b")).to_have_text("b0")
@@ -371,6 +379,40 @@ def reviews(count: int) -> list[tuple[str, str]]:
 
 
 NAMES = ("positive", "negative")
+
+
+def test_pictures_are_dragged_to_a_class(page: Page, app: Served, tmp_path: Path) -> None:
+    make(page, app.url, "dragged", colours(tmp_path / "given"))
+    cards, chip = page.locator("#pictures-gallery .rt-card"), page.locator("#checks button[data-what='class:blue']")
+    for i in (0, 1):
+        cards.nth(i).locator("input.pick").check()
+    cards.first.drag_to(chip)
+    expect(page.locator("#told")).to_contain_text("2 labelled blue")
+    expect(chip).to_contain_text("10")
+    assert len(list((app.home / "dragged" / "blue").iterdir())) == 10
+
+
+def test_the_same_lines_are_a_space(page: Page, tmp_path: Path) -> None:
+    """Those of docs/page.md, as an app.py of Hugging Face has them."""
+    lines = (Path(__file__).parents[1] / "docs" / "page.md").read_text().rsplit("```python\n", 1)[1].split("```")[0]
+    (tmp_path / "app.py").write_text(f"{lines}\npage.launch(**style())\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert str(port) in next(line for line in process.stdout if "http" in line)
+        make(page, f"http://127.0.0.1:{port}", "space")
+        expect(page.locator(".rt-head svg")).to_have_css("width", "42px")
+        expect(page.locator("#folder")).to_have_count(0)
+        assert (tmp_path / "projects" / "space").is_dir()
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_camera_and_the_clipboard_are_answered(page: Page, app: Served, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ class FeatureStore:
                     if not isinstance(content, str):
                         self._thumbnail(item.key, content)
                     keys.append(item.key)
-                except DataError as error:
+                except RestuningError as error:
                     self.bad[item.key] = line(error)
             if keys:
                 self._write(keys, self.engine.live(self.engine.inputs(read)))

@@ -1,7 +1,9 @@
 """What a person gives, as files by class: a folder of this machine, files, zips of folders, tables of texts."""
 
+import lzma
 import os
 import zipfile
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -15,8 +17,12 @@ from restuning.errors import DataError, RestuningError
 from restuning.utils.reading import open_regular
 
 READ = SUFFIXES | {TEXT}
+UNZIPPED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+"""What a damaged or locked zip raises."""
 MOST_BYTES = 64 * 2**20
 """Of one item that is added."""
+MOST_ZIPPED = 8 * 2**30
+"""Of all that is read of one zip, as its table has it: no entry gives more than that says."""
 
 
 def from_folder(path: Path) -> Iterator[tuple[str, bytes, str | None]]:
@@ -51,19 +57,30 @@ def from_files(paths: Sequence[Path], label: str | None = None) -> Iterator[tupl
 def _from_zip(path: Path, label: str | None) -> Iterator[tuple[str, bytes, str | None]]:
     try:
         with zipfile.ZipFile(path) as archive:
+            total = 0
             wanted = _read_of(archive.namelist())
             for entry in archive.infolist():
                 parts = PurePosixPath(entry.filename.replace("\\", "/")).parts
                 if entry.is_dir() or not parts or not all(map(kept, parts)) or ".." in parts:
                     continue
-                if Path(parts[-1]).suffix.lower() not in wanted or entry.file_size > MOST_BYTES:
+                if Path(parts[-1]).suffix.lower() not in wanted:
                     continue
-                with archive.open(entry) as file:
-                    data = file.read(MOST_BYTES + 1)
+                total += entry.file_size
+                if total > MOST_ZIPPED:
+                    raise DataError(f"{path.name} unpacks to more than {MOST_ZIPPED >> 30} GiB: give it in parts")
                 folder = parts[-2] if len(parts) > 1 and parts[-2].lower() not in NAMED else None
-                yield parts[-1], data[: MOST_BYTES + 1], label or folder
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError, ValueError) as error:
+                yield parts[-1], _unpacked(archive, entry), label or folder
+    except (*UNZIPPED, OSError) as error:
         raise DataError(f"{path.name} cannot be read as a zip: {error}") from error
+
+
+def _unpacked(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
+    """An entry's bytes; none, which no decoder takes, where it is damaged, locked or too large."""
+    if entry.file_size > MOST_BYTES:
+        return b""
+    with suppress(*UNZIPPED), archive.open(entry) as file:
+        return file.read()
+    return b""
 
 
 def _read_of(names: Iterable[str]) -> Collection[str]:
@@ -101,4 +118,5 @@ def read_text_of(data: bytes, name: str) -> str:
 
 
 def kept(name: str) -> bool:
-    return not name.startswith(".") and name.lower() not in JUNK
+    """Whether a name is one that a person gave, and that can be written on a page: it is UTF-8."""
+    return not name.startswith(".") and name.lower() not in JUNK and name.encode(errors="ignore").decode() == name

@@ -17,12 +17,13 @@ from restuning.app.given import from_files, from_folder
 from restuning.app.home import Home
 from restuning.app.inside import Inside
 from restuning.app.project import Added
+from restuning.app.recipes import BACKBONES
 from restuning.app.take import finished, take, task_name, write_card
-from restuning.app.views import View
+from restuning.app.views import REFUSED, View
 from restuning.app.workbench import Workbench
 from restuning.backbones.load import MICRO
 from restuning.data.decode import decode
-from restuning.errors import DataError, RestuningError
+from restuning.errors import DataError
 from restuning.model import publish
 
 PARTS: dict[str, Callable[[Workbench], str]] = {
@@ -53,14 +54,14 @@ class Handlers:
         """The backbone of a project; the bundled one where there is none."""
         try:
             return self.home.bench(name).project.backbone
-        except RestuningError:
+        except REFUSED:
             return MICRO
 
     def kind(self, name: str) -> str:
         """Whether a project is of pictures or of texts."""
         try:
             return self.home.bench(name).project.kind
-        except RestuningError:
+        except REFUSED:
             return "pictures"
 
     def opened(self, name: str, *parts: str) -> tuple[str, ...]:
@@ -77,7 +78,7 @@ class Handlers:
                 return views.progress(hint), *[""] * (len(parts) - 1)
             bench = self.home.bench(name)
             return tuple(PARTS[part](bench) for part in parts)
-        except RestuningError as error:
+        except REFUSED as error:
             return views.refusal(error), *[""] * (len(parts) - 1)
 
     def add(self, name: str, paths: list[str] | None, label: str, folder: str = "") -> Iterator[str]:
@@ -89,8 +90,15 @@ class Handlers:
             given = from_folder(Path(folder.strip())) if folder else from_files([Path(p) for p in paths or []], wanted)
             for added in bench.project.adding(given):
                 yield views.progress(_told(added))
-        except RestuningError as error:
+        except REFUSED as error:
             yield views.refusal(error)
+
+    def gallery(self, name: str, view: View) -> str:
+        """What a gallery shows, or why there is none."""
+        try:
+            return views.gallery(self.home.bench(name), view)
+        except REFUSED as error:
+            return views.refusal(error)
 
     def act(self, name: str, view: View, data: dict[str, Any]) -> tuple[str, View]:
         """What a button of a gallery, of the checks, the confusion matrix or the map asks for: (a line, the view)."""
@@ -114,27 +122,34 @@ class Handlers:
                 return views.progress(f"{len(keys)} marked as right."), view
             if act not in ("label", "remove") or (act == "label" and not str(data["label"]).strip()):
                 raise DataError("no class is chosen: choose one, or write a new one")
-            before = bench.result
-            result = bench.change(keys, str(data["label"]).strip(), remove=act == "remove")
-            done = f"{len(keys)} removed" if act == "remove" else f"{len(keys)} labelled {data['label'].strip()}"
-            if result is None or before is None:
+            label = str(data["label"]).strip()
+            result = bench.change(keys, label, remove=act == "remove")
+            done = f"{len(keys)} removed" if act == "remove" else f"{len(keys)} labelled {label}"
+            if result is None:
                 return views.progress(f"{done}."), view
+            done += (
+                f", left out of training until {label} has two"
+                if act == "label" and label not in result.classes
+                else ""
+            )
             held = result.held[bench.method]
             return views.progress(f"{done}; {bench.method} trained again: {held.mean:.1f} ± {held.spread:.1f} %."), view
-        except RestuningError as error:
+        except REFUSED as error:
             return views.refusal(error), view
 
     def train(self, name: str, backbone: str, weights: str, epochs: float, lr: float) -> Iterator[tuple[str, str]]:
         """Features, then training, then the adapter: (progress, scores) as it goes on."""
         try:
             bench = self.home.bench(name)
+            if not self.local and (weights.strip() or backbone not in BACKBONES):
+                raise DataError("files of the server cannot be named here: choose a backbone of the list")
             yield views.progress(f"Loading {backbone} …"), ""
             bench.choose_backbone(backbone.strip(), weights.strip() or None)
             for p in bench.compute():
                 text = f"Features: {p.done} of {p.total} {bench.project.kind}, {p.left:.0f} s left"
                 yield views.progress(text, 100 * p.done / p.total), ""
             yield from self._train(bench, {"epochs": epochs or None, "lr": lr or None})
-        except RestuningError as error:
+        except REFUSED as error:
             yield views.refusal(error), ""
 
     def _train(self, bench: Workbench, settings: dict[str, float | None]) -> Iterator[tuple[str, str]]:
@@ -172,7 +187,7 @@ class Handlers:
             if what == "map":
                 return views.the_map(bench, how), ""
             return "", views.gallery(bench, View(what))
-        except RestuningError as error:
+        except REFUSED as error:
             return "", views.refusal(error)
 
     def ask(self, name: str, path: str | None, text: str = "") -> str:
@@ -187,8 +202,8 @@ class Handlers:
             finished(self.home.bench(name))
             found = self.answers.answer(name, item)
             return views.answers(found, "No task of this backbone is trained yet: train first.")
-        except (RestuningError, OSError) as error:
-            return views.progress(f"Refused: {error}")
+        except REFUSED as error:
+            return views.refusal(error)
 
     def second(self, name: str, new: str) -> tuple[str, str]:
         """Another project on the same pictures: (its name, a line). It takes no pass of the backbone."""
@@ -198,7 +213,7 @@ class Handlers:
             return made, views.progress(
                 f"{made}: {count} {bench.project.kind} without a class; their features are there already."
             )
-        except RestuningError as error:
+        except REFUSED as error:
             return name, views.refusal(error)
 
     def inside(self, name: str, act: str = "", epochs: float = 0) -> tuple[str, bool]:
@@ -217,8 +232,8 @@ class Handlers:
                 run.stop()
             tuning = run.tuning()
             return views.inside(run, tuning, run.cost(int(epochs)), int(epochs)), tuning.state == "running"
-        except (RestuningError, OSError) as error:
-            return views.progress(f"Refused: {error}"), False
+        except REFUSED as error:
+            return views.refusal(error), False
 
     def packed(self, name: str) -> tuple[str | None, str]:
         """The adapter's folder as a zip to take away: (its path, a line)."""
@@ -226,8 +241,8 @@ class Handlers:
             bench = self._trained(name)
             made = shutil.make_archive(str(Path(self._made.name) / task_name(name)), "zip", bench.adapter)
             return made, ""
-        except (RestuningError, OSError) as error:
-            return None, views.progress(f"Refused: {error}")
+        except REFUSED as error:
+            return None, views.refusal(error)
 
     def export(self, name: str, format: str) -> Iterator[str]:
         """One graph of backbone and adapter, in a folder of the project."""
@@ -243,8 +258,8 @@ class Handlers:
             yield views.progress(
                 f"Exported to {out / about['file']}; it differs from the model by {differ:.0e} at most."
             )
-        except (RestuningError, OSError) as error:
-            yield views.progress(f"Refused: {error}")
+        except REFUSED as error:
+            yield views.refusal(error)
 
     def push(self, name: str, repo: str, private: bool) -> Iterator[str]:
         """The adapter and its card on the Hugging Face hub, with the token that this machine has."""
@@ -260,8 +275,8 @@ class Handlers:
                 shutil.copytree(bench.adapter, folder, dirs_exist_ok=True)
 
             yield views.progress(f"Pushed: {publish.push(repo.strip(), save, private=private)}")
-        except (RestuningError, OSError) as error:
-            yield views.progress(f"Refused: {error}")
+        except REFUSED as error:
+            yield views.refusal(error)
 
     def _trained(self, name: str) -> Workbench:
         bench = self.home.bench(name)

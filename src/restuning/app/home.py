@@ -3,7 +3,7 @@
 import threading
 from pathlib import Path
 
-from restuning.app.given import READ
+from restuning.app.given import READ, kept
 from restuning.app.project import OWN, Project, checked
 from restuning.app.workbench import Workbench
 from restuning.errors import DataError
@@ -26,7 +26,7 @@ class Home:
 
     def names(self) -> list[str]:
         """The projects, sorted; the one that was named first."""
-        found = sorted(p.name for p in self.path.iterdir() if p.is_dir() and _is_project(p))
+        found = sorted(p.name for p in self.path.iterdir() if p.is_dir() and kept(p.name) and _is_project(p))
         return sorted(found, key=lambda name: name != self.first)
 
     def new(self, name: str) -> str:
@@ -50,7 +50,8 @@ class Home:
 def _is_project(path: Path) -> bool:
     if (path / OWN).is_dir():
         return True
-    if path.name.startswith("."):
+    try:
+        inside = [p for p in path.iterdir() if p.is_dir() and kept(p.name)]
+        return any(file.suffix.lower() in READ for folder in inside for file in list(folder.iterdir())[:3])
+    except OSError:  # nobody may look into it
         return False
-    inside = [p for p in path.iterdir() if p.is_dir() and not p.name.startswith(".")]
-    return any(file.suffix.lower() in READ for folder in inside for file in list(folder.iterdir())[:3])

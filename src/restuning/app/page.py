@@ -9,19 +9,16 @@ from typing import Any
 from restuning.app import views
 from restuning.app.handlers import Handlers
 from restuning.app.home import Home
+from restuning.app.recipes import BACKBONES
 from restuning.app.take import finished, take
-from restuning.app.views import View
-from restuning.backbones.load import MICRO
-from restuning.errors import MissingExtra, RestuningError
-from restuning.utils.hub import MINILM
+from restuning.app.views import REFUSED, View
+from restuning.errors import MissingExtra
 
 try:
     import gradio as gr
 except ImportError as error:
     raise MissingExtra("gradio", "app") from error
 
-BACKBONES = (MICRO, "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", MINILM)
-"""What the list offers; any other name that `restuning.load_backbone` knows can be typed."""
 FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "DejaVu Sans", "sans-serif"]
 HEAD = (
     '<header class="rt-head"><svg viewBox="0 0 42 42" aria-hidden="true"><rect width="42" height="42" rx="11" '
@@ -43,13 +40,14 @@ ADDRESS = (
 """The project is in the page's address, so that a reload, or another tab, has it."""
 
 
-def theme() -> Any:
-    """Without fonts of other hosts."""
-    return gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["monospace"])
+def style() -> dict[str, Any]:
+    """What `launch` and `gradio.mount_gradio_app` are told of the page's looks; without fonts of other hosts."""
+    theme = gr.themes.Default(primary_hue="blue", neutral_hue="slate", font=FONT, font_mono=["monospace"])
+    return {"theme": theme, "css": (views.ASSETS / "page.css").read_text(encoding="utf-8")}
 
 
 def build(home: Home, local: bool = True) -> Any:
-    """The page as `gradio.Blocks`: `launch()` it, or mount it on a server.
+    """The page as `gradio.Blocks`: `launch(**style())` it, or mount it on a server.
 
     Args:
         home: the projects.
@@ -201,7 +199,7 @@ def build(home: Home, local: bool = True) -> Any:
             try:
                 made = home.new(name)
                 return gr.Dropdown(choices=home.names(), value=made), "", ""
-            except RestuningError as error:
+            except REFUSED as error:
                 return gr.Dropdown(), name, views.refusal(error)
 
         def second_task(name: str, new: str) -> tuple[Any, str, str]:
@@ -216,7 +214,7 @@ def build(home: Home, local: bool = True) -> Any:
 
         def in_pictures(name: str, view: View, event: gr.EventData) -> tuple[Any, ...]:
             line, view = on.act(name, view, event._data)
-            return (view, line, *_shown(on, name, view), *on.opened(name, "summary", "checks"))
+            return (view, line, on.gallery(name, view), *on.opened(name, "summary", "checks"))
 
         def in_look(name: str, view: View, mode: str, event: gr.EventData) -> tuple[Any, ...]:
             data = event._data
@@ -227,7 +225,7 @@ def build(home: Home, local: bool = True) -> Any:
             line, view = on.act(name, view, data)
             above = on.look(name, mode, view.how)[0] if line else None
             confusion, around = (gr.skip() if above is None or mode != own else above for own in ("confusion", "map"))
-            return view, line, confusion, around, *_shown(on, name, view), *on.opened(name, "summary", "scores")
+            return view, line, confusion, around, on.gallery(name, view), *on.opened(name, "summary", "scores")
 
         def look(name: str, mode: str) -> tuple[Any, ...]:
             above, below = on.look(name, mode) if name else ("", "")
@@ -238,7 +236,7 @@ def build(home: Home, local: bool = True) -> Any:
             line, _ = on.act(name, View(), event._data)
             try:
                 finished(home.bench(name))
-            except RestuningError as error:
+            except REFUSED as error:
                 line = views.refusal(error)
             return (line, *on.opened(name, "summary", "scores", "looked", "taken"))
 
@@ -251,7 +249,7 @@ def build(home: Home, local: bool = True) -> Any:
             try:
                 finished(home.bench(name))
                 return take(home.bench(name))
-            except RestuningError as error:
+            except REFUSED as error:
                 return views.refusal(error)
 
         blocks.load(load, None, [project, backbone, image, text, *tuned, *everything])
@@ -294,11 +292,3 @@ def build(home: Home, local: bool = True) -> Any:
             part.click(partial(on.export, format=format), project, took)
         push.click(on.push, [project, repo, private], took)
     return blocks
-
-
-def _shown(on: Handlers, name: str, view: View) -> tuple[str]:
-    """A gallery, or why there is none."""
-    try:
-        return (views.gallery(on.home.bench(name), view),)
-    except RestuningError as error:
-        return (views.refusal(error),)

@@ -5,6 +5,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from restuning.app.given import kept, read_text_of
+from restuning.app.given import MOST_BYTES, kept, read_text_of
 from restuning.backbones.load import MICRO
 from restuning.data.decode import SUFFIXES, decode
 from restuning.data.folder import NAMED, TEXT
@@ -77,6 +78,7 @@ class Project:
             raise RestuningError(f"{path} is split already ({', '.join(split)}): expected class/file, as a copy has it")
         self._keys: dict[Path, tuple[tuple[int, int], str]] = {}
         self._seen: tuple[float, list[Item]] = 0.0, []
+        self._lock = threading.RLock()
         self.own.mkdir(exist_ok=True)
         self.state = self._read()
         if self.state["kind"] is None and (found := self._kind()):
@@ -170,6 +172,8 @@ class Project:
                 added.refused.append(f"{shown} and what follows: {MOST} at a time are read")
                 break
             try:
+                if not data:
+                    raise DataError(f"{shown} is empty, damaged, or of more than {MOST_BYTES >> 20} MiB")
                 kind = "texts" if shown.lower().endswith(TEXT) else "pictures"
                 if self.state["kind"] not in (kind, None):
                     raise DataError(f"{shown}: this project is of {self.kind}: make another one for {kind}")
@@ -179,7 +183,7 @@ class Project:
                     decode(BytesIO(data), shown)
                 if label is not None:
                     self.add_class(label)
-            except DataError as error:
+            except RestuningError as error:
                 added.refused.append(str(error))
                 continue
             key = _digest(data)
@@ -208,12 +212,15 @@ class Project:
 
     def mark_right(self, keys: Sequence[str]) -> None:
         """Labels that a person has looked at: they are no mistakes any more."""
-        self.update(right=sorted({*self.state["right"], *keys}))
+        with self._lock:
+            self.update(right=sorted({*self.state["right"], *keys}))
 
     def update(self, **changes: Any) -> None:
         """Change what project.json holds."""
-        self.state = {**self.state, **changes}
-        atomic_write(self.own / STATE, as_json(self.state))
+        with self._lock:
+            state = {**self.state, **changes}
+            atomic_write(self.own / STATE, as_json(state))
+            self.state = state
 
     def copy_to(self, other: "Project") -> int:
         """Give another project all items, unlabelled, and the features that are there: it needs no pass of the
@@ -252,13 +259,15 @@ class Project:
 
     def _move(self, keys: Sequence[str], folder: str) -> int:
         wanted, target, moved = set(keys), self.path / folder, 0
-        target.mkdir(exist_ok=True)
-        for picture in [p for p in self._all(False) if p.key in wanted and p.path.parent != target]:
-            picture.path.rename(_free(target, picture.path.name))
-            moved += 1
-        self._seen = 0.0, []
-        if set(self.state["right"]) & wanted:
-            self.update(right=[key for key in self.state["right"] if key not in wanted])
+        with self._lock:
+            self._seen = 0.0, []  # a file may have gone since
+            target.mkdir(exist_ok=True)
+            for picture in [p for p in self._all(False) if p.key in wanted and p.path.parent != target]:
+                picture.path.rename(_free(target, picture.path.name))
+                moved += 1
+            self._seen = 0.0, []
+            if set(self.state["right"]) & wanted:
+                self.update(right=[key for key in self.state["right"] if key not in wanted])
         return moved
 
     def _all(self, labelled: bool) -> list[Item]:
@@ -318,7 +327,7 @@ def checked(name: str, what: str) -> str:
         what: a class or a project, for the error.
     """
     name = name.strip()
-    strange = not name or len(name.encode()) > 100 or any(c in name for c in "/\\\0") or not name.isprintable()
+    strange = not name or not name.isprintable() or len(name.encode()) > 100 or any(c in name for c in "/\\\0")
     if strange or not kept(name) or name.lower() in NAMED:
         raise DataError(f"no {what} can be called {name[:40]!r}: expected a short name without / that is no split's")
     return name

@@ -2,8 +2,13 @@
 
 from dataclasses import dataclass
 
+from restuning.backbones.load import MICRO
 from restuning.methods.spec import Method
 from restuning.side import BypassQuery
+from restuning.utils.hub import MINILM
+
+BACKBONES = (MICRO, "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", MINILM)
+"""What the page's list offers; any other name that `restuning.load_backbone` knows can be typed."""
 
 EXAMPLES, MOST_EPOCHS = 2_000, 40
 """Examples that a model sees at least while it is trained: where there are few pictures there are more epochs, up to so
@@ -42,9 +47,11 @@ RECIPES: dict[str, Recipe] = {
     "linear-mean": Recipe("a head on the mean of the tokens", "linear", 15, 0.02, pool="mean"),
     "bypass": Recipe("a path past all layers", "bypass", 8, 0.03, 128),
     "bypass-mean": Recipe("a path past all layers, on the mean of the tokens", "bypass-mean", 8, 0.03, 128),
-    "bypass-query": Recipe("queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2), 5, 0.015),
+    "bypass-query": Recipe(
+        "queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2, shared=True), 5, 0.015
+    ),
     "bypass-query-mean": Recipe(
-        "queries on the means of all layers", BypassQuery(width=32, stages=2, queries=4, grid=1), 5, 0.015
+        "queries on the means of all layers", BypassQuery(width=32, stages=2, queries=4, grid=1, shared=True), 5, 0.015
     ),
 }
 """Name → recipe, the cheapest first."""

@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from restuning.app.home import Home
-from restuning.app.page import build, theme
+from restuning.app.page import build, style
 from restuning.app.settings import AppSettings
-from restuning.app.views import ASSETS
 from restuning.errors import RestuningError
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -30,6 +29,7 @@ def make_app(home: Home, local: bool = True) -> Any:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
     from fastapi import FastAPI
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -41,8 +41,9 @@ def make_app(home: Home, local: bool = True) -> Any:
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
-    css = (ASSETS / "page.css").read_text(encoding="utf-8")
-    return gr.mount_gradio_app(app, build(home, local), path="/", theme=theme(), css=css, show_error=True)
+    if local:  # a page of another host cannot have itself taken for this one
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"])
+    return gr.mount_gradio_app(app, build(home, local), path="/", show_error=True, **style())
 
 
 def serve(settings: AppSettings, listening: Callable[[str], None] = lambda url: None) -> None:

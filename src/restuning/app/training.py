@@ -11,6 +11,7 @@ from restuning.app.features import Engine
 from restuning.app.recipes import Recipe
 from restuning.errors import DataError
 from restuning.features.stacked import Point, train
+from restuning.model.groups import Prepared
 from restuning.model.stack import Stack
 from restuning.side.features import Features
 from restuning.training.config import TrainConfig
@@ -87,13 +88,13 @@ def cross_validate(
     # folds of a stack have as many examples as one another: a few of the larger ones are left out, evenly
     rows = [r if len(r) == fewest else r[torch.linspace(0, len(r) - 1, fewest).long()] for r in rows]
     stack, names = _stack(engine, recipe, classes, count)
-    features = engine.tuned.reader(names[0]).select(features)  # once, and not in every step
+    features = _read(stack, engine, names[0], features)
     try:
         _train(stack, engine, recipe, features, labels, rows, seen)
         logits = torch.zeros(len(labels), classes)
         with torch.no_grad():
             for part in torch.split(torch.arange(len(labels)), 512):
-                out = stack(features.rows(part).map(lambda x: x.to(engine.device))).cpu()
+                out = stack(features.rows(part)).cpu()
                 logits[part] = out[folds[part], torch.arange(len(part))]
     finally:
         _delete(engine, names)
@@ -104,7 +105,7 @@ def cross_validate(
 def fit_all(engine: Engine, recipe: Recipe, features: Features, labels: Tensor, classes: Sequence[str]) -> str:
     """Train on all pictures; returns the name of the adapter in the engine's tuned model."""
     stack, names = _stack(engine, recipe, len(classes), 1, classes)
-    features = engine.tuned.reader(names[0]).select(features)
+    features = _read(stack, engine, names[0], features)
     try:
         _train(stack, engine, recipe, features, labels, [torch.arange(len(labels))])
     except BaseException:
@@ -137,6 +138,14 @@ def _stack(
         return Stack([engine.tuned.reader(name) for name in made]), made
 
 
+@torch.no_grad()
+def _read(stack: Stack, engine: Engine, name: str, features: Features) -> Features:
+    """What the stack reads of them, and what it makes of that with weights that are not trained: once, and not in every
+    step."""
+    reader = engine.tuned.reader(name)
+    return Prepared().of(stack, reader, reader.select(features).map(lambda x: x.to(engine.device)))
+
+
 def _train(
     stack: Stack,
     engine: Engine,
@@ -154,7 +163,7 @@ def _train(
         )
         for i, own in enumerate(rows)
     ]
-    train(stack, features.map(lambda x: x.to(engine.device)), labels.to(engine.device), points, seen=seen)
+    train(stack, features, labels.to(engine.device), points, seen=seen)
 
 
 def _delete(engine: Engine, names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from restuning.app.project import FEW, Item
 from restuning.app.workbench import Workbench
 from restuning.backbones.load import describe_backbone, reading_of
 from restuning.data import Preprocess
-from restuning.errors import DataError, RestuningError
+from restuning.errors import DataError, RestuningError, line
 from restuning.utils.hub import MINILM
 
 TOLD = 60
@@ -103,11 +103,15 @@ def listed(bench: Workbench, view: View) -> tuple[str, str, Sequence[str]]:
         return "Labels that may be wrong", about, [result.keys[i] for i in order[: max(flagged, PAGE)]]
     if what == "cell" and result is not None:
         i, j = (int(n) for n in rest.split(":"))
+        if max(i, j) >= len(result.classes):
+            raise DataError("there is no such cell any more: the classes are others since")
         best, y = bench.probabilities().argmax(-1), result.labels
         keys = [key for key, b, t in zip(result.keys, best.tolist(), y.tolist(), strict=True) if (t, b) == (i, j)]
         return f"{result.classes[i]} taken for {result.classes[j]}", "", keys
     pictures = {p.key: p for p in bench.project.items()}
     if what == "alike":
+        if rest not in bench.store.rows or rest not in pictures:
+            raise DataError("it is gone, or was added since the features were computed: train again")
         return (
             "Most alike",
             f"by the backbone's features, to the {bench.project.kind[:-1]} that comes first",
@@ -153,7 +157,7 @@ def shown(bench: Workbench, item: Item) -> dict[str, str]:
             return {"uri": uri(bench.store.thumbnail(item))}
         text = str(bench.store.content(item))
         return {"text": text[:EXCERPT] + "…" * (len(text) > EXCERPT)}
-    except DataError as error:
+    except RestuningError as error:
         bench.store.bad[item.key] = str(error)
         return {}
 
@@ -324,6 +328,11 @@ def summary(bench: Workbench) -> str:
     return rendered("progress", text=text, share=None, curve="")
 
 
-def refusal(error: RestuningError) -> str:
+REFUSED = (RestuningError, OSError)
+"""What a person is told in a line: what was asked wrongly, and what the disk does not do."""
+
+
+def refusal(error: Exception) -> str:
     """One line that says what was wrong."""
-    return rendered("progress", text=f"Refused: {error}", share=None, curve="")
+    text = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) and error.strerror else line(error)
+    return rendered("progress", text=f"Refused: {text}", share=None, curve="")

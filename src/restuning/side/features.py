@@ -153,7 +153,7 @@ class Features:
     prepared: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
-        return len(next(iter(self.layers.values())))
+        return len(self.tensors()[0])
 
     @property
     def last(self) -> Tensor:
@@ -184,7 +184,10 @@ class Features:
         Args:
             index: as tensors are indexed along their first axis.
         """
-        return self.map(lambda x: x[index])
+        if not isinstance(index, Tensor) or index.dtype is not torch.long:
+            return self.map(lambda x: x[index])
+        flat = index.flatten()  # whole rows are copied, several times as fast as what indexes every number
+        return self.map(lambda x: x.index_select(0, flat).unflatten(0, index.shape))
 
     def as_pooled(self) -> "Features":
         """The summaries that are beside components, as if they were the layers."""

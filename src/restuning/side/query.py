@@ -127,14 +127,14 @@ class SharedQueryNet(PathNetwork):
         return *prepared[2 * len(self.attentions) :], normalised(q).flatten(1)
 
     def prepare(self, features: Features) -> Features:
-        """With keys and values (b, heads, n, w / heads) of every stage, and the read-out where it is none's own."""
+        """Keys and values (b, heads, n, w / heads) of every stage, and the read-out; the layers are read no more."""
         made: list[Tensor] = []
         features = self.banked(features)
         for j, g in enumerate(self.inputs(features)):
             both = torch.unflatten(normalised_tokens(g) @ self.keys_values[j], -1, (2 * self.heads, -1)).transpose(1, 2)
             keys, values = both.chunk(2, 1)
             made += (keys * keys.shape[-1] ** -0.5, values)
-        return replace(features, prepared=(*made, *self.read_out(features)))
+        return replace(features, layers={}, summaries={}, prepared=(*made, *self.read_out(features)))
 
     def shared(self) -> list[Tensor]:
         """What is common to all tasks, and may be trained on many together."""
