@@ -568,7 +568,14 @@ def test_five_thousand_pictures_of_150_classes_stay_usable(page: Page, tmp_path:
         chips = page.locator("#checks .rt-chips li")
         expect(chips).to_have_count(151)
         expect(page.locator("#checks")).to_contain_text(f"class {alone} has 1")
+        tab(page, "Train")
+        page.locator("#go").click()
+        expect(page.locator("#progress")).to_contain_text(re.compile(r"Features: \d+ of 5000 pictures, \d+ s left"))
+        page.locator("#stop").click()
+        expect(page.locator("#progress")).to_contain_text("Cancelled; what was computed is kept")
+        files = set((tmp_path / "home" / "many" / ".restuning" / "features").rglob("*.safetensors"))
         timed("features and training", lambda: train(page))
+        assert files and all(file.exists() for file in files) and len(files) < 157
         expect(page.locator("#scores caption")).to_contain_text("4999 pictures in 149 classes")
         timed("reload", page.reload, lambda: expect(chips).to_have_count(151))
         timed("a class", page.locator("#checks button[data-act=show]").nth(77).click,

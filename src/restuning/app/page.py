@@ -270,7 +270,10 @@ def build(home: Home, local: bool = True) -> Any:
             )
             labelled.then(look, [project, what], above_and_below)
         running = go.click(on.train, [project, backbone, weights, epochs, lr], [progress, scores])
-        running.then(lambda name: on.opened(name, "summary", "scores", "taken"), project, [summary, scores, taken])
+        running.then(
+            lambda name: on.opened(name, "summary", "checks", "scores", "taken"), project,
+            [summary, checks, scores, taken],
+        )  # fmt: skip
         running.then(look, [project, what], above_and_below)
         stop.click(lambda: views.progress("Cancelled; what was computed is kept."), None, progress, cancels=[running])
         scores.click(use, project, [progress, summary, scores, looked, taken])

@@ -48,10 +48,10 @@ RECIPES: dict[str, Recipe] = {
     "bypass": Recipe("a path past all layers", "bypass", 8, 0.03, 128),
     "bypass-mean": Recipe("a path past all layers, on the mean of the tokens", "bypass-mean", 8, 0.03, 128),
     "bypass-query": Recipe(
-        "queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2, shared=True), 5, 0.015
+        "queries that mix tokens", BypassQuery(width=32, stages=2, queries=4, grid=2, shared=True), 7, 0.008
     ),
     "bypass-query-mean": Recipe(
-        "queries on the means of all layers", BypassQuery(width=32, stages=2, queries=4, grid=1, shared=True), 5, 0.015
+        "queries on the means of all layers", BypassQuery(width=32, stages=2, queries=4, grid=1, shared=True), 7, 0.008
     ),
 }
 """Name → recipe, the cheapest first."""
