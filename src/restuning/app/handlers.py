@@ -31,7 +31,7 @@ PARTS: dict[str, Callable[[Workbench], str]] = {
     "checks": views.checks,
     "items": lambda bench: views.gallery(bench, View()),
     "scores": views.scores,
-    "looked": lambda bench: views.gallery(bench, View("mistakes")) if bench.result else "",
+    "looked": lambda bench: views.gallery(bench, View("mistakes")) if bench.result else views.progress(views.NOTHING),
     "taken": take,
 }
 """What the page shows of a project, in its order."""
@@ -181,7 +181,7 @@ class Handlers:
         try:
             bench = self.home.bench(name)
             if bench.result is None:
-                return "", views.progress("Nothing is trained yet: train first.")
+                return "", views.progress(views.NOTHING)
             if what == "confusion":
                 return views.confusion(bench), views.gallery(bench, View("mistakes"))
             if what == "map":

@@ -69,7 +69,7 @@ def build(home: Home, local: bool = True) -> Any:
             project = gr.Dropdown(label="Project", choices=home.names(), scale=3, elem_id="project")
             new_name = gr.Textbox(label="New project", placeholder="a name", scale=2, elem_id="new-name")
             make = gr.Button("Make it", scale=1, elem_id="make")
-            second = gr.Button("Second task on the same data", scale=1, elem_id="second")
+            second = gr.Button("Second task on the same data", scale=1, visible=False, elem_id="second")
         summary = html(None, elem_id="summary")
         with gr.Tabs():
             with gr.Tab("Data", id="data"):
@@ -169,7 +169,7 @@ def build(home: Home, local: bool = True) -> Any:
             asked = request.query_params.get("project", "")
             name = asked if asked in names else (names[0] if names and not asked else "")
             shown = (gr.Dropdown(choices=names, value=name or None), on.backbone(name))
-            return (*shown, *read_by(name), *tuning(name), *on.opened(name))
+            return (*shown, *read_by(name), gr.Button(visible=bool(name)), *tuning(name), *on.opened(name))
 
         def read_by(name: str) -> tuple[Any, Any]:
             """What is tried: a picture or a text."""
@@ -185,6 +185,7 @@ def build(home: Home, local: bool = True) -> Any:
                 *on.opened(name),
                 on.backbone(name),
                 *read_by(name),
+                gr.Button(visible=bool(name)),
                 *tuning(name),
                 "",
                 "",
@@ -252,11 +253,11 @@ def build(home: Home, local: bool = True) -> Any:
             except REFUSED as error:
                 return views.refusal(error)
 
-        blocks.load(load, None, [project, backbone, image, text, *tuned, *everything])
+        blocks.load(load, None, [project, backbone, image, text, second, *tuned, *everything])
         project.change(
             opened, project,
-            [*everything, backbone, image, text, *tuned, told, took, progress, answered, pictures_view, look_view,
-             what],
+            [*everything, backbone, image, text, second, *tuned, told, took, progress, answered, pictures_view,
+             look_view, what],
         )  # fmt: skip
         project.change(None, project, None, js=ADDRESS)
         gr.on([make.click, new_name.submit], make_project, new_name, [project, new_name, told])

@@ -30,6 +30,7 @@ EXCERPT = 280
 """Characters of a text that a card shows."""
 SMALL = 25
 """Classes up to which a confusion matrix has numbers."""
+NOTHING = "Nothing is trained yet: give pictures, or texts, of two classes or more, then train."
 ASSETS = Path(__file__).parent / "assets"
 JINJA = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
@@ -92,7 +93,7 @@ def listed(bench: Workbench, view: View) -> tuple[str, str, Sequence[str]]:
     what, _, rest = view.what.partition(":")
     result = bench.result
     if what in ("mistakes", "wrong", "cell") and result is None:
-        return "Nothing is trained yet", "", []
+        raise DataError(NOTHING)
     if what == "mistakes" and result is not None:
         keys = [result.keys[i] for i in bench.mistakes()]
         about = f"held-out {bench.project.kind} that are taken for another class, the most confident first"
@@ -139,11 +140,10 @@ def gallery(bench: Workbench, view: View) -> str:
     page = min(max(view.page, 0), pages - 1)
     taken = predictions(bench)
     cards = [_card(bench, pictures[key], taken) for key in keys[page * PAGE : (page + 1) * PAGE]]
-    empty = (
-        f"No mistakes: all held-out {bench.project.kind} are taken for what they are."
-        if view.what == "mistakes" and bench.result
-        else f"No {bench.project.kind}."
-    )
+    empty = {
+        "mistakes": f"No mistakes: all held-out {bench.project.kind} are taken for what they are.",
+        "all": f"No {bench.project.kind} yet: drop some above, or name a folder.",
+    }.get(view.what, f"No {bench.project.kind}.")
     return rendered(
         "gallery", title=title, about=about, total=len(keys), cards=cards, classes=bench.project.classes(), page=page,
         pages=pages, empty=empty, kind=bench.project.kind,
@@ -291,7 +291,7 @@ def the_map(bench: Workbench, how: str = "pca") -> str:
     """A map of the embeddings."""
     result = bench.result
     if result is None:
-        return rendered("progress", text="Nothing is trained yet.", share=None, curve="")
+        return progress(NOTHING)
     at, p = (20 + 960 * bench.map(how)).round(decimals=1).tolist(), bench.probabilities()
     sure, best = ((100 * p.max(-1).values).round() / 100).tolist(), p.argmax(-1).tolist()
     confirmed, dots, texts = bench.confirmed(), [], bench.project.kind == "texts"
