@@ -53,7 +53,7 @@ def folds_of(labels: Tensor, count: int = FOLDS) -> Tensor:
     Raises:
         DataError: there are fewer than two classes.
     """
-    if len(labels.unique()) < 2:
+    if len(set(labels.tolist())) < 2:
         raise DataError("training needs two classes with two pictures or more each: one of each is held out")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SEED))
     order = order[labels[order].argsort(stable=True)]

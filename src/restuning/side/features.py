@@ -187,7 +187,7 @@ class Features:
         if not isinstance(index, Tensor) or index.dtype is not torch.long:
             return self.map(lambda x: x[index])
         flat = index.flatten()  # whole rows are copied, several times as fast as what indexes every number
-        return self.map(lambda x: x.index_select(0, flat).unflatten(0, index.shape))
+        return self.map(lambda x: torch.unflatten(x.index_select(0, flat), 0, index.shape))
 
     def as_pooled(self) -> "Features":
         """The summaries that are beside components, as if they were the layers."""
