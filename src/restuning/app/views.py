@@ -270,8 +270,8 @@ def confusion_of(matrix: Sequence[Sequence[int]], names: Sequence[str], live: bo
     """
     import torch
 
-    pairs = [(named(names, p), p.truth, p.taken) for p in worst_pairs(torch.tensor(matrix))]
     small = len(names) <= SMALL
+    pairs = [(named(names, p), p.truth, p.taken) for p in worst_pairs(torch.tensor(matrix), 10 if small else 20)]
     shares = [[100 * n / max(sum(row), 1) for n in row] for row in matrix]
     rows = [
         (names[i], [(n, round(shares[i][j]), f"cell:{i}:{j}" if i != j else "") for j, n in enumerate(row)])
