@@ -174,7 +174,10 @@ class Handlers:
                 yield views.progress(f"Training {method}: step {at} of {of}", 100 * at / of, losses[method]), ""
         if failed:
             raise failed[0]
-        yield views.progress("Trained: its mistakes are on Look, answers on Try, the adapter on Take away."), views.scores(bench)
+        yield (
+            views.progress("Trained: its mistakes are on Look, answers on Try, the adapter on Take away."),
+            views.scores(bench),
+        )
 
     def look(self, name: str, what: str, how: str = "pca") -> tuple[str, str]:
         """(confusion or map, gallery) of the look tab."""
