@@ -240,8 +240,8 @@ def test_patience_with_several_rates_says_so_first(
 
 
 def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{photos}", "--epochs", "24"]
-    argv += ["--batch-size", "2", "--quiet"]
+    argv = [sys.executable, "-m", "restuning.cli", "train", "--data", f"folder:{photos}", "--epochs", "32"]
+    argv += ["--batch-size", "2", "--image-size", "32", "--quiet"]
 
     def start(*extra: str) -> subprocess.Popen[str]:
         return subprocess.Popen([*argv, *extra], stderr=subprocess.PIPE, text=True)
@@ -255,7 +255,7 @@ def test_killed_and_interrupted_runs_go_on_to_the_same_bits(photos: Path, tmp_pa
         deadline = time.time() + 120
         while not (state.exists() and state.stat().st_mtime_ns > before) and time.time() < deadline:
             time.sleep(0.02)
-        time.sleep(0.4)
+        time.sleep(0.2)
         os.kill(run.pid, stop)
         assert run.wait() == code
         assert (cut / "state.pt").exists() and not (cut / "result.json").exists()
