@@ -256,7 +256,7 @@ def test_recomputed_blocks_and_one_graph(name: str, method: str, monkeypatch: py
 
 
 def test_a_backbone_without_checkpoints() -> None:
-    with pytest.raises(MethodError, match="ResNetModel does not support (activation|gradient) checkpointing"):
+    with pytest.raises(MethodError, match=r"ResNetModel does not support (activation|gradient) checkpointing"):
         adapt(HIERARCHIES["hf-resnet"], "res-tuning").gradient_checkpointing_enable()
 
 
