@@ -204,6 +204,22 @@ def test_what_many_do_at_once_is_done(tmp_path: Path) -> None:
     assert bench.fresh()
 
 
+def test_what_is_cancelled_goes_on_where_it_was(tmp_path: Path) -> None:
+    on = Handlers(Home(tmp_path / "home"))
+    bench = on.home.bench(on.home.new("p"))
+    bench.project.add(pictures(15))
+    words = ("p", bench.project.backbone, "", 0, 0)
+    run = on.train(*words)
+    assert "Features: 32 of 45" in [next(run) for _ in range(2)][1][0]
+    on.cancel("p")
+    assert "Cancelled" in next(run)[0] and next(run, None) is None
+    for line, _ in on.train(*words[:3], 100, 0):
+        if "Training" in line:
+            on.cancel("p")
+    assert "Cancelled" in line and bench.result is None and len(bench.store.rows) == 45
+    assert "Trained" in list(on.train(*words))[-1][0] and bench.about() is not None
+
+
 def test_a_class_of_one_is_left_out_of_training(tmp_path: Path) -> None:
     on = Handlers(Home(tmp_path / "home"))
     bench = on.home.bench(on.home.new("p"))

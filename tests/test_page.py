@@ -452,6 +452,13 @@ def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_pat
     page.evaluate(seen)
     page.locator("#go").click()
     expect(page.locator("#progress")).to_contain_text("Trained")
+    page.evaluate("window.seen = []")
+    page.locator("#go").click()
+    page.wait_for_function("window.seen.length")
+    page.locator("#stop").click()
+    expect(page.locator("#progress")).to_contain_text("Cancelled")
+    page.locator("#go").click()
+    expect(page.locator("#progress")).to_contain_text("Trained")
     told = page.evaluate("window.seen")
     assert told and all(re.search(r"Training [\w-]+: step \d+ of 100", text) for text in told), told[:3]
 

@@ -37,6 +37,10 @@ PARTS: dict[str, Callable[[Workbench], str]] = {
 """What the page shows of a project, in its order."""
 
 
+class _Cancelled(Exception):
+    """A person has had enough of it."""
+
+
 class Handlers:
     """What the page's events call; every refusal is a line on the page.
 
@@ -48,6 +52,7 @@ class Handlers:
     def __init__(self, home: Home, local: bool = True) -> None:
         self.home, self.local, self.answers = home, local, Answers(home)
         self._inside: dict[str, Inside] = {}
+        self._cancelled: set[str] = set()
         self._made = tempfile.TemporaryDirectory(prefix="restuning-")
 
     def backbone(self, name: str) -> str:
@@ -141,6 +146,7 @@ class Handlers:
         """Features, then training, then the adapter: (progress, scores) as it goes on."""
         try:
             bench = self.home.bench(name)
+            self._cancelled.discard(name)
             if not self.local and (weights.strip() or backbone not in BACKBONES):
                 raise DataError("files of the server cannot be named here: choose a backbone of the list")
             yield views.progress(f"Loading {backbone} …"), ""
@@ -148,17 +154,32 @@ class Handlers:
             for p in bench.compute():
                 text = f"Features: {p.done} of {p.total} {bench.project.kind}, {p.left:.0f} s left"
                 yield views.progress(text, 100 * p.done / p.total), ""
+                self._go_on(name)
             yield from self._train(bench, {"epochs": epochs or None, "lr": lr or None})
+        except _Cancelled:
+            yield views.progress("Cancelled; what was computed is kept."), ""
         except REFUSED as error:
             yield views.refusal(error), ""
+
+    def cancel(self, name: str) -> None:
+        """Stop the features or the training of a project, after the batch or the step that it is at."""
+        self._cancelled.add(name)
+
+    def _go_on(self, name: str) -> None:
+        if name in self._cancelled:
+            raise _Cancelled
 
     def _train(self, bench: Workbench, settings: dict[str, float | None]) -> Iterator[tuple[str, str]]:
         steps: queue.Queue[tuple[str, int, int, float] | None] = queue.Queue()
         failed: list[Exception] = []
 
+        def seen(*step: Any) -> None:
+            self._go_on(bench.project.name)
+            steps.put(step)
+
         def work() -> None:
             try:
-                bench.train(settings=settings, seen=lambda *step: steps.put(step))
+                bench.train(settings=settings, seen=seen)
                 finished(bench)
             except Exception as error:  # it is shown by the thread that waits
                 failed.append(error)

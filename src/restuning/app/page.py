@@ -276,7 +276,7 @@ def build(home: Home, local: bool = True) -> Any:
             [summary, checks, scores, taken],
         )  # fmt: skip
         running.then(look, [project, what], above_and_below)
-        stop.click(lambda: views.progress("Cancelled; what was computed is kept."), None, progress, cancels=[running])
+        stop.click(on.cancel, project, None, queue=False)
         scores.click(use, project, [progress, summary, scores, looked, taken])
         running.then(tuning, [project, inside_epochs], tuned)
         inside_epochs.change(tuning, [project, inside_epochs], tuned)
