@@ -183,7 +183,8 @@ class Adapters:
         if not torch.isfinite(trial).all():
             raise CheckpointError(f"{folder}: its output is no number")
         self.current = Snapshot(predictor, {**now.readings, name: how})
-        gc.freeze()  # it stays, and holds no cycle: looking through a thousand for garbage halts all answers
+        gc.collect()  # of what came since the last one
+        gc.freeze()  # it stays: looking through a thousand for garbage would halt all answers
 
     def _fits(self, how: Reading) -> None:
         if isinstance(how, Preprocess):
