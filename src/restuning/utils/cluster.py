@@ -59,6 +59,8 @@ def on_ray(
 
 def _at_work(call: Callable[..., T], folder: str, job: tuple[Any, ...]) -> T | RestuningError:
     """On a worker, in the folder that relative paths are meant from."""
+    import torch._dynamo  # noqa: F401  torch 2.8 finds it half-made where it is imported in the middle of something
+
     with suppress(OSError):
         os.chdir(folder)
     try:
