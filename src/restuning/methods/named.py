@@ -63,7 +63,7 @@ METHODS: dict[str, Method] = {
     "linear-all": LinearAll(),
     "linear-all-gated": LinearAll(gated=True),
     "bypass-query": BypassQuery(),
-    "bypass-query-shared": BypassQuery(stages=2, queries=4, heads=2, shared=True),
+    "bypass-query-shared": BypassQuery(width=48, stages=2, queries=4, heads=2, shared=True),
     "bypass-attention": BypassAttention(),
     "last": Last(),
     "losa": Losa(),
