@@ -127,7 +127,7 @@ def test_params_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     reads = {name: 768 * n for name, n in tokens.items()}  # what the head reads, if not one token
     every = 2 * 13 * 768
     reads |= {"linear-all": every, "bypass-query": every + 8 * 64, "bypass-attention": every + 2 * 64, "vqt": 13 * 768}
-    reads |= {"bypass-query-shared": every + 4 * 64}
+    reads |= {"bypass-query-shared": every + 4 * 48}
     for name, c in counts.items():
         assert c["trainable"] == c["tuners"] + c["head"]
         assert c["head"] == 100 * (reads.get(name, 768) + 1)
