@@ -262,7 +262,7 @@ NEIGHBOURS = {"last": "LAST", "losa": "LoSA", "mist": "MIST", "vqt": "VQT", "uni
 
 _GRID = ("convpass", "dtl-plus", "side-tuning", "bypass-grid2", "bypass-grid4", "ladder-grid4")
 _NO_GRID = dict.fromkeys(_GRID, "grid of patches|reads images")
-_ROTARY = dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "rotary")
+_ROTARY = dict.fromkeys(("vpt-shallow", "vpt-deep", "noah"), "rotary|cannot be run with PromptTuningTuner")
 _GATED = {"lst": "an ungated FFN", "vqt": "an ungated FFN"}
 _NO_IMAGES = {"vqt": "VQT reads images, and .* does not"}
 _NO_PARTS = {

@@ -44,8 +44,9 @@ def features_of(
 
     @contextmanager
     def on(recomputing: bool = False) -> Iterator[Taps]:
-        with attachment.on(recomputing), tap(backbone, sites, request) as taps:
-            yield taps
+        with attachment.on(recomputing), tap(backbone, sites, request) as made:
+            made.mask = mask if recomputing else None  # a block is run again, and not the backbone, which has it
+            yield made
 
     quiet: AbstractContextManager[Any] = torch.no_grad() if frozen else frozen_op_memory(tuned)
     check_inputs(tuned, args, kwargs)
@@ -54,6 +55,7 @@ def features_of(
             backbone(*args, **kwargs)
         except (RuntimeError, IndexError) as error:
             raise _in_words(tuned, inside, error) from error
+    mask = taps.mask
     check_square(taps, sites)
     check_widths(taps, sites)
     trained = any(p.requires_grad for at_site in inside.values() for _, tuner in at_site for p in tuner.parameters())
