@@ -182,6 +182,14 @@ def test_sprite_labels_are_vtabs_bins(kind: str, values: int) -> None:
     assert not set(task.train.names) & set(task.test.names)
 
 
+def test_a_sprite_of_a_larger_scale_is_larger() -> None:
+    task = load_task("sprites:scale", train_size=300, test_size=10)
+    assert list(task.classes) == [f"{i} of 6" for i in range(6)]
+    white = [np.asarray(task.train.item(i)).sum() for i in range(300)]
+    by_class = [np.mean([w for w, label in zip(white, task.train.labels, strict=True) if label == c]) for c in range(6)]
+    assert (np.diff(by_class) > 0).all()
+
+
 def test_sprites_are_where_and_how_the_label_says() -> None:
     def middle(image: Image.Image) -> tuple[float, float]:
         mass = np.asarray(image)[..., 0].astype(float)

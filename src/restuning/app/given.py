@@ -17,7 +17,7 @@ from restuning.errors import DataError, RestuningError
 from restuning.utils.reading import open_regular
 
 READ = SUFFIXES | {TEXT}
-UNZIPPED = (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+UNZIPPED = (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 """What a damaged or locked zip raises."""
 MOST_BYTES = 64 * 2**20
 """Of one item that is added."""

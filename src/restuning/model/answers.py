@@ -59,7 +59,7 @@ def _ranked(values: Tensor, kind: str, top: int) -> tuple[list[Any], list[Any]]:
     values = values.float()
     best = values.topk(min(top, values.shape[-1])).indices  # of logits: of probabilities, small ones are all zero
     p = values.sigmoid() if kind == "multi-label" else values.softmax(-1)
-    return best.tolist(), p.gather(-1, best).double().round(decimals=6).tolist()
+    return best.tolist(), p.gather(-1, best).cpu().double().round(decimals=6).tolist()
 
 
 def _other(values: Tensor, rows: Sequence[int], config: AdapterConfig, words: Words) -> Iterator[dict[str, Any]]:

@@ -69,7 +69,8 @@ class Stack:
 
     @classmethod
     def joined(cls, parts: "Sequence[tuple[Stack, Sequence[int]]]") -> "Stack":
-        """Some modules of several stacks of one kind that hold nothing in common, as one stack to call; a copy."""
+        """Some modules of several stacks of one kind that hold nothing in common, as one stack that is called and
+        nothing else: its tensors are copies."""
         made = copy.copy(parts[0][0])
         picked = [(stack.tensors, torch.tensor(which)) for stack, which in parts]
         made.tensors = {
