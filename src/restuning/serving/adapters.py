@@ -1,6 +1,5 @@
 """The adapters that are served: a snapshot that requests read, and the changes that replace it whole."""
 
-import gc
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,8 +40,9 @@ class Adapters:
     backbone.
     """
 
-    def __init__(self, settings: ServeSettings, device: torch.device) -> None:
-        self.settings, self._lock = settings, Lock()
+    def __init__(self, settings: ServeSettings, device: torch.device, added: Callable[[], None] = lambda: None) -> None:
+        """added: called whenever an adapter has been."""
+        self.settings, self._lock, self._added = settings, Lock(), added
         self._tokenizers: dict[tuple[Tokenise, bool], Any] = {}
         self._readings: dict[Reading, Reading] = {}  # equal ones are one object
         self._stamps: dict[str, Any] = {}  # of what `scan` has seen: name → files, sizes and times
@@ -183,8 +183,7 @@ class Adapters:
         if not torch.isfinite(trial).all():
             raise CheckpointError(f"{folder}: its output is no number")
         self.current = Snapshot(predictor, {**now.readings, name: how})
-        gc.collect()  # of what came since the last one
-        gc.freeze()  # it stays: looking through a thousand for garbage would halt all answers
+        self._added()
 
     def _fits(self, how: Reading) -> None:
         if isinstance(how, Preprocess):

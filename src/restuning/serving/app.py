@@ -2,7 +2,6 @@
 
 import asyncio
 import base64
-import gc
 import json
 import struct
 from collections.abc import Awaitable, Sequence
@@ -77,8 +76,6 @@ class Server:
                 now.predictor.predict(repeated(example, count), names)
             if self.decoders is not None:
                 self.decoders.pixels(_PIXEL, how)
-        gc.collect()
-        gc.freeze()  # what there is now stays: looking through it for garbage halts all answers
 
     async def watch(self) -> None:
         """Have what comes and goes in the folder of adapters served, as long as the server runs."""
