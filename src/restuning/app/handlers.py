@@ -259,6 +259,13 @@ class Handlers:
         except REFUSED as error:
             return views.refusal(error), False
 
+    def epochs_inside(self, name: str) -> int:
+        """Of the project's last run inside the backbone; 0: there was none."""
+        try:
+            return self._inside.setdefault(name, Inside(self.home.bench(name))).tuning().epochs if name else 0
+        except REFUSED:
+            return 0
+
     def packed(self, name: str) -> tuple[str | None, str]:
         """The adapter's folder as a zip to take away: (its path, a line)."""
         try:

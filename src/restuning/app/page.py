@@ -163,13 +163,14 @@ def build(home: Home, local: bool = True) -> Any:
         above_and_below = [matrix, drawn, looked, look_view, changed]
         everything = [summary, checks, pictures, scores, looked, taken]
         tuned = [inside_told, ticking]
+        all_tuned = [*tuned, inside_epochs]
 
         def load(request: gr.Request) -> tuple[Any, ...]:
             names = home.names()
             asked = request.query_params.get("project", "")
             name = asked if asked in names else (names[0] if names and not asked else "")
             shown = (gr.Dropdown(choices=names, value=name or None), on.backbone(name))
-            return (*shown, *read_by(name), gr.Button(visible=bool(name)), *tuning(name), *on.opened(name))
+            return (*shown, *read_by(name), gr.Button(visible=bool(name)), *last_tuned(name), *on.opened(name))
 
         def read_by(name: str) -> tuple[Any, Any]:
             """What is tried: a picture or a text."""
@@ -180,13 +181,18 @@ def build(home: Home, local: bool = True) -> Any:
             told, running = on.inside(name, act, epochs) if name else ("", False)
             return told, gr.Timer(active=running)
 
+        def last_tuned(name: str) -> tuple[Any, ...]:
+            """With the epochs of the project's last run, so that Start goes on with it."""
+            epochs = on.epochs_inside(name) or 20
+            return *tuning(name, epochs), epochs
+
         def opened(name: str) -> tuple[Any, ...]:
             return (
                 *on.opened(name),
                 on.backbone(name),
                 *read_by(name),
                 gr.Button(visible=bool(name)),
-                *tuning(name),
+                *last_tuned(name),
                 "",
                 "",
                 "",
@@ -253,10 +259,10 @@ def build(home: Home, local: bool = True) -> Any:
             except REFUSED as error:
                 return views.refusal(error)
 
-        blocks.load(load, None, [project, backbone, image, text, second, *tuned, *everything])
+        blocks.load(load, None, [project, backbone, image, text, second, *all_tuned, *everything])
         project.change(
             opened, project,
-            [*everything, backbone, image, text, second, *tuned, told, took, progress, answered, pictures_view,
+            [*everything, backbone, image, text, second, *all_tuned, told, took, progress, answered, pictures_view,
              look_view, what],
         )  # fmt: skip
         project.change(None, project, None, js=ADDRESS)
@@ -279,7 +285,7 @@ def build(home: Home, local: bool = True) -> Any:
         stop.click(on.cancel, project, None, queue=False)
         scores.click(use, project, [progress, summary, scores, looked, taken])
         running.then(tuning, [project, inside_epochs], tuned)
-        inside_epochs.change(tuning, [project, inside_epochs], tuned)
+        inside_epochs.input(tuning, [project, inside_epochs], tuned)
         ticking.tick(tuning, [project, inside_epochs], tuned)
         for part, act in ((inside_go, "start"), (inside_stop, "stop")):
             part.click(partial(tuning, act=act), [project, inside_epochs], tuned)
