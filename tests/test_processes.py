@@ -1,7 +1,12 @@
 """`restuning train` in two processes is the run of one."""
 
 import json
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +16,21 @@ from two import in_two
 from restuning.cli.main import main
 
 DATA = ["--data", "digits", "--train-size", "45", "--test-size", "40", "--quiet", "--batch-size", "8", "--epochs", "2"]
+RATES = ["--lr", "0.01", "0.001"]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dict[str, Any], Path]]:
+    """Of a method: (what a run of one process prints, its folder)."""
+
+    @cache
+    def run(method: str) -> tuple[dict[str, Any], Path]:
+        out, printed = tmp_path_factory.mktemp(method) / "one", StringIO()
+        with redirect_stdout(printed):
+            assert main(["train", *DATA, "--method", method, *RATES, "--json", "--out", str(out)]) == 0
+        return json.loads(printed.getvalue()), out
+
+    return run
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
@@ -18,19 +38,18 @@ DATA = ["--data", "digits", "--train-size", "45", "--test-size", "40", "--quiet"
     ("method", "more"), [("bypass", ()), ("res-tuning", ()), ("bypass", ("--shard",)), ("res-tuning", ("--shard",))]
 )
 def test_two_processes_give_the_run_of_one(
-    method: str, more: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    method: str, more: tuple[str, ...], tmp_path: Path, alone: Callable[[str], tuple[dict[str, Any], Path]]
 ) -> None:
-    argv = ["train", *DATA, "--method", method, "--lr", "0.01", "0.001", "--json", "--out"]
-    said = in_two("-m", "restuning.cli", *argv, str(tmp_path / "two"), *more)
+    argv = ["train", *DATA, "--method", method, *RATES, "--json", "--out", str(tmp_path / "two"), *more]
+    said = in_two("-m", "restuning.cli", *argv)
     assert said[1] == "", "the first one speaks"
-    assert main([*argv, str(tmp_path / "one")]) == 0
-    one, two = json.loads(capsys.readouterr().out), json.loads(said[0])
+    (one, of_one), two = alone(method), json.loads(said[0])
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["lr"] == one["lr"] and two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=2.6)  # one image
     assert [e["loss"] for e in two["epochs"]] == pytest.approx([e["loss"] for e in one["epochs"]], rel=1e-4)
-    a, b = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    a, b = (load_file(folder / "adapter_model.safetensors") for folder in (of_one, tmp_path / "two"))
     assert a.keys() == b.keys() and all((a[k] - b[k]).abs().max() < 1e-4 for k in a)
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in of_one.iterdir())
 
 
 def test_one_process_shares_with_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
