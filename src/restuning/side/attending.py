@@ -13,13 +13,13 @@ def attend(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None = Non
 
     seen: (b, …, 1, n), which tokens are attended to; None: all.
     """
-    kind = rows.device.type
+    kind, same = rows.device.type, values is keys
     if torch.is_autocast_enabled(kind) and rows.dtype is not torch.float64:  # as it casts a matrix product
         dtype = torch.get_autocast_dtype(kind)
         rows, keys, values = (tensor.to(dtype) for tensor in (rows, keys, values))
     else:
         keys, values = keys.to(rows.dtype), values.to(rows.dtype)
-    out: Tensor = _Attend.apply(rows, keys, values, seen)  # type: ignore[no-untyped-call]
+    out: Tensor = _Attend.apply(rows, keys, None if same else values, seen)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -31,9 +31,11 @@ def _weights(rows: Tensor, keys: Tensor, seen: Tensor | None) -> Tensor:
 
 
 class _Attend(torch.autograd.Function):
+    """values: None where they are the keys, for torch 2.14 traces no call that is given one tensor twice."""
+
     @staticmethod
-    def forward(rows: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None) -> Tensor:
-        return _weights(rows, keys, seen) @ values
+    def forward(rows: Tensor, keys: Tensor, values: Tensor | None, seen: Tensor | None) -> Tensor:
+        return _weights(rows, keys, seen) @ (keys if values is None else values)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -43,10 +45,13 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         rows, keys, values, seen = ctx.saved_tensors
         weights = _weights(rows, keys, seen)
+        same, values = values is None, keys if values is None else values
         back = grad @ values.mT
         back = weights * (back - (weights * back).sum(-1, keepdim=True))
         to_keys = back.mT @ rows if ctx.needs_input_grad[1] else None
-        to_values = weights.mT @ grad if ctx.needs_input_grad[2] else None
+        to_values = weights.mT @ grad if ctx.needs_input_grad[1 if same else 2] else None
+        if same and to_keys is not None:
+            to_keys, to_values = to_keys + to_values, None
         return back @ keys, to_keys, to_values, None
 
     @staticmethod
