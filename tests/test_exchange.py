@@ -11,18 +11,14 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from tiny import TEXT, TINY
+from tiny import TEXT, TINY, Q, V
 from torch import Tensor, nn
 
 import restuning as rt
 from restuning.errors import CheckpointError, MethodError
 
-_HF_VIT = {name.rsplit(".", 1)[-1] for name, _ in TINY["hf-vit"].backbone().named_modules()}
-OLD = "q_proj" not in _HF_VIT
-"""transformers below 5 has other names in its ViT."""
-Q, V, LAYERS, ATTENTION = (
-    ("query", "value", "layer", "attention.attention") if OLD else ("q_proj", "v_proj", "layers", "attention")
-)
+OLD = Q == "query"
+LAYERS, ATTENTION = ("layer", "attention.attention") if OLD else ("layers", "attention")
 TARGETS = {"timm-vit": ["qkv"], "hf-vit": [Q, V], "bert": ["query", "value", "dense"]}
 
 

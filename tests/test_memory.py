@@ -11,7 +11,7 @@ import torch
 from helpers import COMPILES
 from test_denoise import inputs as unet_inputs
 from test_denoise import unet
-from tiny import HIERARCHIES, MORE, TINY, small
+from tiny import HIERARCHIES, MORE, TINY, Q, V, small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -314,7 +314,7 @@ def test_with_recomputed_blocks_and_in_one_graph(mode: str) -> None:
 def test_lora_of_peft(tmp_path: Any) -> None:
     peft = pytest.importorskip("peft")
     tiny = TINY["hf-vit"]
-    model = peft.get_peft_model(tiny.backbone(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    model = peft.get_peft_model(tiny.backbone(), peft.LoraConfig(r=2, target_modules=[Q, V]))
     for name, p in model.named_parameters():
         if "lora" in name:
             nn.init.normal_(p, std=0.1)

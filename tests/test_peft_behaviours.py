@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import MORE, TINY
+from tiny import MORE, TINY, Q
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -132,7 +132,7 @@ CASES = {
     "MultiheadAttention": _custom("mha", "qkv", None),
     "BERT": _tiny("bert", "query", ("query",)),
     "Llama": _tiny("llama", "q_proj", ("q_proj",)),
-    "ViT": _tiny("hf-vit", "q_proj", ("q_proj",)),
+    "ViT": _tiny("hf-vit", Q, (Q,)),
 }
 
 

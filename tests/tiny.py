@@ -243,6 +243,14 @@ MORE: dict[str, Tiny] = {
 """Of families that are in TINY by a near relative: for the tests of what they do not share."""
 
 
+Q, V = (
+    ("q_proj", "v_proj")
+    if any(name.endswith("q_proj") for name, _ in TINY["hf-vit"].build().named_modules())
+    else ("query", "value")
+)
+"""The ViT of transformers below 5 has other names."""
+
+
 def small(method: str, family: str = "") -> Any:
     """A named method, as a family of backbones has it, at a size for width 32 and 16 × 16 pixels."""
     if method == "lst":

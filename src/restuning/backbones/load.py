@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def load_backbone(
 def describe_backbone(name: str) -> nn.Module:
     """The same backbone on the meta device: names, shapes and counts, no weights loaded and no memory used. Beside
     those names, `roberta-base`, and `sd-v1-5`, Stable Diffusion's U-Net."""
+    if torch.__version__ < "2.12":  # torchvision loads torch's compiler, which 2.8 cannot load under another device
+        import_module("torch._dynamo")
     with torch.device("meta"):
         if name in SHAPES:
             return SHAPES[name]()

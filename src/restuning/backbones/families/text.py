@@ -8,9 +8,11 @@ from restuning.backbones.families.shared import last, zero
 
 
 def _one_stream(block: Any) -> bool:
-    """Not Gemma 3n, which has several, and not Moshi, whose maps are modules around maps."""
-    first = getattr(getattr(block, "self_attn", None), "q_proj", None)
-    return not hasattr(block, "altup") and not hasattr(first, "linear")
+    """Not Gemma 3n, which has several, nor Moshi, whose maps are modules around maps, nor DeepSeek, whose keys and
+    values are of a latent."""
+    attention = getattr(block, "self_attn", None)
+    first = getattr(attention, "q_proj", None)
+    return not (hasattr(block, "altup") or hasattr(first, "linear") or hasattr(attention, "kv_a_proj_with_mqa"))
 
 
 def _of_one_width(block: Any) -> bool:
