@@ -597,7 +597,7 @@ def test_peft_files_that_are_refused(tmp_path: Path, damage: str) -> None:
 def test_peft_tensors_that_are_refused(tmp_path: Path) -> None:
     rt.save_peft(rt.adapt(VIT.backbone(), "lora", 3), tmp_path)
     model = tmp_path / "adapter_model.safetensors"
-    whole = load_file(model)
+    whole = {name: tensor.clone() for name, tensor in load_file(model).items()}  # not mapped to what is written over
     key = next(iter(whole))
     for value in (torch.zeros(3), torch.zeros(0, 32), torch.zeros(3, 32), torch.full_like(whole[key], torch.nan)):
         save_file({**whole, key: value}, model)

@@ -268,9 +268,10 @@ def deployment_options(settings: ServeSettings) -> dict[str, Any]:
     if not settings.autoscale:
         return {**options, "num_replicas": settings.replicas}
     given: dict[str, Any] = {"min_replicas": settings.replicas}
+    known = getattr(AutoscalingConfig, "model_fields", None) or AutoscalingConfig.__fields__  # of older Rays
     for one in settings.autoscale:
         name, equals, value = one.partition("=")
-        if not equals or name not in AutoscalingConfig.model_fields:
+        if not equals or name not in known:
             raise RestuningError(f"autoscale {one!r}: expected NAME=VALUE, of Ray Serve's autoscaling_config")
         given[name] = value
     try:
