@@ -20,8 +20,8 @@ setup: .venv/demo  ## what the demo needs
 demo: setup  ## linear probing, bypass and res-tuning on small tasks: a table, a picture and the next command
 	$(PY) scripts/demo.py
 
-test: .venv/ready browser  ## a process for each core and one more, for some wait for servers and workers
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $$($(PY) -c "import os; print(os.cpu_count() + 1)") --dist worksteal
+test: .venv/ready browser  ## a process for each core
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal
 
 large: .venv/ready browser  ## the tests that take minutes: the page with 5,000 pictures of 150 classes, UMAP
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m large

@@ -465,8 +465,11 @@ def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_pat
 
 def slide(page: Page, name: str, value: int) -> None:
     """A slider's number, typed."""
-    page.locator(f"{name} input[type=number]").fill(str(value))
-    page.locator(f"{name} input[type=number]").press("Enter")
+    box = page.locator(f"{name} input[type=number]")
+    expect(box).to_be_visible()
+    page.wait_for_timeout(1500)  # where a part is unfolded, Gradio shows a slider a moment before it listens to it
+    box.fill(str(value))
+    box.press("Enter")
 
 
 def test_tuning_inside_runs_in_the_background_and_shows_how_far_it_is(page: Page, app: Served, tmp_path: Path) -> None:
