@@ -25,10 +25,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[dic
 
     @cache
     def run(method: str) -> tuple[dict[str, Any], Path]:
-        out, printed = tmp_path_factory.mktemp(method) / "one", StringIO()
-        with redirect_stdout(printed):
+        out, stdout = tmp_path_factory.mktemp(method) / "one", StringIO()
+        with redirect_stdout(stdout):
             assert main(["train", *DATA, "--method", method, *RATES, "--json", "--out", str(out)]) == 0
-        return json.loads(printed.getvalue()), out
+        return json.loads(stdout.getvalue()), out
 
     return run
 
@@ -41,9 +41,9 @@ def test_two_processes_give_the_run_of_one(
     method: str, more: tuple[str, ...], tmp_path: Path, alone: Callable[[str], tuple[dict[str, Any], Path]]
 ) -> None:
     argv = ["train", *DATA, "--method", method, *RATES, "--json", "--out", str(tmp_path / "two"), *more]
-    said = in_two("-m", "restuning.cli", *argv)
-    assert said[1] == "", "the first one speaks"
-    (one, of_one), two = alone(method), json.loads(said[0])
+    printed = in_two("-m", "restuning.cli", *argv)
+    assert printed[1] == "", "the first process alone prints"
+    (one, of_one), two = alone(method), json.loads(printed[0])
     assert (one["processes"], two["processes"]) == (1, 2)
     assert two["lr"] == one["lr"] and two["test_accuracy"] == pytest.approx(one["test_accuracy"], abs=2.6)  # one image
     assert [e["loss"] for e in two["epochs"]] == pytest.approx([e["loss"] for e in one["epochs"]], rel=1e-4)

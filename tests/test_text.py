@@ -591,13 +591,13 @@ def sample(kind: str) -> tuple[Tensor, Tensor]:
 
 def test_metrics_are_scikit_learns() -> None:
     logits, labels = sample("single-label")
-    found, wanted, said = dict(objective().metrics(logits, labels)), labels.numpy(), logits.argmax(1).numpy()
-    assert found["accuracy"] == pytest.approx(100 * sklearn.metrics.accuracy_score(wanted, said))
-    assert found["f1"] == pytest.approx(100 * sklearn.metrics.f1_score(wanted, said, average="macro"))
+    found, wanted, predicted = dict(objective().metrics(logits, labels)), labels.numpy(), logits.argmax(1).numpy()
+    assert found["accuracy"] == pytest.approx(100 * sklearn.metrics.accuracy_score(wanted, predicted))
+    assert found["f1"] == pytest.approx(100 * sklearn.metrics.f1_score(wanted, predicted, average="macro"))
     each = objective().each(logits, labels)
     for name, score in (("precision", sklearn.metrics.precision_score), ("recall", sklearn.metrics.recall_score)):
-        assert each[name].tolist() == pytest.approx((100 * score(wanted, said, average=None)).tolist(), abs=1e-3)
-    assert confusion(logits, labels).tolist() == sklearn.metrics.confusion_matrix(wanted, said).tolist()
+        assert each[name].tolist() == pytest.approx((100 * score(wanted, predicted, average=None)).tolist(), abs=1e-3)
+    assert confusion(logits, labels).tolist() == sklearn.metrics.confusion_matrix(wanted, predicted).tolist()
     logits, labels = sample("multi-label")
     found, there, p = dict(objective("multi-label").metrics(logits, labels)), labels.numpy(), logits.sigmoid().numpy()
     assert found["map"] == pytest.approx(100 * sklearn.metrics.average_precision_score(there, p), abs=1e-3)

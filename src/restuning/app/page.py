@@ -177,13 +177,13 @@ def build(home: Home, local: bool = True) -> Any:
             texts = on.kind(name) == "texts"
             return gr.Image(visible=not texts), gr.Textbox(visible=texts)
 
-        def tuning(name: str, epochs: float = 20, act: str = "") -> tuple[Any, Any]:
+        def tuning(name: str, epochs: float, act: str = "") -> tuple[Any, Any]:
             told, running = on.inside(name, act, epochs) if name else ("", False)
             return told, gr.Timer(active=running)
 
         def last_tuned(name: str) -> tuple[Any, ...]:
             """With the epochs of the project's last run, so that Start goes on with it."""
-            epochs = on.epochs_inside(name) or 20
+            epochs = on.epochs_inside(name) or inside_epochs.value
             return *tuning(name, epochs), epochs
 
         def opened(name: str) -> tuple[Any, ...]:

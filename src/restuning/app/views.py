@@ -223,7 +223,11 @@ def inside(run: Inside, tuning: Tuning, cost: float | None, epochs: int) -> str:
         left = "" if tuning.left is None else f", {_time(tuning.left)} left"
         text = f"Tuning inside the backbone: {done} of {tuning.epochs} epochs{left}" if done else "It starts …"
     elif tuning.state == "stopped":
-        then = "it goes on from there if nothing has changed" if epochs == tuning.epochs else f"{epochs} begin anew"
+        then = (
+            "it goes on from there if nothing has changed"
+            if epochs == tuning.epochs
+            else f"Start begins again, with {epochs} epochs"
+        )
         text = f"Stopped after {done} of {tuning.epochs} epochs; {then}."
     elif tuning.state == "failed":
         text = f"Failed: {tuning.last}"

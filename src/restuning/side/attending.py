@@ -31,7 +31,7 @@ def _weights(rows: Tensor, keys: Tensor, seen: Tensor | None) -> Tensor:
 
 
 class _Attend(torch.autograd.Function):
-    """values: None where they are the keys, for torch 2.14 traces no call that is given one tensor twice."""
+    """values: None where they are the keys: torch.compile of 2.14 refuses the same tensor as two arguments."""
 
     @staticmethod
     def forward(rows: Tensor, keys: Tensor, values: Tensor | None, seen: Tensor | None) -> Tensor:
