@@ -11,7 +11,7 @@ from restuning.errors import MethodError
 from restuning.features.bank.window import Window
 from restuning.model.stack import Stack
 from restuning.side.features import Features
-from restuning.training.config import TrainConfig, data_order, learning_rate
+from restuning.training.config import TrainConfig, data_order, groups_of, learning_rate
 
 
 @dataclass(frozen=True)
@@ -117,18 +117,12 @@ class _AdamW:
     def __init__(self, tensors: dict[str, Tensor], configs: Sequence[TrainConfig]) -> None:
         alike = len({replace(config, seed=0) for config in configs}) == 1
         self.parts: list[int | slice] = [slice(None)] if alike else list(range(len(configs)))
-        self.slices = [[t.detach()[part] for t in tensors.values()] for part in self.parts]
+        named = [{name: t.detach()[part] for name, t in tensors.items()} for part in self.parts]
+        self.slices = [list(slices.values()) for slices in named]
         matrix = 2 + alike  # dimensions, with the stack's own
         self.optimizers = [
-            torch.optim.AdamW(
-                [
-                    # matrices alone decay, as in restuning.training.config
-                    {"params": [t for t in slices if t.ndim >= matrix], "weight_decay": config.weight_decay},
-                    {"params": [t for t in slices if t.ndim < matrix], "weight_decay": 0.0},
-                ],
-                fused=True,
-            )
-            for slices, config in zip(self.slices, configs, strict=False)
+            torch.optim.AdamW(groups_of(slices, config.weight_decay, config.head_factor, matrix), fused=True)
+            for slices, config in zip(named, configs, strict=False)
         ]
 
     def step(self, grads: Sequence[Tensor], lrs: Sequence[float]) -> None:
@@ -140,7 +134,7 @@ class _AdamW:
                 for t, g in zip(slices, grads, strict=True):
                     t.grad = g[part]
                 for group in optimizer.param_groups:
-                    group["lr"] = lr
+                    group["lr"] = lr * group["factor"]
                 optimizer.step()
 
 

@@ -79,6 +79,7 @@ class Job:
     targets: Mapping[str, str]
     images: tuple[int, int]
     label_smoothing: float = 0.0
+    head_factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -195,7 +196,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
         seeds=job.seeds,
         pool=job.pool,
         shots=job.shots,
-        training=TrainConfig(label_smoothing=job.label_smoothing),
+        training=TrainConfig(label_smoothing=job.label_smoothing, head_factor=job.head_factor),
     )
     found, peak = _measured(partial(sweep, settings, folder / "sweep", resume=True))
     saved = {}
@@ -239,7 +240,12 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                 augment=job.augment,
                 shots=job.shots,
                 lrs=job.lrs,
-                training=TrainConfig(epochs=max(job.epochs), seed=seed, label_smoothing=job.label_smoothing),
+                training=TrainConfig(
+                    epochs=max(job.epochs),
+                    seed=seed,
+                    label_smoothing=job.label_smoothing,
+                    head_factor=job.head_factor,
+                ),
             )
             if (folder / RESULT).exists():
                 result, peak = read_json(folder / RESULT), None

@@ -2,12 +2,12 @@
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from restuning.errors import RestuningError
 from restuning.utils.options import Option
@@ -24,7 +24,8 @@ class TrainConfig:
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
     With `patience`, training stops after so many epochs without a better validation score, and the best state
-    stands. label_smoothing: the share of every label that all classes have.
+    stands. head_factor: the head's learning rate in multiples of `lr`, which is the tuners' and the side path's then.
+    label_smoothing: the share of every label that all classes have.
     consistency: λ, of the squared difference of two draws' logits, where what tuners and side paths add is multiplied
     by N(1, σ²), σ falling with depth from `consistency_noise` (see `restuning.training.consistency`); 0: no such draws.
     ema: of the weights, a mean that decays so much a step, which stands at the end.
@@ -32,6 +33,7 @@ class TrainConfig:
 
     epochs: Annotated[int, Option()] = 50
     lr: Annotated[float, Option("learning rate")] = 1e-3
+    head_factor: Annotated[float, Option("the head's learning rate, in multiples of lr", metavar="FACTOR")] = 1.0
     weight_decay: Annotated[float, Option("never on scales, gates, biases, norms")] = 0.05
     batch_size: Annotated[int, Option("examples, over all processes")] = 32
     warmup_epochs: Annotated[float, Option("at most a fifth of all")] = 10
@@ -90,13 +92,27 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float, schedule: s
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained: matrices with weight decay; α, λ, scales, biases and norms without."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+def parameter_groups(model: nn.Module, weight_decay: float, head_factor: float = 1.0) -> list[dict[str, Any]]:
+    """What is trained, as `groups_of` parts it. Raises RestuningError where nothing is."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RestuningError("nothing to train: no parameter of the model has requires_grad")
-    groups = [([p for p in trained if p.ndim >= 2], weight_decay), ([p for p in trained if p.ndim < 2], 0.0)]
-    return [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
+    return groups_of(trained, weight_decay, head_factor)
+
+
+def groups_of(
+    tensors: Mapping[str, Tensor], weight_decay: float, head_factor: float, matrix: int = 2
+) -> list[dict[str, Any]]:
+    """An optimizer's groups: matrices with weight decay; α, λ, scales, biases and norms without. factor: by which `lr`
+    is multiplied, head_factor where a part of the name is `head`. matrix: the dimensions of one."""
+    groups: dict[tuple[bool, float], list[Tensor]] = {}
+    for name, tensor in tensors.items():
+        factor = head_factor if "head" in name.split(".") else 1.0
+        groups.setdefault((tensor.ndim < matrix, factor), []).append(tensor)
+    return [
+        {"params": groups[bare, factor], "weight_decay": 0.0 if bare else weight_decay, "factor": factor}
+        for bare, factor in sorted(groups)
+    ]
 
 
 def seed_of(*place: int) -> int:

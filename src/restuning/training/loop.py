@@ -158,7 +158,7 @@ class _Run:
             accelerator.unscale_gradients(self.optimizer)
             nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], self.config.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("factor", 1.0)  # none in a state of an older version
         self.optimizer.step()
         if self.config.ema is not None:
             self._average()
@@ -297,7 +297,7 @@ def fit(
         raise RestuningError(f"patience is {config.patience}, and there is no validation set to be patient about")
     if config.group_by_length and not isinstance(train, HasLengths):
         raise RestuningError("group_by_length is for texts, and these examples have no length")
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.head_factor)
     objective = objective or objective_of(smoothing=config.label_smoothing)
     with accelerated(config.precision, accelerator) as accelerator:
         for name, dataset in (("train", train), ("val", val)):

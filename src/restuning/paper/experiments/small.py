@@ -111,9 +111,35 @@ def _mixers(*lrs: float) -> tuple[Row, ...]:
 _NEIGHBOURS = tuple(
     Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("last", "losa", "mist", "unipt", "sherl", "vqt")
 )
+_MIXES: dict[str, Any] = {
+    "res-tuning with SSF": {"kind": "residual", "tuners": {**_DUAL, "affine": {"tuner": "ssf"}}},
+    "Res-Prefix on MHA, Res-Adapter on FFN": residual(mha="prefix", ffn="adapter"),
+    "Res-Adapters on MHA, FFN and Block": "res-tuning-tri",
+    "res-tuning, no channel scale": {"kind": "residual", "tuners": {op: {"tuner": "adapter"} for op in ("mha", "ffn")}},
+    "res-tuning, Xavier": {
+        "kind": "residual",
+        "tuners": {op: {**tuner, "init": "xavier"} for op, tuner in _DUAL.items()},
+    },
+    "res-tuning, width 32": {"kind": "residual", "tuners": {op: {**t, "width": 32} for op, t in _DUAL.items()}},
+}
+_TWO, _THREE_RATES = (0.005, 0.002), (0.01, 0.005, 0.002)
 _INSIDE = (
-    Row("dtl, head on the mean", "dtl", {}, lrs=(0.005,), epochs=(20,), seeds=(0,), pool="mean"),
-    *(Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("ssf", "res-tuning")),
+    *(Row(name, name, {}, lrs=_THREE_RATES, epochs=(20,)) for name in ("ssf", "res-tuning", "lora")),
+    Row("full", "full", {}, lrs=(0.0005, 0.0002), epochs=(20,)),
+    *(Row(name, method, {}, lrs=_THREE_RATES, epochs=(20,)) for name, method in _MIXES.items()),
+    *(
+        Row(
+            f"res-tuning, the head's rate {factor:g} of it",
+            "res-tuning",
+            {},
+            lrs=_TWO,
+            epochs=(20,),
+            head_factor=factor,
+        )
+        for factor in (0.2, 5.0)
+    ),
+    *(Row(f"{name}, 60 epochs", name, {}, lrs=_TWO, epochs=(60,)) for name in ("ssf", "res-tuning")),
+    Row("dtl, head on the mean", "dtl", {}, lrs=_TWO, epochs=(20,), pool="mean"),
 )
 """Inside the backbone, with the care of the paths beside it."""
 
@@ -154,7 +180,7 @@ EXPERIMENTS = (
         "small-side",
         "The small edition: side paths that mix tokens, six tasks, 224 pixels",
         COLUMNS,
-        (*_PROBES, *_mixers(0.003)),
+        (*_PROBES, *_mixers(0.003), *_INSIDE[:5]),
         TASKS,
         **_TI,
         **_CARE,
