@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import adapt, compiles, shake
-from test_memory import MODES
 from test_predictor import many
 from test_stack import CONFIG, METHODS, born, features
-from test_unbind import CASES, call_and_pieces, gradients, joint
+from test_unbind import CASES, call_and_pieces, joint
 from tiny import REFUSED, TINY, small
 from torch import Tensor
 
@@ -24,7 +23,20 @@ from restuning.model.stack import Stack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 FAMILIES = ("timm-vit", "hf-clip", "bert", "gemma3", "timm-convnext", "timm-resnet", "timm-swin")
+MODES = ("shared", "compact", "recompute")
 WIDER = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+
+
+@pytest.fixture(autouse=True)
+def _whole_mantissas(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convolutions in TF32, torch's default, are rounded to ten bits."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def gradients(out: Tensor, inputs: list[Tensor]) -> dict[str, Tensor]:
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out).to(out)
+    grads = torch.autograd.grad(out, inputs, weight)
+    return {"output": out.detach(), **{str(i): g for i, g in enumerate(grads)}}
 
 
 def on_gpu(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -35,8 +47,8 @@ def forward_and_gradients(tuned: rt.Tuned, inputs: dict[str, Tensor]) -> dict[st
     tuned.zero_grad()
     logits = tuned(**inputs)
     logits.square().mean().backward()
-    grads = {name: p.grad.cpu() for name, p in tuned.named_parameters() if p.grad is not None}
-    return {"logits": logits.detach().cpu(), **grads}
+    grads = {name: p.grad.clone().cpu() for name, p in tuned.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach().clone().cpu(), **grads}
 
 
 def close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-3) -> None:
