@@ -115,7 +115,7 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
         method = row.method or ""
         grid = -2 if reads_every(method) else -1 if reads_all(method) else grid_of(find_method(method)) or 0
         groups.setdefault(
-            (row.lrs, row.epochs, row.seeds, row.backbone, row.weights, row.head_factor, grid), []
+            (row.lrs, row.epochs, row.seeds, row.backbone, row.weights, row.image_size, row.head_factor, grid), []
         ).append(row)
     for key in [key for key in groups if key[-1] == 0]:
         finer = [other for other in groups if other[:-1] == key[:-1] and other[-1] > 1]
@@ -142,7 +142,7 @@ def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Set
         weights=weights.replace("{root}", settings.data_root)
         if weights and (settings.weights or not settings.backbone)
         else None,
-        image_size=settings.image_size or experiment.image_size,
+        image_size=settings.image_size or first.image_size or experiment.image_size,
         pool=first.pool or experiment.pool,
         crop=experiment.crop,
         augment=experiment.augment,

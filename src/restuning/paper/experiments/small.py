@@ -198,6 +198,19 @@ EXPERIMENTS = (
         note="labels smoothed by 0.1; rate and length chosen on validation, what mixes tokens: its rate, of 20 epochs",
     ),
     Experiment(
+        "small-side-pixels",
+        "The small edition: what more pixels are worth to a side path, three tasks",
+        (*(task.name for task in _THREE), "All"),
+        tuple(
+            Row(f"bypass-query, {side} pixels", "bypass-query", {}, lrs=(0.003,), epochs=(20,), image_size=side)
+            for side in (96, 128, 160, 192)
+        ),
+        _THREE,
+        **_TI,
+        **_CARE,
+        note="one rate, 20 epochs, labels smoothed by 0.1; at 224 pixels: small-side",
+    ),
+    Experiment(
         "small-fewshot",
         "The small edition: few shots of Caltech-101",
         tuple(f"Caltech-101, {k}" for k in _SHOTS),
