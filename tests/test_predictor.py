@@ -119,6 +119,25 @@ def test_few_of_many_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> N
     assert all(torch.equal(fewer[task], together[task]) for task in asked)
 
 
+def test_what_paths_have_in_common_is_in_memory_once(tmp_path: Path) -> None:
+    """Of adapters of one kind, whether they were there at first or came later; what differs stays apart."""
+    tuned, inputs = many("timm-vit", ("bypass-query-shared",), (5, 7, 3)), TINY["timm-vit"].inputs(3)
+    name = "bypass-query-shared-"
+    with torch.no_grad():
+        next(tuned.adapter(f"{name}1").side.buffers()).add_(0.5)  # type: ignore[union-attr]
+    expected = rt.Predictor.of(tuned).predict(inputs)
+    tuned.save_pretrained(tmp_path, f"{name}2")
+    predictor = rt.Predictor.of(tuned, [f"{name}0", f"{name}1"]).with_adapter("later", tmp_path)
+    first, other, later = (
+        {id(b) for b in predictor.readers[task].adapter.side.buffers()}  # type: ignore[union-attr]
+        for task in (f"{name}0", f"{name}1", "later")
+    )
+    assert first == later and len(first - other) == 1
+    found = predictor.predict(inputs)
+    for task, as_before in ((f"{name}0", f"{name}0"), (f"{name}1", f"{name}1"), ("later", f"{name}2")):
+        torch.testing.assert_close(found[task], expected[as_before], rtol=1e-4, atol=2e-5)
+
+
 @contextmanager
 def switching_often() -> Iterator[None]:
     before = sys.getswitchinterval()

@@ -1,6 +1,6 @@
 """Adapters of one kind that run as one, and go on to compute the same whatever others come and go."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,6 +94,16 @@ class Prepared:
         prepared = side.prepare(features)
         self._made.append((spec, [*own.values()], prepared))
         return prepared
+
+
+def hold_in_common(adapter: AdapterModule, held: MutableMapping[Any, Tensor]) -> None:
+    """Make buffers of its side network (components, what tasks share) that equal one of `held` the same tensor, and
+    add the others to it. None of them may ever change again."""
+    for name, buffer in [] if adapter.side is None else list(adapter.side.named_buffers()):
+        key = (*buffer.shape, buffer.dtype, buffer.device, float(buffer.double().sum()))
+        if (other := held.setdefault(key, buffer)) is not buffer and torch.equal(other, buffer):
+            path, _, last = name.rpartition(".")
+            setattr(adapter.side.get_submodule(path), last, other)  # type: ignore[union-attr]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from restuning.methods.spec import Method
 from restuning.model.adapter import AdapterModule, Reader
 from restuning.model.compiled import CompiledForward
 from restuning.model.files import AdapterConfig, changes_the_base, fetch
-from restuning.model.groups import CHUNK, Group, Prepared, packed, padded_width, picked
+from restuning.model.groups import CHUNK, Group, Prepared, hold_in_common, packed, padded_width, picked
 from restuning.model.merge import require_unmerged
 from restuning.model.mixed import kind_of
 from restuning.model.stack import PerRow, Stack
@@ -60,10 +61,12 @@ class Answer:
 
 @dataclass
 class _Loader:
-    """Makes adapters from files, one at a time: a tuned model of its own, of which no snapshot is told."""
+    """Makes adapters from files, one at a time: a tuned model of its own, of which no snapshot is told. held: buffers
+    of side networks, which all that have the same ones share."""
 
     lock: Lock = field(default_factory=Lock)
     tuned: Tuned | None = None
+    held: WeakValueDictionary[Any, Tensor] = field(default_factory=WeakValueDictionary)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,6 +163,8 @@ class Predictor:
 
     def _with(self, readers: Mapping[str, Reader]) -> "Predictor":
         kinds = {name: kind_of(name, reader.adapter) for name, reader in readers.items()}
+        for reader in readers.values():
+            hold_in_common(reader.adapter, self._loader.held)
         groups, keys = list(self._groups), dict[str, list[str]]()
         for name, reader in readers.items():
             if reader.adapter.reads_features:
