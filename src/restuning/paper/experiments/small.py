@@ -123,6 +123,7 @@ _MIXES: dict[str, Any] = {
     "res-tuning, width 32": {"kind": "residual", "tuners": {op: {**t, "width": 32} for op, t in _DUAL.items()}},
 }
 _TWO, _THREE_RATES = (0.005, 0.002), (0.01, 0.005, 0.002)
+_SAME_RATES = Row("bypass-query, at the rates of those inside", "bypass-query", {}, lrs=_THREE_RATES, epochs=(20,))
 _INSIDE = (
     *(Row(name, name, {}, lrs=_THREE_RATES, epochs=(20,)) for name in ("ssf", "res-tuning", "lora")),
     Row("full", "full", {}, lrs=(0.0005, 0.0002), epochs=(20,)),
@@ -190,7 +191,7 @@ EXPERIMENTS = (
         "small-side-96",
         "The small edition: side paths that mix tokens, three tasks, 96 pixels",
         (*(task.name for task in _THREE), "All"),
-        (*_PROBES, *_mixers(0.005, 0.002), *_NEIGHBOURS, *_INSIDE),
+        (*_PROBES, *_mixers(0.005, 0.002), _SAME_RATES, *_NEIGHBOURS, *_INSIDE),
         _THREE,
         **_TI,
         **_CARE,
