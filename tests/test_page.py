@@ -17,12 +17,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import blake2b
+from importlib.metadata import version
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from packaging.version import Version
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
@@ -131,12 +133,12 @@ def photos(file: Path) -> tuple[bytes, str]:
     return found["SeaLake" if tar.exists() else sorted(found)[0]][15], suffix
 
 
-def colours(folder: Path, names: tuple[str, ...] = ("amber", "blue")) -> Path:
+def colours(folder: Path, names: tuple[str, ...] = ("amber", "blue"), each: int = 8) -> Path:
     """A folder of two classes that anything can tell apart."""
     generator = np.random.default_rng(0)
     for k, name in enumerate(names):
         (folder / name).mkdir(parents=True)
-        for i in range(8):
+        for i in range(each):
             pixels = np.array([(230, 150, 30), (40, 60, 210)][k]) + generator.integers(-30, 30, (32, 32, 3))
             Image.fromarray(pixels.clip(0, 255).astype("uint8")).save(folder / name / f"{i}.png")
     return folder
@@ -441,7 +443,7 @@ def test_the_camera_and_the_clipboard_are_answered(page: Page, app: Served, tmp_
 
 
 def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_path: Path) -> None:
-    make(page, app.url, "curve", colours(tmp_path / "given"))
+    make(page, app.url, "curve", colours(tmp_path / "given", each=48))  # a training long enough to be stopped
     tab(page, "Train")
     page.get_by_role("button", name="Settings").click()
     slide(page, "#epochs", 100)
@@ -452,6 +454,8 @@ def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_pat
     page.evaluate(seen)
     page.locator("#go").click()
     expect(page.locator("#progress")).to_contain_text("Trained")
+    told = page.evaluate("window.seen")
+    assert told and all(re.search(r"Training [\w-]+: step \d+ of [1-9]00", text) for text in told), told[:3]
     page.evaluate("window.seen = []")
     page.locator("#go").click()
     page.wait_for_function("window.seen.length")
@@ -459,8 +463,6 @@ def test_a_curve_is_live_and_sliders_are_obeyed(page: Page, app: Served, tmp_pat
     expect(page.locator("#progress")).to_contain_text("Cancelled")
     page.locator("#go").click()
     expect(page.locator("#progress")).to_contain_text("Trained")
-    told = page.evaluate("window.seen")
-    assert told and all(re.search(r"Training [\w-]+: step \d+ of 100", text) for text in told), told[:3]
 
 
 def slide(page: Page, name: str, value: int) -> None:
@@ -522,6 +524,8 @@ def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: 
     make(page, app.url, "narrow", colours(tmp_path / "given"))
     train(page)
     wrong: dict[tuple[str, int, str], object] = {}
+    # of Gradio before 6.21: its own button for the tabs that find no room
+    unnamed = [".overflow-menu > button"] if Version(version("gradio")) < Version("6.21") else None
     for scheme, width in (("light", 1400), ("light", 400), ("dark", 1400)):
         page.set_viewport_size({"width": width, "height": 900})
         if scheme == "dark":
@@ -532,8 +536,9 @@ def test_a_screen_reader_and_a_narrow_screen_can_use_every_tab(page: Page, app: 
             _reach(page, name)
             page.wait_for_timeout(500)  # animations end
             for found in Axe().run(page).response["violations"]:
-                if found["impact"] in ("serious", "critical"):
-                    wrong[scheme, width, name] = found["id"], [node["html"][:160] for node in found["nodes"][:4]]
+                nodes = [node["html"][:160] for node in found["nodes"] if node["target"] != unnamed]
+                if found["impact"] in ("serious", "critical") and nodes:
+                    wrong[scheme, width, name] = found["id"], nodes[:4]
             if (wide := page.evaluate("document.scrollingElement.scrollWidth")) > width:
                 wrong[scheme, width, f"{name}, too wide"] = wide
     assert not wrong, wrong

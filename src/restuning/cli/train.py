@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
+
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import say
 from restuning.errors import RestuningError
@@ -16,6 +18,8 @@ from restuning.training.config import TrainConfig
 from restuning.utils.distributed import is_main_process
 from restuning.utils.options import DATA, Json, Option, Quiet
 
+WITHOUT_GPU = "bypass-query"
+"""Where no method is named: it runs the backbone once, forwards, whatever the epochs and rates."""
 EXAMPLE = "restuning train --data folder:photos --method res-tuning --lr 0.005 0.001 --out runs/photos"
 
 
@@ -48,6 +52,8 @@ def run(args: argparse.Namespace) -> None:
     elif "data" not in settings:
         raise RestuningError(f"--data is missing: expected {DATA}, or --bank")
     else:
+        if not torch.cuda.is_available() and not settings.keys() & {"blocks", "size"}:
+            settings = {"method": WITHOUT_GPU, **settings}
         run = Run(**settings, training=filled(TrainConfig, args))
     result = execute(
         run,

@@ -125,7 +125,10 @@ def _pool(spec: Method, head: Head, own: str) -> str | None:
     """The pooling that is meant. Raises MethodError for one that a kind of task or a method cannot have."""
     if reads_all_tokens(spec) and (head.kind == "per-token" or head.pool not in (None, own)):
         what = "labels per token" if head.kind == "per-token" else f"pool={head.pool!r}"
-        raise MethodError(f"{what}: this method reads every layer in a way of its own, one vector for each example")
+        raise MethodError(
+            f"{what}: this method reads every layer in a way of its own, one vector for each example; res-tuning "
+            "has one for each token"
+        )
     if head.kind != "per-token":
         return head.pool
     if grid_of(spec) is not None or head.pool not in (None, "none"):

@@ -112,11 +112,11 @@ class AdapterCollection(nn.Module):
                 have.
             SiteError: an operation that is not there.
         """
-        self._choice.changed()
         head = Head.of(num_classes, kind, pool, classes)
         adapter, reader = build_adapter(self, name, method, head, preprocessing, autocast_adapter_dtype)
-        self.adapters[name], self._readers[name] = adapter.train(self.training), reader
-        self.active_adapters = (name,)
+        with self._choice.changing():
+            self.adapters[name], self._readers[name] = adapter.train(self.training), reader
+            self.active_adapters = (name,)
         if adapter.full or len(self.adapters) == 1:  # the first after `unload` finds the backbone as that left it
             self.backbone.requires_grad_(adapter.full)
             self.train(self.training)
@@ -130,20 +130,20 @@ class AdapterCollection(nn.Module):
             raise MethodError("set_adapter needs a name at least; use disable_adapter() for the bare backbone")
         if self.merged is not None and {*names} != {*self.merged.names}:
             merge.require_unmerged(self.backbone, "another choice of adapters")
-        self._choice.changed()
-        self.active_adapters = names
+        with self._choice.changing():
+            self.active_adapters = names
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """While it lasts, `tuned(x)` is the bare backbone; the active adapters stay those they were."""
         merge.require_unmerged(self.backbone, "disable_adapter")
-        self._choice.changed()
-        before, self._disabled = self._disabled, True
+        with self._choice.changing():
+            before, self._disabled = self._disabled, True
         try:
             yield
         finally:
-            self._disabled = before
-            self._choice.changed(check=False)
+            with self._choice.changing(check=False):
+                self._disabled = before
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; the others stay as they are."""

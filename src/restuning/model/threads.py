@@ -22,14 +22,16 @@ class Choice:
         self._lock, self._own = Lock(), local()
         self._changes, self._calls = 0, dict[int, int]()
 
-    def changed(self, check: bool = True) -> None:
-        """This thread chooses. Raises MethodError while the model is called by another one, unless it need not be
-        checked."""
+    @contextmanager
+    def changing(self, check: bool = True) -> Iterator[None]:
+        """While it lasts, this thread chooses, and none begins a call. Raises MethodError while the model is called by
+        another one, unless it need not be checked."""
         with self._lock:
             if check and any(thread != get_ident() for thread in self._calls):
                 raise MethodError(f"the active adapters change while another thread calls the model: {_USE}")
             self._changes += 1
             self._own.changes = self._changes
+            yield
 
     @contextmanager
     def used(self) -> Iterator[None]:

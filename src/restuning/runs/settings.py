@@ -51,7 +51,12 @@ class Run:
 
     data: Annotated[str, Option(DATA)]
     method: Annotated[
-        str | Mapping[str, Any], Option("see `restuning methods`, or a method's .json file", parse=str)
+        str | Mapping[str, Any],
+        Option(
+            "see `restuning methods`, or a method's .json file (default res-tuning; `restuning train` without a GPU: "
+            "bypass-query)",
+            parse=str,
+        ),
     ] = "res-tuning"
     backbone: Annotated[str, Option(BACKBONE)] = MICRO
     weights: Weights = None
