@@ -56,6 +56,7 @@ OPTIONS = (
 """What was tried where the bypass does not win."""
 
 _DUAL = residual(mha="adapter", ffn="adapter")["tuners"]
+_WITH_SSF: dict[str, Any] = {"kind": "residual", "tuners": {**_DUAL, "affine": {"tuner": "ssf"}}}
 _HEADS = tuple(row for row in BESIDE if row.name in ("linear", "bypass-none", "bypass", "bypass-grid2"))
 _THREE = tuple(task for task in TASKS if task.name in ("Caltech-101", "EuroSAT", "sprite location"))
 
@@ -80,7 +81,7 @@ TUNERS = (
         for name, method, lr in (
             ("res-tuning", "res-tuning", 0.005),
             ("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter"), 0.005),
-            ("res-tuning with SSF", {"kind": "residual", "tuners": {**_DUAL, "affine": {"tuner": "ssf"}}}, 0.005),
+            ("res-tuning with SSF", _WITH_SSF, 0.005),
             ("lora", "lora", 0.005),
             ("adapter", "adapter", 0.005),
             ("ssf", "ssf", 0.005),
@@ -111,38 +112,47 @@ def _mixers(*lrs: float) -> tuple[Row, ...]:
 _NEIGHBOURS = tuple(
     Row(name, name, {}, lrs=(0.005, 0.002), epochs=(20,)) for name in ("last", "losa", "mist", "unipt", "sherl", "vqt")
 )
-_MIXES: dict[str, Any] = {
-    "res-tuning with SSF": {"kind": "residual", "tuners": {**_DUAL, "affine": {"tuner": "ssf"}}},
-    "Res-Prefix on MHA, Res-Adapter on FFN": residual(mha="prefix", ffn="adapter"),
-    "Res-Adapters on MHA, FFN and Block": "res-tuning-tri",
-    "res-tuning, no channel scale": {"kind": "residual", "tuners": {op: {"tuner": "adapter"} for op in ("mha", "ffn")}},
-    "res-tuning, Xavier": {
-        "kind": "residual",
-        "tuners": {op: {**tuner, "init": "xavier"} for op, tuner in _DUAL.items()},
-    },
-    "res-tuning, width 32": {"kind": "residual", "tuners": {op: {**t, "width": 32} for op, t in _DUAL.items()}},
-}
-_TWO, _THREE_RATES = (0.005, 0.002), (0.01, 0.005, 0.002)
-_SAME_RATES = Row("bypass-query, at the rates of those inside", "bypass-query", {}, lrs=_THREE_RATES, epochs=(20,))
+_RATES = (0.01, 0.005, 0.002)
+_SAME_RATES = Row("bypass-query, at the rates of those inside", "bypass-query", {}, lrs=_RATES, epochs=(20,))
 _INSIDE = (
-    *(Row(name, name, {}, lrs=_THREE_RATES, epochs=(20,)) for name in ("ssf", "res-tuning", "lora")),
+    *(Row(name, name, {}, lrs=_RATES, epochs=(20,)) for name in ("ssf", "res-tuning", "lora")),
+    Row("res-tuning with SSF", _WITH_SSF, {}, lrs=_RATES, epochs=(20,)),
     Row("full", "full", {}, lrs=(0.0005, 0.0002), epochs=(20,)),
-    *(Row(name, method, {}, lrs=_THREE_RATES, epochs=(20,)) for name, method in _MIXES.items()),
+)
+"""Inside the backbone, with the care of the paths beside it."""
+
+
+def _dual(**settings: Any) -> dict[str, Any]:
+    """Res-Adapters on MHA and FFN, with other settings."""
+    return {"kind": "residual", "tuners": {op: {**tuner, **settings} for op, tuner in _DUAL.items()}}
+
+
+_VARIED = (
+    *(
+        Row(name, method, {}, lrs=_RATES, epochs=(20,))
+        for name, method in (
+            ("Res-Prefix on MHA, Res-Adapter on FFN", residual(mha="prefix", ffn="adapter")),
+            ("Res-Adapters on MHA, FFN and Block", "res-tuning-tri"),
+            ("res-tuning, no channel scale", _dual(scale="none")),
+            ("res-tuning, Xavier", _dual(init="xavier")),
+            ("res-tuning, width 32", _dual(width=32)),
+        )
+    ),
     *(
         Row(
-            f"res-tuning, the head's rate {factor:g} of it",
+            f"res-tuning, the head at {factor:g} of the rate",
             "res-tuning",
             {},
-            lrs=_TWO,
+            lrs=_RATES,
             epochs=(20,),
             head_factor=factor,
         )
         for factor in (0.2, 5.0)
     ),
-    *(Row(f"{name}, 60 epochs", name, {}, lrs=_TWO, epochs=(60,)) for name in ("ssf", "res-tuning")),
-    Row("dtl, head on the mean", "dtl", {}, lrs=_TWO, epochs=(20,), pool="mean"),
+    *(Row(f"{name}, 60 epochs", name, {}, lrs=_RATES, epochs=(60,)) for name in ("ssf", "res-tuning")),
+    Row("dtl, head on the mean", "dtl", {}, lrs=(0.005, 0.002), epochs=(20,), pool="mean"),
 )
-"""Inside the backbone, with the care of the paths beside it."""
+"""Of Res-Tuning what might bring more, and a peer that reads another token."""
 
 _LAST: tuple[Row, ...] = (
     Row("linear-all, the last layer", {"kind": "linearall", "last": 1}, {}),
@@ -181,7 +191,7 @@ EXPERIMENTS = (
         "small-side",
         "The small edition: side paths that mix tokens, six tasks, 224 pixels",
         COLUMNS,
-        (*_PROBES, *_mixers(0.003), *_INSIDE[:5]),
+        (*_PROBES, *_mixers(0.003), *_INSIDE),
         TASKS,
         **_TI,
         **_CARE,
@@ -191,7 +201,7 @@ EXPERIMENTS = (
         "small-side-96",
         "The small edition: side paths that mix tokens, three tasks, 96 pixels",
         (*(task.name for task in _THREE), "All"),
-        (*_PROBES, *_mixers(0.005, 0.002), _SAME_RATES, *_NEIGHBOURS, *_INSIDE),
+        (*_PROBES, *_mixers(0.005, 0.002), _SAME_RATES, *_NEIGHBOURS, *_INSIDE, *_VARIED),
         _THREE,
         **_TI,
         **_CARE,
