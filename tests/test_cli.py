@@ -195,6 +195,11 @@ def test_run_json_repeats_the_run(photos: Path, tmp_path: Path) -> None:
     assert call("train", "--run", tmp_path / "a" / "run.json", "--out", tmp_path / "b", "--quiet") == 0
     a, b = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab")
     assert a == b
+    more = ["--blocks", "0", "--epochs", "1", "--quiet", "--out", tmp_path / "c"]
+    assert call("train", "--data", f"folder:{photos}", *more) == 0
+    methods = [json.loads((tmp_path / name / "run.json").read_text())["method"] for name in "abc"]
+    taken = "res-tuning" if torch.cuda.is_available() else "bypass-query"
+    assert methods == [taken, taken, "res-tuning"], "without a GPU, what runs the backbone once; blocks are of tuners"
 
 
 def test_kept_features_change_nothing(photos: Path, tmp_path: Path) -> None:
