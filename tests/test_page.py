@@ -185,7 +185,7 @@ def test_a_strangers_path_from_an_empty_page_to_a_served_prediction(page: Page, 
     unseen, suffix = photos(tmp_path / "photos.zip")
     (tmp_path / f"unseen.{suffix}").write_bytes(unseen)
     make(page, app.url, "land")
-    assert "project=land" in page.url
+    expect(page).to_have_url(re.compile("project=land"))
     page.locator("#files input[type=file]").set_input_files(tmp_path / "photos.zip")
     expect(page.locator("#summary")).to_contain_text("150 pictures in 10 classes")
     expect(page.locator("#told")).to_contain_text("150 added")

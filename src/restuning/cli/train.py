@@ -9,6 +9,7 @@ import torch
 
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import say
+from restuning.data import load_source
 from restuning.errors import RestuningError
 from restuning.methods.named import recorded
 from restuning.runs.banks import from_bank
@@ -19,7 +20,8 @@ from restuning.utils.distributed import is_main_process
 from restuning.utils.options import DATA, Json, Option, Quiet
 
 WITHOUT_GPU = "bypass-query"
-"""Where no method is named: it runs the backbone once, forwards, whatever the epochs and rates."""
+"""Where no method is named: it runs the backbone once, forwards, whatever the epochs and rates. It reads no single
+tokens, which `res-tuning` labels then too."""
 EXAMPLE = "restuning train --data folder:photos --method res-tuning --lr 0.005 0.001 --out runs/photos"
 
 
@@ -52,8 +54,9 @@ def run(args: argparse.Namespace) -> None:
     elif "data" not in settings:
         raise RestuningError(f"--data is missing: expected {DATA}, or --bank")
     else:
-        if not torch.cuda.is_available() and not settings.keys() & {"blocks", "size"}:
-            settings = {"method": WITHOUT_GPU, **settings}
+        if not settings.keys() & {"method", "blocks", "size"} and not torch.cuda.is_available():
+            tokens = "bank" not in settings and load_source(settings["data"]).kind == "per-token"
+            settings |= {} if tokens else {"method": WITHOUT_GPU}
         run = Run(**settings, training=filled(TrainConfig, args))
     result = execute(
         run,
