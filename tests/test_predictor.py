@@ -124,13 +124,12 @@ def test_what_paths_have_in_common_is_in_memory_once(tmp_path: Path) -> None:
     tuned, inputs = many("timm-vit", ("bypass-query-shared",), (5, 7, 3)), TINY["timm-vit"].inputs(3)
     name = "bypass-query-shared-"
     with torch.no_grad():
-        next(tuned.adapter(f"{name}1").side.buffers()).add_(0.5)  # type: ignore[union-attr]
+        next(tuned.adapter(f"{name}1").buffers()).add_(0.5)
     expected = rt.Predictor.of(tuned).predict(inputs)
     tuned.save_pretrained(tmp_path, f"{name}2")
     predictor = rt.Predictor.of(tuned, [f"{name}0", f"{name}1"]).with_adapter("later", tmp_path)
     first, other, later = (
-        {id(b) for b in predictor.readers[task].adapter.side.buffers()}  # type: ignore[union-attr]
-        for task in (f"{name}0", f"{name}1", "later")
+        {id(b) for b in predictor.readers[task].adapter.buffers()} for task in (f"{name}0", f"{name}1", "later")
     )
     assert first == later and len(first - other) == 1
     found = predictor.predict(inputs)

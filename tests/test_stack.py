@@ -68,7 +68,7 @@ def test_training_side_by_side_is_training_one_by_one(method: Any) -> None:
         Point(replace(CONFIG, lr=lr, epochs=epochs, seed=seed), torch.randperm(44)[:30])
         for lr, epochs, seed in ((0.05, 4, 0), (0.01, 2, 1), (0.01, 4, 1), (0.005, 4, 2))
     ]
-    points[3] = replace(points[3], config=replace(points[3].config, schedule="constant", head_factor=0.3))
+    points[3] = replace(points[3], config=replace(points[3].config, schedule="constant", head_lr_factor=0.3))
     alone = [born(method, seed=p.config.seed) for p in points]
     for model, p in zip(alone, points, strict=True):
         fit(model, Rows(x, y, p.rows), None, p.config, progress=False)

@@ -108,11 +108,11 @@ def test_a_rate_of_the_head_apart() -> None:
     """Adam's first step goes as far as its rate says, whatever the gradient."""
     once, apart, born = net(0.0), net(0.0), net(0.0)
     for model, factor in ((once, 1.0), (apart, 0.25)):
-        fit(model, Points(4), None, replace(CONFIG, epochs=1, weight_decay=1e-9, head_factor=factor))
+        fit(model, Points(4), None, replace(CONFIG, epochs=1, weight_decay=1e-9, head_lr_factor=factor))
     moved = [(model.head.weight - born.head.weight).abs().max().item() for model in (once, apart)]
     assert moved[1] == pytest.approx(0.25 * moved[0], rel=1e-2) and torch.equal(once.alpha, apart.alpha)
-    with pytest.raises(RestuningError, match="head_factor is 0: expected a number above 0"):
-        TrainConfig(head_factor=0)
+    with pytest.raises(RestuningError, match="head_lr_factor is 0: expected a number above 0"):
+        TrainConfig(head_lr_factor=0)
 
 
 def test_nothing_to_train() -> None:

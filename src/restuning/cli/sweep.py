@@ -32,7 +32,9 @@ class SweepCommand:
 def arguments(parser: Parser) -> None:
     parser.settings(SweepCommand)
     parser.settings(Sweep, without=("training",))
-    parser.settings(TrainConfig, only=("head_factor", "batch_size", "weight_decay", "warmup_epochs", "label_smoothing"))
+    parser.settings(
+        TrainConfig, only=("head_lr_factor", "batch_size", "weight_decay", "warmup_epochs", "label_smoothing")
+    )
 
 
 def run(args: argparse.Namespace) -> None:

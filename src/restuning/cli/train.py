@@ -54,9 +54,12 @@ def run(args: argparse.Namespace) -> None:
     elif "data" not in settings:
         raise RestuningError(f"--data is missing: expected {DATA}, or --bank")
     else:
-        if not settings.keys() & {"method", "blocks", "size"} and not torch.cuda.is_available():
-            tokens = "bank" not in settings and load_source(settings["data"]).kind == "per-token"
-            settings |= {} if tokens else {"method": WITHOUT_GPU}
+        if (
+            not settings.keys() & {"method", "blocks", "size"}
+            and not torch.cuda.is_available()
+            and ("bank" in settings or load_source(settings["data"]).kind != "per-token")
+        ):
+            settings["method"] = WITHOUT_GPU
         run = Run(**settings, training=filled(TrainConfig, args))
     result = execute(
         run,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from restuning.cli.arguments import Parser, filled, given
 from restuning.cli.output import say
-from restuning.diffusion.training import RECIPE, DiffusionRun, execute, read_run
+from restuning.diffusion.training import OF_HEADS, RECIPE, DiffusionRun, execute, read_run
 from restuning.errors import RestuningError
 from restuning.methods.named import recorded
 from restuning.runs.settings import RUN
@@ -29,7 +29,7 @@ class TrainDiffusion:
 
 def arguments(parser: Parser) -> None:
     parser.settings(TrainDiffusion)
-    parser.settings(DiffusionRun, without=("patience", "group_by_length", "workers"), partial=True)
+    parser.settings(DiffusionRun, without=(*OF_HEADS, "workers"), partial=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -45,6 +45,8 @@ from restuning.utils.options import CAPTIONS, MEMORY, TUNER_SIZE, Blocks, Option
 from restuning.utils.plain import read_plain
 from restuning.utils.profiling import peak_bytes, saved_bytes
 
+OF_HEADS = ("patience", "group_by_length", "label_smoothing", "head_lr_factor")
+"""Settings of training that mean nothing without classes."""
 RECIPE = TrainConfig(epochs=10, lr=1e-4, batch_size=8, warmup_epochs=0, schedule="constant")
 """The paper's: AdamW, lr 1e-4, constant, batch 8, 10 epochs."""
 
@@ -95,8 +97,9 @@ class DiffusionRun:
         for name in ("size", "prior_images", "prior_weight", "sample_every"):
             if getattr(self, name) <= 0:
                 raise RestuningError(f"{name} is {getattr(self, name)!r}: expected a number above 0")
-        if self.training.patience is not None or self.training.group_by_length:
-            raise RestuningError("patience and group_by_length are for tasks with a head")
+        plain = TrainConfig()
+        if wrong := next((n for n in OF_HEADS if getattr(self.training, n) != getattr(plain, n)), None):
+            raise RestuningError(f"{wrong} is for tasks with a head, and a denoiser has none")
 
     def spec(self, family: str) -> str | Method:
         if isinstance(self.method, str) and self.width is None and self.blocks is None:

@@ -121,7 +121,7 @@ class _AdamW:
         self.slices = [list(slices.values()) for slices in named]
         matrix = 2 + alike  # dimensions, with the stack's own
         self.optimizers = [
-            torch.optim.AdamW(groups_of(slices, config.weight_decay, config.head_factor, matrix), fused=True)
+            torch.optim.AdamW(groups_of(slices, config.weight_decay, config.head_lr_factor, matrix), fused=True)
             for slices, config in zip(named, configs, strict=False)
         ]
 

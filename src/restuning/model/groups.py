@@ -99,11 +99,15 @@ class Prepared:
 def hold_in_common(adapter: AdapterModule, held: MutableMapping[Any, Tensor]) -> None:
     """Make buffers of its side network (components, what tasks share) that equal one of `held` the same tensor, and
     add the others to it. None of them may ever change again."""
-    for name, buffer in [] if adapter.side is None else list(adapter.side.named_buffers()):
+    side = adapter.side
+    if side is None:
+        return
+    for name, buffer in list(side.named_buffers()):
         key = (*buffer.shape, buffer.dtype, buffer.device, float(buffer.double().sum()))
-        if (other := held.setdefault(key, buffer)) is not buffer and torch.equal(other, buffer):
+        other = held.setdefault(key, buffer)
+        if _same(other, buffer):
             path, _, last = name.rpartition(".")
-            setattr(adapter.side.get_submodule(path), last, other)  # type: ignore[union-attr]
+            setattr(side.get_submodule(path), last, other)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

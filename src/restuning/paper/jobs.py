@@ -79,7 +79,7 @@ class Job:
     targets: Mapping[str, str]
     images: tuple[int, int]
     label_smoothing: float = 0.0
-    head_factor: float = 1.0
+    head_lr_factor: float = 1.0
 
     @property
     def name(self) -> str:
@@ -196,7 +196,7 @@ def _beside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
         seeds=job.seeds,
         pool=job.pool,
         shots=job.shots,
-        training=TrainConfig(label_smoothing=job.label_smoothing, head_factor=job.head_factor),
+        training=TrainConfig(label_smoothing=job.label_smoothing, head_lr_factor=job.head_lr_factor),
     )
     found, peak = _measured(partial(sweep, settings, folder / "sweep", resume=True))
     saved = {}
@@ -244,7 +244,7 @@ def _inside(job: Job, out: Path, dtype: str, progress: bool) -> Iterable[Record]
                     epochs=max(job.epochs),
                     seed=seed,
                     label_smoothing=job.label_smoothing,
-                    head_factor=job.head_factor,
+                    head_lr_factor=job.head_lr_factor,
                 ),
             )
             if (folder / RESULT).exists():

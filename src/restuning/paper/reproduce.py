@@ -115,7 +115,7 @@ def _alike(rows: Sequence[Row]) -> list[list[Row]]:
         method = row.method or ""
         grid = -2 if reads_every(method) else -1 if reads_all(method) else grid_of(find_method(method)) or 0
         groups.setdefault(
-            (row.lrs, row.epochs, row.seeds, row.backbone, row.weights, row.image_size, row.head_factor, grid), []
+            (row.lrs, row.epochs, row.seeds, row.backbone, row.weights, row.image_size, row.head_lr_factor, grid), []
         ).append(row)
     for key in [key for key in groups if key[-1] == 0]:
         finer = [other for other in groups if other[:-1] == key[:-1] and other[-1] > 1]
@@ -150,7 +150,7 @@ def _jobs(experiment: Experiment, task: Data, rows: Sequence[Row], settings: Set
         targets={name: spec.replace("{root}", settings.data_root) for name, spec in (task.targets or {}).items()},
         images=(task.train, task.test),
         label_smoothing=experiment.label_smoothing,
-        head_factor=first.head_factor,
+        head_lr_factor=first.head_lr_factor,
     )
     if job.beside and "{seed}" not in job.data:
         yield job

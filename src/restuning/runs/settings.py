@@ -53,8 +53,8 @@ class Run:
     method: Annotated[
         str | Mapping[str, Any],
         Option(
-            "see `restuning methods`, or a method's .json file (default res-tuning; `restuning train` without a GPU: "
-            "bypass-query)",
+            "see `restuning methods`, or a method's .json file (default res-tuning; without a GPU bypass-query, but "
+            "for labels of tokens)",
             parse=str,
         ),
     ] = "res-tuning"

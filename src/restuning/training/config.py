@@ -24,7 +24,7 @@ class TrainConfig:
 
     `batch_size` examples over all processes, in each of the `accumulate` batches that one step averages over.
     With `patience`, training stops after so many epochs without a better validation score, and the best state
-    stands. head_factor: the head's learning rate in multiples of `lr`, which is the tuners' and the side path's then.
+    stands. head_lr_factor: the head's learning rate in multiples of `lr`, which tuners and side paths have.
     label_smoothing: the share of every label that all classes have.
     consistency: λ, of the squared difference of two draws' logits, where what tuners and side paths add is multiplied
     by N(1, σ²), σ falling with depth from `consistency_noise` (see `restuning.training.consistency`); 0: no such draws.
@@ -33,7 +33,7 @@ class TrainConfig:
 
     epochs: Annotated[int, Option()] = 50
     lr: Annotated[float, Option("learning rate")] = 1e-3
-    head_factor: Annotated[float, Option("the head's learning rate, in multiples of lr", metavar="FACTOR")] = 1.0
+    head_lr_factor: Annotated[float, Option("the head's learning rate, in multiples of lr", metavar="FACTOR")] = 1.0
     weight_decay: Annotated[float, Option("never on scales, gates, biases, norms")] = 0.05
     batch_size: Annotated[int, Option("examples, over all processes")] = 32
     warmup_epochs: Annotated[float, Option("at most a fifth of all")] = 10
@@ -92,22 +92,22 @@ def learning_rate(step: int, steps: int, warmup: float, peak: float, schedule: s
     return peak * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, head_factor: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, head_lr_factor: float = 1.0) -> list[dict[str, Any]]:
     """What is trained, as `groups_of` parts it. Raises RestuningError where nothing is."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise RestuningError("nothing to train: no parameter of the model has requires_grad")
-    return groups_of(trained, weight_decay, head_factor)
+    return groups_of(trained, weight_decay, head_lr_factor)
 
 
 def groups_of(
-    tensors: Mapping[str, Tensor], weight_decay: float, head_factor: float, matrix: int = 2
+    tensors: Mapping[str, Tensor], weight_decay: float, head_lr_factor: float, matrix: int = 2
 ) -> list[dict[str, Any]]:
     """An optimizer's groups: matrices with weight decay; α, λ, scales, biases and norms without. factor: by which `lr`
-    is multiplied, head_factor where a part of the name is `head`. matrix: the dimensions of one."""
+    is multiplied, head_lr_factor where a part of the name is `head`. matrix: the dimensions of one."""
     groups: dict[tuple[bool, float], list[Tensor]] = {}
     for name, tensor in tensors.items():
-        factor = head_factor if "head" in name.split(".") else 1.0
+        factor = head_lr_factor if "head" in name.split(".") else 1.0
         groups.setdefault((tensor.ndim < matrix, factor), []).append(tensor)
     return [
         {"params": groups[bare, factor], "weight_decay": 0.0 if bare else weight_decay, "factor": factor}

@@ -297,7 +297,7 @@ def fit(
         raise RestuningError(f"patience is {config.patience}, and there is no validation set to be patient about")
     if config.group_by_length and not isinstance(train, HasLengths):
         raise RestuningError("group_by_length is for texts, and these examples have no length")
-    groups = parameter_groups(model, config.weight_decay, config.head_factor)
+    groups = parameter_groups(model, config.weight_decay, config.head_lr_factor)
     objective = objective or objective_of(smoothing=config.label_smoothing)
     with accelerated(config.precision, accelerator) as accelerator:
         for name, dataset in (("train", train), ("val", val)):

@@ -145,7 +145,7 @@ _VARIED = (
             {},
             lrs=_RATES,
             epochs=(20,),
-            head_factor=factor,
+            head_lr_factor=factor,
         )
         for factor in (0.2, 5.0)
     ),

@@ -28,8 +28,8 @@ class Data:
 @dataclass(frozen=True)
 class Row:
     """A line: its name as printed, our method (a name, or as data; None: not to be had here), and the paper's values by
-    column. lrs, epochs, seeds, pool, backbone, weights, image_size: where they are not the experiment's; head_factor:
-    see `TrainConfig`; command: where `reproduce` is not what runs it."""
+    column. lrs, epochs, seeds, pool, backbone, weights, image_size: where they are not the experiment's;
+    head_lr_factor: see `TrainConfig`; command: where `reproduce` is not what runs it."""
 
     name: str
     method: str | Mapping[str, Any] | None
@@ -43,7 +43,7 @@ class Row:
     backbone: str | None = None
     weights: str | None = None
     image_size: int | None = None
-    head_factor: float = 1.0
+    head_lr_factor: float = 1.0
     command: str = ""
 
 
